@@ -1,0 +1,123 @@
+package vaulttest
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Cluster is a Vault of several nodes on integrated storage. The nodes share a
+// plugin directory, so that a plugin registered through any of them can run on
+// all.
+type Cluster struct {
+	Nodes     []*Vault
+	RootToken string
+
+	down map[*Vault]bool
+}
+
+// StartCluster starts n nodes that are unsealed by one key, and waits until
+// one leads and the others follow. Options hold for every node; the storage
+// is always raft.
+func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
+	t.Helper()
+	c := &Cluster{down: map[*Vault]bool{}}
+	first := launch(t, nodeOptions(opts, 0, nil)...)
+	first.initialize(t)
+	first.Unseal(t)
+	c.Nodes = append(c.Nodes, first)
+	c.RootToken = first.RootToken
+	for i := 1; i < n; i++ {
+		node := launch(t, nodeOptions(opts, i, first)...)
+		node.UnsealKey = first.UnsealKey
+		node.setRoot(first.RootToken)
+		c.Nodes = append(c.Nodes, node)
+	}
+	for _, node := range c.Nodes[1:] {
+		// A node takes the key only when it has found the leader to join.
+		Eventually(t, "node "+node.Addr+" to join", func() bool {
+			status, err := node.Client.Sys().Unseal(first.UnsealKey)
+			return err == nil && !status.Sealed
+		})
+	}
+	c.WaitForLeader(t)
+	return c
+}
+
+func nodeOptions(opts []Option, i int, first *Vault) []Option {
+	return append(slices.Clone(opts), Raft(), func(o *options) {
+		o.nodeID = fmt.Sprintf("node-%d", i)
+		if first != nil {
+			o.pluginDir = first.PluginDir
+			o.join = []string{first.Addr}
+		}
+	})
+}
+
+// WaitForLeader waits until exactly one of the nodes that run is active and
+// all of them name it as their leader, and returns it.
+func (c *Cluster) WaitForLeader(t testing.TB) *Vault {
+	t.Helper()
+	var leader *Vault
+	Eventually(t, "one leader that all nodes agree on", func() bool {
+		leader = nil
+		for _, node := range c.running() {
+			if !node.Active() {
+				continue
+			}
+			if leader != nil {
+				return false
+			}
+			leader = node
+		}
+		return leader != nil && c.agree(leader)
+	})
+	return leader
+}
+
+func (c *Cluster) agree(leader *Vault) bool {
+	for _, node := range c.running() {
+		resp, err := node.Client.Sys().Leader()
+		if err != nil || resp.LeaderAddress != leader.Addr {
+			return false
+		}
+	}
+	return true
+}
+
+func (c *Cluster) running() []*Vault {
+	return slices.DeleteFunc(slices.Clone(c.Nodes), func(v *Vault) bool { return c.down[v] })
+}
+
+// Leader is the active node. It waits for one.
+func (c *Cluster) Leader(t testing.TB) *Vault {
+	t.Helper()
+	return c.WaitForLeader(t)
+}
+
+// Kill ends a node and its plugins with SIGKILL.
+func (c *Cluster) Kill(node *Vault) {
+	node.Kill()
+	c.down[node] = true
+}
+
+// RestartNode starts a killed node again, unseals it and waits until it is
+// back in the cluster.
+func (c *Cluster) RestartNode(t testing.TB, node *Vault) {
+	t.Helper()
+	node.StartAgain(t)
+	delete(c.down, node)
+	c.WaitForLeader(t)
+}
+
+// StepDown makes the leader give up its place and returns the next one, which
+// is another node unless there is no other.
+func (c *Cluster) StepDown(t testing.TB) *Vault {
+	t.Helper()
+	leader := c.Leader(t)
+	require.NoError(t, leader.Client.Sys().StepDown())
+	Eventually(t, leader.Addr+" to step down", func() bool { return !leader.Active() })
+	return c.WaitForLeader(t)
+}
