@@ -39,7 +39,8 @@ type Service struct {
 	mu         sync.Mutex
 	connectors map[string]*connector
 	users      map[string]*user
-	refresh    map[string]*refreshToken // dead ones too: they tell whose they were
+	refresh    map[string]*refreshToken   // dead ones too: they tell whose they were
+	held       map[holder][]*refreshToken // those that the next one generated for the holder kills
 	access     map[string]accessToken
 	pruneAt    int // the size at which access is pruned of what has expired
 
@@ -96,6 +97,7 @@ func New() *Service {
 		connectors:   map[string]*connector{},
 		users:        map[string]*user{},
 		refresh:      map[string]*refreshToken{},
+		held:         map[holder][]*refreshToken{},
 		access:       map[string]accessToken{},
 		pruneAt:      1024,
 		accessLife:   DefaultAccessTokenLife,
@@ -128,6 +130,18 @@ func (s *Service) SetConnectorSecret(id, connectorSecret string) {
 	if c := s.connectors[id]; c != nil {
 		c.secret = connectorSecret
 	}
+}
+
+// NewConnectorSecret replaces a connector's secret with a random one and returns it; "" when there is no such connector.
+func (s *Service) NewConnectorSecret(id string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.connectors[id]
+	if c == nil || c.deleted {
+		return ""
+	}
+	c.secret = secret()
+	return c.secret
 }
 
 // DeleteConnector deletes a connector: its refresh tokens die (doc), its access tokens live until they expire.
@@ -175,11 +189,10 @@ func (s *Service) generate(connectorID, name, group string) string {
 		return ""
 	}
 	h := holder{connector: connectorID, user: s.user(name), group: group}
-	for _, t := range s.refresh {
-		if t.holder == h {
-			t.dead = true
-		}
+	for _, t := range s.held[h] {
+		t.dead = true
 	}
+	s.held[h] = nil
 	return s.issueRefreshToken(h)
 }
 
@@ -207,7 +220,9 @@ func (s *Service) issueRefreshToken(h holder) string {
 	issued := now()
 	expires := issued.Add(s.refreshLife)
 	token := s.jwt(h, issued, expires)
-	s.refresh[token] = &refreshToken{holder: h, issued: issued, expires: expires}
+	t := &refreshToken{holder: h, issued: issued, expires: expires}
+	s.refresh[token] = t
+	s.held[h] = append(s.held[h], t)
 	h.user.newest = token
 	return token
 }
@@ -251,6 +266,13 @@ func (s *Service) SetLimits(perConnector, perTenant int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.perConnector, s.perTenant = perConnector, perTenant
+}
+
+// Limits returns what SetLimits has set.
+func (s *Service) Limits() (perConnector, perTenant int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.perConnector, s.perTenant
 }
 
 // SetEndpointURL sets what exchanges name as the base of the apps' calls. "" is the Server's own URL, or DefaultEndpointURL.
