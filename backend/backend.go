@@ -1,0 +1,274 @@
+// Package backend is the secrets engine: it keeps Kaizala's refresh tokens and
+// hands out access tokens.
+//
+// What happens on a read of creds/:tenant stands in path_creds.go, from top to
+// bottom. tenant.go owns the state of a tenant, connector.go that of a connector,
+// renewer.go decides who is exchanged without a reader, and service.go is the
+// border behind which everything is Kaizala's own.
+package backend
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+const (
+	// answerWithin is how long a request waits for Kaizala: Vault cannot seal
+	// or step down while requests run.
+	answerWithin = 9 * time.Second
+
+	// storeWithin bounds a write that no caller may cancel.
+	storeWithin = 30 * time.Second
+
+	// stopWithin is how long Clean waits for what is under way.
+	stopWithin = 5 * time.Second
+
+	// tenantsInMemory bounds the tenants whose tokens are held in memory.
+	tenantsInMemory = 10_000
+)
+
+// Factory returns the engine's factory for Vault. The version is the plugin's
+// own, a semantic version with a leading v, and shows in "vault plugin list".
+func Factory(version string) logical.Factory {
+	return func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+		return newBackend(ctx, conf, version, nil)
+	}
+}
+
+type backend struct {
+	*framework.Backend
+
+	// node is Vault's own view of itself. Each question to it is a round trip to
+	// Vault's process, so a read of a usable token asks none.
+	node framework.Backend
+
+	storage    logical.Storage
+	tenants    *tenants
+	connectors *connectors
+	renewer    renewer
+
+	// defaultTTL and maxTTL are the mount's, as they were when it was last asked.
+	defaultTTL, maxTTL atomic.Int64
+
+	ctx    context.Context // ends in Clean
+	cancel context.CancelFunc
+
+	mu       sync.Mutex
+	stopping bool
+	work     sync.WaitGroup // goroutines; none is added once stopping
+	indexing chan struct{}  // closed when the index of tenants has been built; nil: nobody builds it
+	indexed  bool           // it is complete
+}
+
+// newBackend makes an engine. It neither calls anybody nor touches storage,
+// which at this point may not even be there. The transport is nil but in tests.
+func newBackend(ctx context.Context, conf *logical.BackendConfig, version string, transport http.RoundTripper) (*backend, error) {
+	if conf == nil {
+		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
+	}
+	b := &backend{storage: conf.StorageView}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.connectors = &connectors{storage: conf.StorageView, transport: transport, byName: map[string]*connector{}}
+	b.tenants = &tenants{storage: conf.StorageView, byName: map[string]*tenant{}, changed: b.schedule}
+	var err error
+	b.tenants.loaded, err = lru.NewWithEvict(tenantsInMemory, func(_ string, t *tenant) { t.forget() })
+	if err != nil {
+		return nil, err
+	}
+	b.renewer.init(b.tick)
+	b.Backend = &framework.Backend{
+		BackendType:    logical.TypeLogical,
+		RunningVersion: version,
+		Help:           backendHelp,
+		Paths: framework.PathAppend(
+			b.credsPaths(),
+			b.tenantPaths(),
+			b.configPaths(),
+		),
+		PathsSpecial:   &logical.Paths{SealWrapStorage: []string{connectorPrefix, tenantPrefix}},
+		Secrets:        []*framework.Secret{b.accessTokenSecret()},
+		InitializeFunc: b.initialize,
+		PeriodicFunc:   b.periodic,
+		Invalidate:     b.invalidate,
+		Clean:          b.clean,
+	}
+	if err := b.node.Setup(ctx, conf); err != nil {
+		return nil, err
+	}
+	routed := *conf
+	routed.System = routingView{conf.System}
+	if err := b.Setup(ctx, &routed); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// routingView is what the framework sees of Vault. Before each operation the
+// framework asks for the replication state, for flags that no path here sets;
+// left alone, that would be a round trip to Vault on each read.
+type routingView struct{ logical.SystemView }
+
+func (routingView) ReplicationState() consts.ReplicationState { return consts.ReplicationUnknown }
+
+// HandleRequest refuses values that do not fit their fields before the framework
+// does: its own message quotes the value, and ends up in the audit log.
+func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
+	if req.Operation != logical.HelpOperation && len(req.Data) > 0 {
+		if err := b.checkFields(req); err != nil {
+			return answer(err)
+		}
+	}
+	return b.Backend.HandleRequest(ctx, req)
+}
+
+// HandleExistenceCheck looks at the path alone: values are the handler's to
+// judge, after the policies.
+func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (bool, bool, error) {
+	pathOnly := *req
+	pathOnly.Data = nil
+	return b.Backend.HandleExistenceCheck(ctx, &pathOnly)
+}
+
+func (b *backend) checkFields(req *logical.Request) error {
+	path := b.Route(req.Path)
+	if path == nil {
+		return nil
+	}
+	for name, value := range req.Data {
+		schema := path.Fields[name]
+		if schema == nil || value == nil {
+			continue
+		}
+		text, isString := value.(string)
+		one := framework.FieldData{Raw: map[string]any{name: value}, Schema: path.Fields}
+		switch {
+		case isSecret(schema) && !isString:
+			return badValue("%s must be given once, as a string", name)
+		case isString && strings.TrimSpace(text) == "" && schema.Type != framework.TypeString && schema.Type != framework.TypeCommaStringSlice:
+			return badValue("%s is empty: give a value, or leave it out", name)
+		case one.Validate() != nil:
+			return badValue("%s does not fit: it has to be %s", name, fieldForm[schema.Type])
+		}
+	}
+	return nil
+}
+
+func isSecret(schema *framework.FieldSchema) bool {
+	return schema.DisplayAttrs != nil && schema.DisplayAttrs.Sensitive
+}
+
+var fieldForm = map[framework.FieldType]string{
+	framework.TypeString:           "a string",
+	framework.TypeBool:             "true or false",
+	framework.TypeInt:              "a whole number",
+	framework.TypeDurationSecond:   "a duration such as 90s, 15m or 24h",
+	framework.TypeCommaStringSlice: "a list of strings",
+}
+
+// done is the answer to a successful write: nothing, unless the framework has
+// unknown fields to warn about, which it can only do on a response.
+func done(d *framework.FieldData) *logical.Response {
+	for name := range d.Raw {
+		if d.Schema[name] == nil {
+			return &logical.Response{}
+		}
+	}
+	return nil
+}
+
+// maxName bounds the names of tenants and connectors: some of Vault's storage
+// backends fail on long keys.
+const maxName = 128
+
+func nameOf(d *framework.FieldData, field string) (string, error) {
+	name, _ := d.Raw[field].(string)
+	if len(name) > maxName {
+		return "", badValue("the name of a %s has %d characters at most", field, maxName)
+	}
+	return name, nil
+}
+
+func (b *backend) initialize(context.Context, *logical.InitializationRequest) error {
+	b.buildIndex()
+	return nil
+}
+
+// periodic runs every minute. It also revives an engine whose process was
+// replaced without a word to this mount.
+func (b *backend) periodic(context.Context, *logical.Request) error {
+	b.buildIndex()
+	b.goWork(b.askTTLs)
+	b.tick()
+	return nil
+}
+
+// askTTLs notes the mount's lease TTLs, which decide whether a lease that lasts
+// as long as the mount's default leaves room for a renewal.
+func (b *backend) askTTLs() {
+	b.defaultTTL.Store(int64(b.System().DefaultLeaseTTL()))
+	b.maxTTL.Store(int64(b.System().MaxLeaseTTL()))
+}
+
+func (b *backend) invalidate(_ context.Context, key string) {
+	if name, ok := strings.CutPrefix(key, tenantPrefix); ok {
+		b.tenants.invalidate(name)
+	}
+	b.connectors.invalidate(key)
+}
+
+// goWork runs f in a goroutine that Clean waits for, and says whether it does.
+func (b *backend) goWork(f func()) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.stopping {
+		return false
+	}
+	b.work.Go(f)
+	return true
+}
+
+func (b *backend) isStopping() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.stopping
+}
+
+// clean starts nothing new, gives what is under way a few seconds to end and to
+// be stored, and then lets go.
+func (b *backend) clean(context.Context) {
+	b.mu.Lock()
+	b.stopping = true
+	b.mu.Unlock()
+	b.renewer.stop()
+	defer b.connectors.close()
+
+	ended := make(chan struct{})
+	go func() {
+		b.work.Wait()
+		close(ended)
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), stopWithin)
+	defer cancel()
+	grace := time.NewTimer(stopWithin - time.Second)
+	defer grace.Stop()
+	select {
+	case <-ended:
+	case <-grace.C:
+	}
+	b.cancel()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
+	b.saveAll(ctx)
+}

@@ -1,0 +1,64 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/hashicorp/vault/sdk/logical"
+)
+
+// entryFormat is the format of what storage holds. A change that an older
+// engine could not read raises it.
+const entryFormat = 1
+
+// errUnreadable is the error of an entry that storage has and this engine cannot
+// make anything of.
+var errUnreadable = errors.New("cannot be read")
+
+// getEntry reads an entry, or nil where there is none.
+func getEntry[T any](ctx context.Context, s logical.Storage, key string) (*T, error) {
+	raw, err := s.Get(ctx, key)
+	if err != nil {
+		return nil, storageError(err)
+	}
+	if raw == nil {
+		return nil, nil
+	}
+	var format struct {
+		Format int `json:"format"`
+	}
+	entry := new(T)
+	if err := errors.Join(raw.DecodeJSON(&format), raw.DecodeJSON(entry)); err != nil {
+		// The decoder's error may quote the entry.
+		return nil, fmt.Errorf("the stored entry %q %w: delete it and write it again", key, errUnreadable)
+	}
+	if format.Format > entryFormat {
+		return nil, fmt.Errorf("the stored entry %q %w: a newer version of this plugin has written it in format %d; upgrade the plugin", key, errUnreadable, format.Format)
+	}
+	return entry, nil
+}
+
+func putEntry(ctx context.Context, s logical.Storage, key string, entry any) error {
+	raw, err := logical.StorageEntryJSON(key, entry)
+	if err != nil {
+		return err
+	}
+	return storageError(s.Put(ctx, raw))
+}
+
+// storageError gives read-only errors back their identity, which they lose on
+// their way from Vault's process: Vault sends a request that ends in
+// logical.ErrReadOnly to the node that may write.
+func storageError(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case strings.Contains(err.Error(), logical.ErrReadOnly.Error()):
+		return logical.ErrReadOnly
+	case strings.Contains(err.Error(), logical.ErrSetupReadOnly.Error()):
+		return logical.ErrSetupReadOnly
+	}
+	return err
+}
