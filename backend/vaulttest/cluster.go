@@ -29,6 +29,12 @@ func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
 	first.Unseal(t)
 	c.Nodes = append(c.Nodes, first)
 	c.RootToken = first.RootToken
+	// A node votes, and can lead, once autopilot has found it stable, which
+	// takes 10 seconds unless told otherwise.
+	_, err := first.Client.Logical().Write("sys/storage/raft/autopilot/configuration", map[string]any{
+		"server_stabilization_time": "1s",
+	})
+	require.NoError(t, err, "configuring autopilot")
 	for i := 1; i < n; i++ {
 		node := launch(t, nodeOptions(opts, i, first)...)
 		node.UnsealKey = first.UnsealKey
@@ -43,7 +49,25 @@ func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
 		})
 	}
 	c.WaitForLeader(t)
+	Eventually(t, fmt.Sprintf("all %d nodes to vote", n), func() bool { return c.voters() == n })
 	return c
+}
+
+// voters counts the nodes that have a vote, running or not.
+func (c *Cluster) voters() int {
+	secret, err := c.Nodes[0].Client.Logical().Read("sys/storage/raft/configuration")
+	if err != nil || secret == nil {
+		return 0
+	}
+	config, _ := secret.Data["config"].(map[string]any)
+	servers, _ := config["servers"].([]any)
+	n := 0
+	for _, server := range servers {
+		if s, _ := server.(map[string]any); s["voter"] == true {
+			n++
+		}
+	}
+	return n
 }
 
 func nodeOptions(opts []Option, i int, first *Vault) []Option {

@@ -1,6 +1,7 @@
 package vaulttest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -84,13 +87,30 @@ func (p *process) interrupt(wait time.Duration) {
 func (p *process) kill() {
 	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 	<-p.done
-	// Plugins are the children of a child: wait for them as well, but not for
-	// a zombie that the container's first process never reaps.
-	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-		if errors.Is(syscall.Kill(-p.cmd.Process.Pid, 0), syscall.ESRCH) {
-			return
+	// Plugins are the children of a child, which nobody here can wait for.
+	poll(5*time.Second, func() bool { return !groupRuns(p.cmd.Process.Pid) })
+}
+
+// groupRuns tells whether any process of the group still runs. A zombie does
+// not: in a container whose first process reaps nobody it stays for ever, and
+// a signal still reaches it.
+func groupRuns(group int) bool {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil || stats == nil {
+		return !errors.Is(syscall.Kill(-group, 0), syscall.ESRCH)
+	}
+	for _, path := range stats {
+		stat, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		// pid (name) state ppid pgrp …, where the name may hold anything.
+		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+		if len(fields) > 2 && fields[2] == strconv.Itoa(group) && fields[0] != "Z" && fields[0] != "X" {
+			return true
 		}
 	}
+	return false
 }
 
 // freePort finds a port on loopback that nobody listens on. It stays below the

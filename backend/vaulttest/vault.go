@@ -60,11 +60,8 @@ type options struct {
 // and gone with the process.
 func InMem() Option { return func(o *options) { o.storage = "inmem" } }
 
-// File keeps storage in files, which survive Restart.
-func File() Option { return func(o *options) { o.storage = "file" } }
-
 // Raft keeps storage in integrated storage of one node, which survives
-// Restart.
+// Restart. (The minimal build of Vault knows no file storage.)
 func Raft() Option { return func(o *options) { o.storage = "raft" } }
 
 // WithAudit enables a file audit device, which writes AuditFile.
@@ -321,7 +318,7 @@ func (v *Vault) Kill() { v.proc.kill() }
 func (v *Vault) Stop() { v.proc.interrupt(30 * time.Second) }
 
 // Restart kills the server and its plugins with SIGKILL, starts it again on
-// the same storage and address, and unseals it. It needs File or Raft.
+// the same storage and address, and unseals it. It needs Raft.
 func (v *Vault) Restart(t testing.TB) {
 	t.Helper()
 	v.Kill()
@@ -331,11 +328,11 @@ func (v *Vault) Restart(t testing.TB) {
 
 // StartAgain starts a server that Kill or Stop has ended, on the same storage
 // and address, and unseals it, without waiting for it to become active. It
-// needs File or Raft.
+// needs Raft.
 func (v *Vault) StartAgain(t testing.TB) {
 	t.Helper()
 	if v.storage == "inmem" {
-		t.Fatal("a Vault on inmem storage loses everything when it ends: start it with File() or Raft()")
+		t.Fatal("a Vault on inmem storage loses everything when it ends: start it with Raft()")
 	}
 	v.http.CloseIdleConnections()
 	require.NoError(t, v.start())

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// Vault refuses a plugin whose version is not a semantic one.
+func TestDefaultVersionIsSemantic(t *testing.T) {
+	require.Regexp(t, `^v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?$`, version)
+}
+
+// A linker flag for a variable that does not exist changes nothing and says
+// nothing: so the version is asked of a binary that the Makefile built.
+func TestMakeSetsTheVersion(t *testing.T) {
+	root, err := vaulttest.Root()
+	require.NoError(t, err)
+	dir := t.TempDir()
+	cmd := exec.Command("make", "-C", root, "build-plugin", "BIN="+dir, "VERSION=v9.8.7-rc.1")
+	// A make that runs these tests must not hand its own settings down.
+	cmd.Env = append(os.Environ(), "MAKEFLAGS=", "MFLAGS=", "MAKEOVERRIDES=")
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+
+	binary := filepath.Join(dir, name)
+	require.Equal(t, "v9.8.7-rc.1", vaulttest.PluginVersion(t, binary))
+	mount := vaulttest.Dispense(t, binary, &logical.InmemStorage{}, logical.TestSystemView())
+	require.Equal(t, "v9.8.7-rc.1", mount.(logical.PluginVersioner).PluginVersion().Version)
+}
+
+func TestWithoutTheFlagTheVersionIsTheDefault(t *testing.T) {
+	dir := t.TempDir()
+	binary := filepath.Join(dir, name)
+	cmd := exec.Command("go", "build", "-o", binary, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	require.Equal(t, version, vaulttest.PluginVersion(t, binary))
+}
+
+func TestStartedByHandItHelps(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	cmd := exec.Command(vaulttest.PluginBinary(t))
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	require.Error(t, cmd.Run())
+	require.Equal(t, 1, cmd.ProcessState.ExitCode())
+	require.Empty(t, stdout.String(), "standard output is go-plugin's")
+	for _, text := range []string{
+		"vault plugin register -sha256=",
+		"vault secrets enable -path=kaizala",
+		"vault path-help kaizala",
+		"-version=" + vaulttest.PluginVersion(t, vaulttest.PluginBinary(t)),
+	} {
+		require.Contains(t, stderr.String(), text)
+	}
+}
+
+func TestArguments(t *testing.T) {
+	var stdout, stderr bytes.Buffer
+	require.Zero(t, run([]string{"--version"}, &stdout, &stderr))
+	require.Equal(t, version+"\n", stdout.String())
+	require.Equal(t, 1, run([]string{"-nonsense"}, &stdout, &stderr))
+	require.Contains(t, stderr.String(), "vault plugin register")
+	require.Equal(t, 1, run([]string{"nonsense"}, &stdout, &stderr))
+}
+
+// The whole of what Vault does with the binary, with no Vault: handshake,
+// mutual TLS, set-up, requests, storage called back, clean-up.
+func TestOverGoPlugin(t *testing.T) {
+	ctx := context.Background()
+	process := vaulttest.StartPlugin(t, vaulttest.PluginBinary(t), nil)
+	require.True(t, process.Multiplexed(t))
+
+	one, two := &logical.InmemStorage{}, &logical.InmemStorage{}
+	first := process.Mount(t, one, logical.TestSystemView())
+	second := process.Mount(t, two, logical.TestSystemView())
+	require.Equal(t, logical.TypeLogical, first.Type())
+	require.NotEmpty(t, first.SpecialPaths().SealWrapStorage)
+
+	const secret = "AB12CD34EF"
+	write := &logical.Request{
+		Operation: logical.CreateOperation,
+		Path:      "config",
+		Storage:   one,
+		Data: map[string]any{
+			"connector_id":     "37ba1e41-d55c-43bf-a2fa-d72c97aa080a",
+			"connector_secret": secret,
+		},
+	}
+	found, exists, err := first.HandleExistenceCheck(ctx, write)
+	require.NoError(t, err)
+	require.True(t, found)
+	require.False(t, exists)
+	resp, err := first.HandleRequest(ctx, write)
+	require.NoError(t, err)
+	require.False(t, resp.IsError(), "%v", resp)
+
+	read := &logical.Request{Operation: logical.ReadOperation, Path: "config", Storage: one}
+	resp, err = first.HandleRequest(ctx, read)
+	require.NoError(t, err)
+	require.Equal(t, "37ba1e41-d55c-43bf-a2fa-d72c97aa080a", resp.Data["connector_id"])
+	require.NotContains(t, resp.Data, "connector_secret")
+
+	// Every key that was written lies under a prefix that is seal-wrapped.
+	keys, err := logical.CollectKeys(ctx, one)
+	require.NoError(t, err)
+	require.NotEmpty(t, keys)
+	for _, key := range keys {
+		require.True(t, wrapped(first.SpecialPaths().SealWrapStorage, key), key)
+	}
+
+	// The second mount of the process knows nothing of it.
+	resp, err = second.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "config", Storage: two})
+	require.NoError(t, err)
+	require.Nil(t, resp)
+	keys, err = logical.CollectKeys(ctx, two)
+	require.NoError(t, err)
+	require.Empty(t, keys)
+
+	// One mount ends and the other goes on.
+	second.Cleanup(ctx)
+	resp, err = first.HandleRequest(ctx, read)
+	require.NoError(t, err)
+	require.NotNil(t, resp)
+	first.Cleanup(ctx)
+}
+
+func wrapped(prefixes []string, key string) bool {
+	for _, prefix := range prefixes {
+		if strings.HasSuffix(prefix, "/") && strings.HasPrefix(key, prefix) {
+			return true
+		}
+	}
+	return false
+}

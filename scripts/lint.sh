@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# gofmt, go vet and staticcheck on the Go files; bash -n, and shellcheck where
+# it is installed, on the scripts. bootstrap/vault is formatted only: to vet it
+# is to compile Vault.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+staticcheck=${STATICCHECK:-honnef.co/go/tools/cmd/staticcheck@v0.8.2}
+
+echo "gofmt"
+mapfile -t files < <(git ls-files --cached --others --exclude-standard -- '*.go')
+unformatted=$(gofmt -l -s "${files[@]}")
+if [[ -n $unformatted ]]; then
+  printf 'not formatted; run gofmt -s -w on:\n%s\n' "$unformatted" >&2
+  exit 1
+fi
+
+echo "go vet"
+go vet ./...
+
+echo "staticcheck"
+go run "$staticcheck" ./...
+
+mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
+echo "bash -n"
+for script in "${scripts[@]}"; do
+  bash -n "$script"
+done
+if command -v shellcheck >/dev/null; then
+  echo "shellcheck"
+  shellcheck -x "${scripts[@]}"
+else
+  echo "shellcheck is not installed here: left out"
+fi

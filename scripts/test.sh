@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# All tests with the race detector. The acceptance tests get the plugin and the
+# Vault that they run from here; go test ./... alone finds or builds both too.
+# Arguments go to go test, after its own: scripts/test.sh -run Lease ./backend
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if ! command -v gcc >/dev/null; then
+  echo "make test: the race detector needs gcc; install it and run again" >&2
+  exit 1
+fi
+VAULT_BIN=$(scripts/vault.sh)
+export VAULT_BIN
+export KAIZALA_PLUGIN_BIN=$PWD/bin/vault-plugin-secrets-kaizala
+export KAIZALA_EMULATOR_BIN=$PWD/bin/kaizala-emulator
+
+if (($# == 0)); then
+  set -- ./...
+fi
+CGO_ENABLED=1 go test -race -count=1 -timeout 30m "$@"
