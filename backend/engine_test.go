@@ -1,0 +1,349 @@
+package backend
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+func TestMain(m *testing.M) {
+	// The SDK brings in a package that starts this one when it is loaded.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
+}
+
+// engine is an engine under test, in process: Kaizala is an emulator without
+// sockets and storage does what it is told, so that it also runs in a synctest
+// bubble, by the bubble's clock.
+type engine struct {
+	t testing.TB
+	*backend
+	kaizala     *kaizalatest.Service
+	storage     *storage
+	system      *system
+	events      *events
+	log         *lockedBuffer
+	connectorID string
+	secret      string
+}
+
+// newEngine starts an engine with nothing configured.
+func newEngine(t testing.TB) *engine {
+	e := &engine{
+		t:       t,
+		kaizala: kaizalatest.New(),
+		storage: &storage{InmemStorage: &logical.InmemStorage{}},
+		system:  newSystem(),
+		events:  &events{},
+		log:     &lockedBuffer{},
+	}
+	e.start()
+	t.Cleanup(func() {
+		e.kaizala.ClearFaults()
+		e.stop()
+	})
+	return e
+}
+
+// newConfiguredEngine starts an engine with the default connector configured and
+// the engine's own share wide open.
+func newConfiguredEngine(t testing.TB) *engine {
+	e := newEngine(t)
+	e.kaizala.SetLimits(0, 0)
+	e.connectorID, e.secret = e.kaizala.RegisterConnector()
+	e.write("config", map[string]any{
+		"connector_id": e.connectorID, "connector_secret": e.secret, "exchanges_per_minute": 100_000,
+	})
+	return e
+}
+
+func (e *engine) start() {
+	b, err := newBackend(context.Background(), &logical.BackendConfig{
+		Logger:       hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: e.log, JSONFormat: true}),
+		System:       e.system,
+		StorageView:  e.storage,
+		EventsSender: e.events,
+	}, "v0.0.0", e.kaizala.Transport())
+	require.NoError(e.t, err)
+	e.backend = b
+	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))
+}
+
+func (e *engine) stop() { e.Cleanup(context.Background()) }
+
+// restart ends the engine as Vault does and starts another on what is stored.
+func (e *engine) restart() {
+	e.stop()
+	e.start()
+}
+
+// crash ends the engine between two steps, as SIGKILL does: what is under way
+// reaches storage no more. Another engine starts on what is stored.
+func (e *engine) crash() {
+	dead := e.storage
+	e.storage = &storage{InmemStorage: dead.InmemStorage}
+	dead.failWith(func(string, string) error { return errors.New("this process is dead") })
+	old := e.backend
+	old.cancel()
+	e.start()
+	e.t.Cleanup(func() { old.Cleanup(context.Background()) })
+}
+
+// do is one request, as Vault makes it: with an existence check before a write.
+func (e *engine) do(ctx context.Context, op logical.Operation, path string, data map[string]any) (*logical.Response, error) {
+	req := &logical.Request{Operation: op, Path: path, Data: data, Storage: e.storage}
+	if op == logical.UpdateOperation {
+		found, exists, err := e.HandleExistenceCheck(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		if found && !exists {
+			req.Operation = logical.CreateOperation
+		}
+	}
+	return e.HandleRequest(ctx, req)
+}
+
+// try makes a request and returns its answer, its HTTP status and its error's
+// text as Vault would give them.
+func (e *engine) try(op logical.Operation, path string, data map[string]any) (*logical.Response, int, string) {
+	return e.tryContext(context.Background(), op, path, data)
+}
+
+func (e *engine) tryContext(ctx context.Context, op logical.Operation, path string, data map[string]any) (*logical.Response, int, string) {
+	resp, err := e.do(ctx, op, path, data)
+	status, text := statusOf(op, resp, err)
+	return resp, status, text
+}
+
+func statusOf(op logical.Operation, resp *logical.Response, err error) (int, string) {
+	status, mapped := logical.RespondErrorCommon(&logical.Request{Operation: op}, resp, err)
+	if mapped != nil {
+		logical.AdjustErrorStatusCode(&status, mapped)
+		return status, mapped.Error()
+	}
+	switch {
+	case status != 0:
+		return status, ""
+	case resp == nil:
+		return http.StatusNoContent, ""
+	}
+	return http.StatusOK, ""
+}
+
+func (e *engine) ok(op logical.Operation, path string, data map[string]any) *logical.Response {
+	e.t.Helper()
+	resp, status, text := e.try(op, path, data)
+	require.Less(e.t, status, 300, "%s %s: %s", op, path, text)
+	return resp
+}
+
+func (e *engine) write(path string, data map[string]any) *logical.Response {
+	e.t.Helper()
+	return e.ok(logical.UpdateOperation, path, data)
+}
+
+func (e *engine) read(path string) map[string]any {
+	e.t.Helper()
+	return e.ok(logical.ReadOperation, path, nil).Data
+}
+
+func (e *engine) status(tenant string) string {
+	e.t.Helper()
+	return e.read("tenants/" + tenant)["status"].(string)
+}
+
+// addTenant generates a user token for the tenant's user, who bears its name,
+// and writes it without trying it.
+func (e *engine) addTenant(name string) {
+	e.t.Helper()
+	e.write("tenants/"+name, map[string]any{"refresh_token": e.newToken(name), "verify": false})
+}
+
+func (e *engine) newToken(user string) string {
+	return e.kaizala.GenerateUserToken(e.connectorID, user)
+}
+
+// lease reads creds and returns the answer with its lease as Vault issues it.
+func (e *engine) lease(tenant string) *logical.Response {
+	e.t.Helper()
+	resp := e.ok(logical.ReadOperation, "creds/"+tenant, nil)
+	resp.Secret.IssueTime = time.Now()
+	if resp.Secret.TTL == 0 {
+		resp.Secret.TTL = min(e.system.DefaultLeaseTTLVal, resp.Secret.MaxTTL)
+	}
+	return resp
+}
+
+func accessTokenOf(resp *logical.Response) string { return resp.Data["access_token"].(string) }
+
+func (e *engine) revokeLease(lease *logical.Response) error {
+	resp, err := e.HandleRequest(context.Background(), &logical.Request{
+		Operation: logical.RevokeOperation, Secret: lease.Secret, Storage: e.storage,
+	})
+	if err == nil && resp.IsError() {
+		err = resp.Error()
+	}
+	return err
+}
+
+// stored is the tenant's entry as storage has it, nil where it has none.
+func (e *engine) stored(tenant string) *tenantEntry {
+	e.t.Helper()
+	entry, err := getEntry[tenantEntry](context.Background(), e.storage.InmemStorage, tenantPrefix+tenant)
+	require.NoError(e.t, err)
+	return entry
+}
+
+// storage is storage that records what is done to it, and fails on demand.
+type storage struct {
+	*logical.InmemStorage
+	ops  atomic.Int64
+	mu   sync.Mutex
+	keys map[string]bool // every key ever written
+	puts map[string]int
+	fail func(op, key string) error
+}
+
+// failWith makes each operation (get, put, delete, list) ask f for its error.
+func (s *storage) failWith(f func(op, key string) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fail = f
+}
+
+func (s *storage) heal() { s.failWith(nil) }
+
+func (s *storage) check(ctx context.Context, op, key string) error {
+	s.ops.Add(1)
+	s.mu.Lock()
+	fail := s.fail
+	s.mu.Unlock()
+	if fail != nil {
+		if err := fail(op, key); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+func (s *storage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	if err := s.check(ctx, "get", key); err != nil {
+		return nil, err
+	}
+	return s.InmemStorage.Get(ctx, key)
+}
+
+func (s *storage) Put(ctx context.Context, entry *logical.StorageEntry) error {
+	if err := s.check(ctx, "put", entry.Key); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	if s.keys == nil {
+		s.keys, s.puts = map[string]bool{}, map[string]int{}
+	}
+	s.keys[entry.Key] = true
+	s.puts[entry.Key]++
+	s.mu.Unlock()
+	return s.InmemStorage.Put(ctx, entry)
+}
+
+func (s *storage) Delete(ctx context.Context, key string) error {
+	if err := s.check(ctx, "delete", key); err != nil {
+		return err
+	}
+	return s.InmemStorage.Delete(ctx, key)
+}
+
+func (s *storage) List(ctx context.Context, prefix string) ([]string, error) {
+	if err := s.check(ctx, "list", prefix); err != nil {
+		return nil, err
+	}
+	return s.InmemStorage.List(ctx, prefix)
+}
+
+func (s *storage) putsOf(key string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.puts[key]
+}
+
+// system is Vault's view of itself, counting the questions.
+type system struct {
+	logical.StaticSystemView
+	asked       atomic.Int64
+	replication atomic.Uint32
+}
+
+func newSystem() *system {
+	return &system{StaticSystemView: logical.StaticSystemView{
+		DefaultLeaseTTLVal: 768 * time.Hour, MaxLeaseTTLVal: 768 * time.Hour, VersionString: "1.21.0",
+	}}
+}
+
+func (s *system) DefaultLeaseTTL() time.Duration {
+	s.asked.Add(1)
+	return s.StaticSystemView.DefaultLeaseTTL()
+}
+
+func (s *system) MaxLeaseTTL() time.Duration {
+	s.asked.Add(1)
+	return s.StaticSystemView.MaxLeaseTTL()
+}
+
+func (s *system) ReplicationState() consts.ReplicationState {
+	s.asked.Add(1)
+	return consts.ReplicationState(s.replication.Load())
+}
+
+// events is Vault's event sender.
+type events struct {
+	mu   sync.Mutex
+	sent []string
+}
+
+func (s *events) SendEvent(_ context.Context, event logical.EventType, data *logical.EventData) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sent = append(s.sent, fmt.Sprintf("%s %s", event, data.Metadata.AsMap()["tenant"]))
+	return nil
+}
+
+func (s *events) all() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]string(nil), s.sent...)
+}
+
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func (b *lockedBuffer) count(text string) int { return strings.Count(b.String(), text) }

@@ -1,0 +1,142 @@
+package backend
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+func TestReadersShareOneAccessToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		first := e.lease("acme")
+		assert.True(t, e.kaizala.AccessTokenAlive(accessTokenOf(first)))
+		for range 3 {
+			time.Sleep(time.Hour)
+			assert.Equal(t, accessTokenOf(first), accessTokenOf(e.lease("acme")))
+			assert.Equal(t, first.Data["access_token"], e.read("token/acme")["access_token"])
+		}
+		assert.Equal(t, 1, e.kaizala.Exchanges("acme"))
+	})
+}
+
+func TestColdHerdCausesOneExchange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 2 * time.Second, Process: true, Times: 1})
+		var readers sync.WaitGroup
+		for range 1000 {
+			readers.Go(func() { e.read("creds/acme") })
+		}
+		readers.Wait()
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestReaderIsAnsweredWithinTenSeconds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 25 * time.Second, Process: true, Times: 1})
+		begun := time.Now()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "nothing was lost")
+		assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+
+		time.Sleep(20 * time.Second) // the exchange goes on, and its result is kept
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestCachedReadTouchesNothing(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	e.read("creds/acme")
+	ops, asked := e.storage.ops.Load(), e.system.asked.Load()
+	for range 100 {
+		e.read("creds/acme")
+		e.read("token/acme")
+	}
+	assert.Equal(t, ops, e.storage.ops.Load(), "storage operations")
+	assert.Equal(t, asked, e.system.asked.Load(), "questions to Vault")
+}
+
+func TestLeaseEndsBeforeItsToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		lease := e.lease("acme")
+		expires, err := time.Parse(time.RFC3339, lease.Data["expire_time"].(string))
+		require.NoError(t, err)
+		assert.Equal(t, expires.Sub(time.Now()).Truncate(time.Second)-2*time.Second, lease.Secret.MaxTTL)
+		assert.False(t, lease.Secret.Renewable, "the mount's TTL leaves no room for a renewal")
+
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		lease = e.lease("acme")
+		assert.Equal(t, time.Hour, lease.Secret.TTL)
+		assert.True(t, lease.Secret.Renewable)
+	})
+}
+
+func TestRestartIsSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		token := accessTokenOf(e.lease("acme"))
+		e.restart()
+		assert.Equal(t, token, accessTokenOf(e.lease("acme")))
+		e.crash()
+		assert.Equal(t, token, accessTokenOf(e.lease("acme")))
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestLastLeaseRevokedEarlyGivesTheTokenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		a, b := e.lease("acme"), e.lease("acme")
+		require.NoError(t, e.revokeLease(a))
+		assert.Equal(t, accessTokenOf(b), accessTokenOf(e.lease("acme")), "two leases live on")
+		require.NoError(t, e.revokeLease(b))
+		require.NoError(t, e.revokeLease(b))
+		assert.NotEqual(t, accessTokenOf(a), accessTokenOf(e.lease("acme")))
+		e.crash()
+		assert.NotEqual(t, accessTokenOf(a), accessTokenOf(e.lease("acme")))
+	})
+}
+
+func TestReaderWhoGoesAwayMakesTheCountUnknown(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	lease := e.lease("acme")
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	_, _ = e.do(gone, logical.ReadOperation, "creds/acme", nil)
+	require.NoError(t, e.revokeLease(lease))
+	assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+}
+
+func TestNaturalEndKeepsTheToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		lease := e.lease("acme")
+		time.Sleep(time.Hour)
+		require.NoError(t, e.revokeLease(lease))
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}
