@@ -65,7 +65,7 @@ func (Config) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "kaizala.Co
 // Client makes exchanges for one connector. It is safe for concurrent use, and remembers nothing between exchanges.
 type Client struct {
 	connectorID, connectorSecret string
-	root                         *url.URL
+	root                         *url.URL // the exchange's, at the api root
 	rootHost                     host
 	redirectHosts                []string
 	timeout                      time.Duration
@@ -102,7 +102,7 @@ func New(c Config) (*Client, error) {
 	client := &Client{
 		connectorID:     c.ConnectorID,
 		connectorSecret: c.ConnectorSecret,
-		root:            root.JoinPath(callPath),
+		root:            root,
 		rootHost:        rootHost,
 		timeout:         c.RequestTimeout,
 		transport:       c.Transport,

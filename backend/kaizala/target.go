@@ -92,7 +92,7 @@ func checkTarget(u *url.URL) (host, string) {
 	return h, ""
 }
 
-// parseRoot parses an api root, without the slash that it may end in.
+// parseRoot parses an api root and returns the URL of the exchange below it.
 func parseRoot(raw string) (*url.URL, host, string) {
 	u, h, problem := parseTarget(raw)
 	if problem != "" {
@@ -101,7 +101,10 @@ func parseRoot(raw string) (*url.URL, host, string) {
 	if strings.ContainsAny(raw, "?#") {
 		return nil, host{}, "must have no query and no fragment; give a URL such as " + DefaultAPIRoot
 	}
-	return u, h, ""
+	if u.Path == "" {
+		u.Path = "/" // what JoinPath joins to nothing is relative
+	}
+	return u.JoinPath(callPath), h, ""
 }
 
 // parseDomain returns a redirect host in the form in which hosts are compared.

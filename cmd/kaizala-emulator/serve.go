@@ -127,6 +127,7 @@ func newHandler(s *kaizalatest.Service) http.Handler {
 				return
 			}
 			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			w.WriteHeader(http.StatusOK)
 			_, _ = w.Write([]byte(out))
 		})
 	}

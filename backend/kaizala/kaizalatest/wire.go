@@ -3,6 +3,7 @@ package kaizalatest
 import (
 	"encoding/pem"
 	"io"
+	"log"
 	"maps"
 	"net"
 	"net/http"
@@ -112,6 +113,7 @@ func NewTLSServer() *Server { return serve((*httptest.Server).StartTLS) }
 func serve(start func(*httptest.Server)) *Server {
 	s := New()
 	server := httptest.NewUnstartedServer(s)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that reject the certificate, say
 	start(server)
 	s.mu.Lock()
 	s.url = server.URL

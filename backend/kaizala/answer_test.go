@@ -1,0 +1,316 @@
+package kaizala
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// body is a good answer, changed: nil deletes a field, and json.RawMessage is written as it is.
+func body(t testing.TB, changes map[string]any) string {
+	t.Helper()
+	fields := map[string]any{
+		"accessToken":       accessCanary,
+		"endpointUrl":       "https://inc-000.KaizalaMessaging.osi.office.net/",
+		"accessTokenExpiry": time.Now().Add(24 * time.Hour).UnixMilli(),
+		"refreshToken":      "",
+		"scope":             "token.write",
+	}
+	for k, v := range changes {
+		fields[k] = v
+		if v == nil {
+			delete(fields, k)
+		}
+	}
+	raw, err := json.Marshal(fields)
+	require.NoError(t, err)
+	return string(raw)
+}
+
+func TestGrant(t *testing.T) {
+	null := json.RawMessage("null")
+	for _, c := range []struct {
+		name     string
+		changes  map[string]any
+		newToken string
+	}{
+		{"refreshToken empty", nil, ""},
+		{"refreshToken null", map[string]any{"refreshToken": null}, ""},
+		{"refreshToken absent", map[string]any{"refreshToken": nil}, ""},
+		{"refreshToken new", map[string]any{"refreshToken": newCanary}, newCanary},
+		{"refreshToken new, with spaces around it", map[string]any{"refreshToken": " " + newCanary + "\n"}, newCanary},
+		{"refreshToken as it was", map[string]any{"refreshToken": refreshCanary}, ""},
+		{"an empty errorCode", map[string]any{"errorCode": ""}, ""},
+		{"a null errorCode", map[string]any{"errorCode": null}, ""},
+		{"an errorCode of 0", map[string]any{"errorCode": 0}, ""},
+		{"fields that nobody knows", map[string]any{"x": map[string]any{"refreshToken": "inner", "list": []any{1, []any{}, "a"}}}, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g, err := through(t, answering(200, nil, body(t, c.changes)+"\n")).exchange(t)
+			require.NoError(t, err)
+			assert.Equal(t, accessCanary, g.AccessToken)
+			assert.Equal(t, "https://inc-000.KaizalaMessaging.osi.office.net/", g.EndpointURL, "as sent")
+			assert.Equal(t, "token.write", g.Scope)
+			assert.Equal(t, c.newToken, g.RefreshToken)
+			assert.Equal(t, time.UTC, g.Expires.Location())
+			assert.WithinDuration(t, time.Now().Add(24*time.Hour), g.Expires, time.Minute)
+		})
+	}
+
+	t.Run("scope is optional", func(t *testing.T) {
+		g, err := through(t, answering(200, nil, body(t, map[string]any{"scope": nil}))).exchange(t)
+		require.NoError(t, err)
+		assert.Empty(t, g.Scope)
+	})
+	t.Run("an endpoint on a loopback address", func(t *testing.T) {
+		g, err := through(t, answering(200, nil, body(t, map[string]any{"endpointUrl": "http://127.0.0.1:1"}))).exchange(t)
+		require.NoError(t, err)
+		assert.Equal(t, "http://127.0.0.1:1", g.EndpointURL)
+	})
+	t.Run("the expiry is milliseconds, exactly", func(t *testing.T) {
+		millis := time.Now().Add(time.Hour).UnixMilli()
+		g, err := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": millis}))).exchange(t)
+		require.NoError(t, err)
+		assert.Equal(t, millis, g.Expires.UnixMilli())
+	})
+	t.Run("an expiry is capped at 400 days", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			far := time.Now().Add(401 * 24 * time.Hour).UnixMilli()
+			g, err := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": far}))).exchange(t)
+			require.NoError(t, err)
+			assert.Equal(t, time.Now().Add(400*24*time.Hour).UTC(), g.Expires)
+		})
+	})
+	t.Run("the last of two keys wins", func(t *testing.T) {
+		b := strings.Replace(body(t, map[string]any{"refreshToken": newCanary}), "{", `{"refreshToken":"first",`, 1)
+		g, err := through(t, answering(200, nil, b)).exchange(t)
+		require.NoError(t, err)
+		assert.Equal(t, newCanary, g.RefreshToken)
+	})
+}
+
+// Each answer holds a new refresh token beside something that is wrong. The token comes back beside the error, alone.
+func TestNewRefreshTokenIsNeverLost(t *testing.T) {
+	with := func(field string, v any) string {
+		return body(t, map[string]any{"refreshToken": newCanary, field: v})
+	}
+	token := `"refreshToken":"` + newCanary + `"`
+	whole := with("x", 1)
+	for name, b := range map[string]string{
+		"cut off after it":           `{` + token,
+		"cut off in the next key":    `{` + token + `,"acc`,
+		"cut off in the next value":  `{` + token + `,"accessToken":"abc`,
+		"cut off in a number":        `{` + token + `,"accessTokenExpiry":17`,
+		"cut off before the brace":   whole[:len(whole)-1],
+		"followed by junk":           whole + bodyCanary,
+		"followed by an object":      whole + whole,
+		"junk after it":              `{` + token + ` ` + bodyCanary,
+		"over the cap":               whole + strings.Repeat(" ", maxAnswerBytes),
+		"over the cap in a string":   `{` + token + `,"x":"` + strings.Repeat("a", maxAnswerBytes) + `"}`,
+		"nested over the cap":        `{` + token + `,"x":` + strings.Repeat("[", maxAnswerBytes),
+		"no accessToken":             with("accessToken", nil),
+		"empty accessToken":          with("accessToken", ""),
+		"accessToken with LF":        with("accessToken", accessCanary+"\nx"),
+		"accessToken of 17 KiB":      with("accessToken", strings.Repeat("a", 17<<10)),
+		"accessToken a number":       with("accessToken", 5),
+		"accessToken an object":      with("accessToken", map[string]any{"a": accessCanary}),
+		"no expiry":                  with("accessTokenExpiry", nil),
+		"expiry a string":            with("accessTokenExpiry", bodyCanary),
+		"expiry a fraction":          with("accessTokenExpiry", 1.5),
+		"expiry with an exponent":    with("accessTokenExpiry", json.RawMessage("1e15")),
+		"expiry beyond 64 bits":      with("accessTokenExpiry", json.RawMessage("99999999999999999999")),
+		"expiry negative":            with("accessTokenExpiry", -1),
+		"expiry in seconds":          with("accessTokenExpiry", time.Now().Add(time.Hour).Unix()),
+		"expiry just past":           with("accessTokenExpiry", time.Now().UnixMilli()),
+		"no endpointUrl":             with("endpointUrl", nil),
+		"endpointUrl relative":       with("endpointUrl", "/"+bodyCanary),
+		"endpointUrl http":           with("endpointUrl", "http://"+bodyCanary+".osi.office.net"),
+		"endpointUrl with a user":    with("endpointUrl", "https://"+bodyCanary+"@osi.office.net"),
+		"endpointUrl a list":         with("endpointUrl", []string{bodyCanary}),
+		"scope a list":               with("scope", []string{bodyCanary}),
+		"then a refreshToken number": strings.TrimSuffix(whole, "}") + `,"refreshToken":1}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			g, err := through(t, answering(200, nil, b)).exchange(t)
+			e := requireKind(t, Unavailable, err)
+			assert.Contains(t, e.Text, "did not make sense")
+			assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+
+			// The same without a new refresh token is an error alone.
+			g, err = through(t, answering(200, nil, strings.ReplaceAll(b, newCanary, refreshCanary))).exchange(t)
+			requireKind(t, Unavailable, err)
+			assert.Nil(t, g)
+		})
+	}
+
+	t.Run("beside an errorCode", func(t *testing.T) {
+		g, err := through(t, answering(200, nil, with("errorCode", "InvalidParameters"))).exchange(t)
+		requireKind(t, Refused, err)
+		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	})
+	t.Run("but an error page's is not believed", func(t *testing.T) {
+		for _, status := range []int{301, 400, 404, 429, 500, 503} {
+			g, err := through(t, answering(status, nil, whole)).exchange(t)
+			require.Error(t, err)
+			assert.Nil(t, g, "%d", status)
+		}
+	})
+	t.Run("nor half of one", func(t *testing.T) {
+		g, err := through(t, answering(200, nil, `{"refreshToken":"`+newCanary)).exchange(t)
+		requireKind(t, Unavailable, err)
+		assert.Nil(t, g)
+	})
+	for name, bad := range map[string]string{"LF": newCanary + "\nx", "not ASCII": newCanary + "é", "too long": strings.Repeat("a", MaxTokenBytes+1)} {
+		t.Run("nor one that cannot be sent: "+name, func(t *testing.T) {
+			g, err := through(t, answering(200, nil, with("refreshToken", bad))).exchange(t)
+			requireKind(t, Unavailable, err)
+			assert.Nil(t, g)
+		})
+	}
+}
+
+func TestClocksThatDiffer(t *testing.T) {
+	for ago, mentioned := range map[time.Duration]bool{0: true, 23 * time.Hour: true, 25 * time.Hour: false} {
+		b := body(t, map[string]any{"accessTokenExpiry": time.Now().Add(-ago).UnixMilli()})
+		_, err := through(t, answering(200, nil, b)).exchange(t)
+		assert.Equal(t, mentioned, strings.Contains(requireKind(t, Unavailable, err).Text, "clock"), "%v", ago)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	const wrongConnector = "Dont have correct applicationId and secret in header!"
+	object := func(message, code any) string {
+		raw, err := json.Marshal(map[string]any{"message": message, "errorCode": code, "errorCategoryKey": bodyCanary})
+		require.NoError(t, err)
+		return string(raw)
+	}
+	invalidToken := object(bodyCanary, "InvalidToken")
+	for _, c := range []struct {
+		name   string
+		body   string
+		status []int
+		kind   Kind
+		code   string
+	}{
+		{"InvalidToken", invalidToken, []int{200, 302, 400, 401, 403, 500, 503}, RefusedRefreshToken, "InvalidToken"},
+		{"InvalidToken in another case", object("", " invalidTOKEN "), []int{200, 401}, RefusedRefreshToken, "InvalidToken"},
+		{"the connector's message", object(wrongConnector, "Unauthenticated"), []int{200, 401, 500}, RefusedConnector, "Unauthenticated"},
+		{"the connector's message in another case", object(strings.ToUpper(wrongConnector), bodyCanary), []int{401}, RefusedConnector, ""},
+		{"the connector's message outweighs InvalidToken", object(wrongConnector, "InvalidToken"), []int{401}, RefusedConnector, "InvalidToken"},
+		{"the connector's message without errorCode", object(wrongConnector, ""), []int{400, 401, 403}, RefusedConnector, ""},
+		{"the connector's message without errorCode, but no 4xx", object(wrongConnector, ""), []int{200, 302, 500}, Unavailable, ""},
+		{"half of the connector's message", object("no secret "+bodyCanary, "InvalidParameters"), []int{400}, Refused, "InvalidParameters"},
+		{"Unauthenticated", object(bodyCanary, "unauthenticated"), []int{200, 401}, Refused, "Unauthenticated"},
+		{"an unknown code", object(bodyCanary, bodyCanary), []int{200, 400}, Refused, ""},
+		{"a code that is a number", object(bodyCanary, 7), []int{200, 400}, Refused, ""},
+		{"a code that is an object", object(bodyCanary, map[string]any{"a": 1}), []int{200, 400}, Refused, ""},
+		{"an unknown code with a 5xx", object(bodyCanary, bodyCanary), []int{500, 503}, Unavailable, ""},
+		{"a documented code with a 5xx", object(bodyCanary, "InvalidParameters"), []int{500}, Unavailable, "InvalidParameters"},
+		{"no code", object(bodyCanary, ""), []int{200, 400, 404, 500}, Unavailable, ""},
+		{"a code beside a whole grant", body(t, map[string]any{"errorCode": "InvalidToken"}), []int{200}, RefusedRefreshToken, "InvalidToken"},
+		{"half an InvalidToken", invalidToken[:len(invalidToken)-1], []int{200, 401, 500}, Unavailable, ""},
+		{"InvalidToken and junk", invalidToken + bodyCanary, []int{200, 401}, Unavailable, ""},
+		{"InvalidToken in a list", "[" + invalidToken + "]", []int{200, 401}, Unavailable, ""},
+		{"a proxy's HTML", "<html>" + bodyCanary, []int{200, 301, 302, 303, 304, 400, 401, 403, 404, 407, 500, 502, 503}, Unavailable, ""},
+		{"nothing", "", []int{200, 204, 400, 401, 500}, Unavailable, ""},
+		{"null", "null", []int{200, 400}, Unavailable, ""},
+	} {
+		for _, status := range c.status {
+			t.Run(fmt.Sprintf("%s, %d", c.name, status), func(t *testing.T) {
+				g, err := through(t, answering(status, nil, c.body)).exchange(t)
+				e := requireKind(t, c.kind, err)
+				assert.Equal(t, status, e.Status)
+				assert.Equal(t, c.code, e.Code)
+				assert.Nil(t, g)
+				if c.kind == Refused && c.code == "" {
+					assert.Contains(t, e.Text, "an unknown errorCode")
+				}
+			})
+		}
+	}
+}
+
+func TestErrorsSayWhoHasToDoWhat(t *testing.T) {
+	for want, b := range map[string]string{
+		"tenant user":     `{"errorCode":"InvalidToken"}`,
+		"connector_id":    `{"errorCode":"x","message":"applicationId and secret"}`,
+		"connector owner": `{"errorCode":"x"}`,
+		"api_root":        `<html>`,
+	} {
+		_, err := through(t, answering(403, nil, b)).exchange(t)
+		assert.ErrorContains(t, err, want)
+	}
+}
+
+func TestLimit(t *testing.T) {
+	// The status outweighs whatever the body says.
+	for _, b := range []string{"", "<html>", `{"errorCode":"InvalidToken"}`, body(t, nil)} {
+		_, err := through(t, answering(429, http.Header{"Retry-After": {"30"}}, b)).exchange(t)
+		e := requireKind(t, Limited, err)
+		assert.Equal(t, 429, e.Status)
+		assert.Equal(t, 30*time.Second, e.RetryAfter)
+		assert.Contains(t, e.Text, "30s")
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }
+		for value, want := range map[string]time.Duration{
+			"":                        0,
+			"0":                       0,
+			"17":                      17 * time.Second,
+			" 17 ":                    17 * time.Second,
+			"-17":                     0,
+			"+17":                     0,
+			"1.5":                     0,
+			"1e3":                     0,
+			bodyCanary:                0,
+			"86400":                   24 * time.Hour,
+			"86401":                   24 * time.Hour,
+			"99999999999999999999":    24 * time.Hour,
+			in(90 * time.Second):      90 * time.Second,
+			in(-90 * time.Second):     0,
+			in(25 * time.Hour):        24 * time.Hour,
+			time.Now().UTC().String(): 0,
+		} {
+			header := http.Header{"Retry-After": {value}}
+			_, err := through(t, answering(429, header, "")).exchange(t)
+			assert.Equal(t, want, requireKind(t, Limited, err).RetryAfter, "%q", value)
+			for _, b := range []string{"<html>", `{"errorCode":"` + bodyCanary + `"}`} {
+				_, err = through(t, answering(503, header, b)).exchange(t)
+				assert.Equal(t, want, requireKind(t, Unavailable, err).RetryAfter, "%q", value)
+			}
+		}
+	})
+}
+
+func TestCapCountsDecompressedBytes(t *testing.T) {
+	var bomb bytes.Buffer
+	z := gzip.NewWriter(&bomb)
+	_, _ = z.Write([]byte(`{"refreshToken":"` + newCanary + `","x":"`))
+	zeros := bytes.Repeat([]byte("0"), 1<<20)
+	for range 4 {
+		_, _ = z.Write(zeros)
+	}
+	require.NoError(t, z.Close())
+	require.Less(t, bomb.Len(), maxAnswerBytes)
+
+	c := served(t, func(w http.ResponseWriter, r *http.Request) {
+		assert.Equal(t, "gzip", r.Header.Get("Accept-Encoding"))
+		w.Header().Set("Content-Encoding", "gzip")
+		_, _ = w.Write(bomb.Bytes())
+	})
+	g, err := c.exchange(t)
+	assert.Contains(t, requireKind(t, Unavailable, err).Text, "256 KiB")
+	assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+}

@@ -1,0 +1,394 @@
+package kaizala
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// served returns a client, with its own transport, of a server on a socket.
+func served(t *testing.T, h http.HandlerFunc) *Client {
+	t.Helper()
+	server := httptest.NewUnstartedServer(h)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.Start()
+	t.Cleanup(server.Close)
+	return client(t, func(c *Config) { c.APIRoot = server.URL })
+}
+
+func TestExchange(t *testing.T) {
+	for name, start := range map[string]func() *kaizalatest.Server{"http": kaizalatest.NewServer, "https": kaizalatest.NewTLSServer} {
+		t.Run(name, func(t *testing.T) {
+			s := start()
+			defer s.Close()
+			c, token := connectorOf(t, s.Service, func(c *Config) { c.APIRoot, c.CACert, c.Transport = s.URL, s.CACert, nil })
+			g, err := c.Exchange(t.Context(), Request{RefreshToken: token})
+			require.NoError(t, err)
+			assert.True(t, s.AccessTokenAlive(g.AccessToken))
+			assert.Equal(t, s.URL, g.EndpointURL)
+			assert.Empty(t, g.RefreshToken)
+			assert.WithinDuration(t, time.Now().Add(24*time.Hour), g.Expires, time.Minute)
+		})
+	}
+}
+
+func TestExchangeSaysWhatTheServiceMeans(t *testing.T) {
+	s := kaizalatest.New()
+	c, token := connectorOf(t, s, nil)
+	id := c.connectorID
+	exchange := func(token string) error {
+		_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
+		return err
+	}
+	require.NoError(t, exchange(token))
+	requireKind(t, RefusedRefreshToken, exchange(token+"x"))
+
+	newer := s.GenerateUserToken(id, "ada")
+	requireKind(t, RefusedRefreshToken, exchange(token))
+	require.NoError(t, exchange(newer))
+
+	s.SetConnectorSecret(id, "OTHER")
+	requireKind(t, RefusedConnector, exchange(newer))
+	s.SetConnectorSecret(id, c.connectorSecret)
+
+	s.SetLimits(1, 0)
+	e := requireKind(t, Limited, exchange(newer))
+	assert.InDelta(t, 60, e.RetryAfter.Seconds(), 5)
+	s.SetLimits(0, 0)
+
+	s.DeleteConnector(id)
+	requireKind(t, RefusedConnector, exchange(newer))
+}
+
+func TestRotation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := kaizalatest.New()
+		c, token := connectorOf(t, s, nil)
+		time.Sleep(time.Until(Inspect(token).RotatesFrom()) - time.Second)
+		g, err := c.Exchange(t.Context(), Request{RefreshToken: token})
+		require.NoError(t, err)
+		require.Empty(t, g.RefreshToken)
+
+		time.Sleep(time.Second)
+		g, err = c.Exchange(t.Context(), Request{RefreshToken: token})
+		require.NoError(t, err)
+		require.Equal(t, s.CurrentRefreshToken("ada"), g.RefreshToken)
+		require.NotEqual(t, token, g.RefreshToken)
+
+		// The answer that holds the next one is cut off behind it, then the connection breaks.
+		time.Sleep(time.Until(Inspect(g.RefreshToken).RotatesFrom()))
+		s.Inject(kaizalatest.Fault{Times: 1, Truncate: true, TruncateAt: 1 << 20})
+		lost, err := c.Exchange(t.Context(), Request{RefreshToken: g.RefreshToken})
+		requireKind(t, Unavailable, err)
+		require.Equal(t, &Grant{RefreshToken: s.CurrentRefreshToken("ada")}, lost)
+	})
+}
+
+// What is sent is the documented request, and nothing else that could tell who asks.
+func TestRequest(t *testing.T) {
+	for root, path := range map[string]string{"": "/v1/accessToken", "/": "/v1/accessToken", "/kaizala/eu": "/kaizala/eu/v1/accessToken", "/kaizala/": "/kaizala/v1/accessToken"} {
+		var seen *http.Request
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			seen = r
+			w.Header().Set("Set-Cookie", "a=b")
+			_, _ = io.WriteString(w, body(t, nil))
+		}))
+		c := client(t, func(c *Config) { c.APIRoot = server.URL + root })
+		for range 2 {
+			_, err := c.exchange(t)
+			require.NoError(t, err)
+		}
+		server.Close()
+		assert.Equal(t, http.MethodGet, seen.Method)
+		assert.Equal(t, path, seen.RequestURI)
+		assert.Equal(t, connectorID, seen.Header.Get("applicationId"))
+		assert.Equal(t, secretCanary, seen.Header.Get("applicationSecret"))
+		assert.Equal(t, refreshCanary, seen.Header.Get("refreshToken"))
+		assert.Empty(t, seen.Header.Get("Cookie"))
+		assert.Empty(t, seen.Header.Get("Referer"))
+		assert.Zero(t, seen.ContentLength)
+	}
+}
+
+// A GET on a connection that breaks must not be sent again behind the client's back: the first may have rotated the token,
+// and it would be a call that nobody permitted.
+func TestOneRequestForOnePermit(t *testing.T) {
+	var requests atomic.Int32
+	c := served(t, func(w http.ResponseWriter, _ *http.Request) {
+		if requests.Add(1) == 1 {
+			_, _ = io.WriteString(w, body(t, nil))
+			return
+		}
+		panic(http.ErrAbortHandler)
+	})
+	_, err := c.exchange(t)
+	require.NoError(t, err)
+	_, err = c.exchange(t)
+	requireKind(t, Unavailable, err)
+	assert.EqualValues(t, 2, requests.Load())
+}
+
+func TestNetworkErrors(t *testing.T) {
+	short := func(c *Client) *Client { c.timeout = 50 * time.Millisecond; return c }
+	hang := func(r *http.Request) { <-r.Context().Done() }
+	quiet := func(start func(*httptest.Server)) *httptest.Server {
+		server := httptest.NewUnstartedServer(http.NotFoundHandler())
+		server.Config.ErrorLog = log.New(io.Discard, "", 0)
+		start(server)
+		t.Cleanup(server.Close)
+		return server
+	}
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	secure := kaizalatest.NewTLSServer()
+	defer secure.Close()
+	plain := quiet((*httptest.Server).Start)
+	untrusted := quiet((*httptest.Server).StartTLS)
+
+	for _, c := range []struct {
+		name, says string
+		client     *Client
+	}{
+		{"nobody listens", "refuses connections", client(t, func(c *Config) { c.APIRoot = closed.URL })},
+		{"no such name", "does not resolve", client(t, func(c *Config) {
+			direct := newTransport(nil)
+			direct.Proxy = nil
+			c.APIRoot, c.Transport = "https://kaizala.invalid", direct
+		})},
+		{"a CA that nobody trusts", "set ca_cert", client(t, func(c *Config) { c.APIRoot = untrusted.URL })},
+		{"another CA", "set ca_cert", client(t, func(c *Config) { c.APIRoot, c.CACert = untrusted.URL, certificate(t) })},
+		{"a certificate for another name", "another name", client(t, func(c *Config) {
+			c.APIRoot, c.CACert = strings.Replace(secure.URL, "127.0.0.1", "localhost", 1), secure.CACert
+		})},
+		{"http where https should be", "TLS", client(t, func(c *Config) { c.APIRoot = strings.Replace(plain.URL, "http:", "https:", 1) })},
+		{"a hang", "timed out after request_timeout (50ms)", short(served(t, func(_ http.ResponseWriter, r *http.Request) { hang(r) }))},
+		{"a trickle", "timed out after request_timeout (50ms)", short(served(t, func(w http.ResponseWriter, r *http.Request) {
+			for r.Context().Err() == nil {
+				_, _ = io.WriteString(w, " ")
+				_ = http.NewResponseController(w).Flush()
+				select {
+				case <-r.Context().Done():
+				case <-time.After(time.Millisecond):
+				}
+			}
+		}))},
+		{"a reset", "broke the connection off", served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })},
+		{"something that is not HTTP", "not HTTP", served(t, func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			assert.NoError(t, err)
+			_, _ = io.WriteString(conn, bodyCanary+" "+refreshCanary+"\r\n\r\n")
+			_ = conn.Close()
+		})},
+		{"a header without end", "not HTTP", served(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("X", strings.Repeat(bodyCanary, maxHeaderBytes))
+		})},
+		{"an error that quotes", "broke the connection off", through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
+			return nil, errors.New(r.Header.Get("refreshToken") + r.Header.Get("applicationSecret") + bodyCanary)
+		}))},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g, err := c.client.exchange(t)
+			e := requireKind(t, Unavailable, err)
+			assert.Contains(t, e.Text, c.says)
+			assert.Equal(t, c.name == "a trickle", e.Status == 200, "the status of an answer, and 0 for none")
+			assert.NotContains(t, e.Text, callPath)
+			assert.Nil(t, g)
+		})
+	}
+}
+
+// An answer that breaks off after the new refresh token still brings it.
+func TestBrokenAnswers(t *testing.T) {
+	start := func(w http.ResponseWriter) {
+		_, _ = io.WriteString(w, `{"refreshToken":"`+newCanary+`",`)
+		_ = http.NewResponseController(w).Flush()
+	}
+	t.Run("reset", func(t *testing.T) {
+		g, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+			start(w)
+			panic(http.ErrAbortHandler)
+		}).exchange(t)
+		assert.Contains(t, requireKind(t, Unavailable, err).Text, "broke the connection off")
+		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	})
+	t.Run("reset after the whole object", func(t *testing.T) {
+		g, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, body(t, map[string]any{"refreshToken": newCanary}))
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}).exchange(t)
+		requireKind(t, Unavailable, err)
+		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	})
+	t.Run("a refusal in a broken answer is not believed", func(t *testing.T) {
+		_, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusUnauthorized)
+			_, _ = io.WriteString(w, `{"errorCode":"InvalidToken"}`)
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}).exchange(t)
+		requireKind(t, Unavailable, err)
+	})
+	t.Run("timed out", func(t *testing.T) {
+		c := served(t, func(w http.ResponseWriter, r *http.Request) { start(w); <-r.Context().Done() })
+		c.timeout = 100 * time.Millisecond
+		g, err := c.exchange(t)
+		assert.Contains(t, requireKind(t, Unavailable, err).Text, "timed out")
+		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	})
+	t.Run("given up by the caller", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		g, err := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
+			b := io.MultiReader(strings.NewReader(`{"refreshToken":"`+newCanary+`",`), readerFunc(func([]byte) (int, error) {
+				cancel()
+				return 0, context.Canceled
+			}))
+			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(b)}, nil
+		})).Exchange(ctx, Request{RefreshToken: refreshCanary})
+		require.ErrorIs(t, err, context.Canceled)
+		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	})
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func TestCallersContext(t *testing.T) {
+	for _, fault := range []kaizalatest.Fault{{Hang: true}, {Delay: time.Hour}} {
+		synctest.Test(t, func(t *testing.T) {
+			s := kaizalatest.New()
+			c, token := connectorOf(t, s, nil)
+			s.Inject(fault)
+			forgotten := false
+			request := Request{RefreshToken: token, URL: DefaultAPIRoot, Moved: func(string) { forgotten = true }}
+
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(5*time.Second, cancel)
+			_, err := c.Exchange(ctx, request)
+			require.ErrorIs(t, err, context.Canceled)
+
+			ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			start := time.Now()
+			_, err = c.Exchange(ctx, request)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			assert.Equal(t, 5*time.Second, time.Since(start))
+			var e *Error
+			assert.NotErrorAs(t, err, &e, "it says nothing of the service")
+			assert.False(t, forgotten)
+
+			calls := s.CallCount()
+			_, err = c.Exchange(ctx, request)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			assert.Equal(t, calls, s.CallCount(), "no call for a caller who has gone")
+		})
+	}
+}
+
+func TestRequestTimeout(t *testing.T) {
+	t.Run("all hops together, and no waiting for Permit", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := kaizalatest.New()
+			c, token := connectorOf(t, s, nil)
+			s.MoveUser("ada", "https://eu.kaiza.la/")
+			s.Inject(kaizalatest.Fault{Delay: 6 * time.Second})
+			start := time.Now()
+			_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(ctx context.Context) (func(), error) {
+				time.Sleep(time.Minute)
+				return nil, ctx.Err()
+			}})
+			assert.Contains(t, requireKind(t, Unavailable, err).Text, "request_timeout (10s)")
+			assert.Equal(t, 2*time.Minute+10*time.Second, time.Since(start))
+		})
+	})
+	t.Run("a minute by default", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := kaizalatest.New()
+			c, token := connectorOf(t, s, func(c *Config) { c.RequestTimeout = 0 })
+			s.Inject(kaizalatest.Fault{Hang: true})
+			start := time.Now()
+			_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
+			requireKind(t, Unavailable, err)
+			assert.Equal(t, time.Minute, time.Since(start))
+		})
+	})
+}
+
+func TestPermit(t *testing.T) {
+	s := kaizalatest.New()
+	c, token := connectorOf(t, s, nil)
+	s.MoveUser("ada", "https://eu.kaiza.la/v1/accessToken")
+	var events []string
+	permit := func(context.Context) (func(), error) {
+		events = append(events, "permit")
+		return func() { events = append(events, "done") }, nil
+	}
+	_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: permit, Moved: func(u string) { events = append(events, u) }})
+	require.NoError(t, err)
+	assert.Equal(t, []string{"permit", "done", "https://eu.kaiza.la/v1/accessToken", "permit", "done"}, events)
+
+	t.Run("done after a failure too, once", func(t *testing.T) {
+		events = nil
+		s.Inject(kaizalatest.Fault{Reset: true, Times: 1})
+		_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: permit})
+		requireKind(t, Unavailable, err)
+		assert.Equal(t, []string{"permit", "done"}, events)
+	})
+	t.Run("done after the body", func(t *testing.T) {
+		read := false
+		c := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
+			return &http.Response{StatusCode: 200, Body: io.NopCloser(readerFunc(func([]byte) (int, error) { read = true; return 0, io.EOF }))}, nil
+		}))
+		_, _ = c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(context.Context) (func(), error) {
+			return func() { assert.True(t, read) }, nil
+		}})
+		assert.True(t, read)
+	})
+	t.Run("its error ends the exchange", func(t *testing.T) {
+		full := errors.New("the share is used up")
+		for allowed, calls := range []int{0, 1} {
+			s.ResetCalls()
+			left := allowed
+			g, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(context.Context) (func(), error) {
+				if left--; left < 0 {
+					return nil, full
+				}
+				return nil, nil
+			}})
+			assert.True(t, err == full, "as it is")
+			assert.Nil(t, g)
+			assert.Equal(t, calls, s.CallCount())
+		}
+	})
+}
+
+func TestConcurrentUse(t *testing.T) {
+	s := kaizalatest.NewServer()
+	defer s.Close()
+	c, token := connectorOf(t, s.Service, func(c *Config) { c.APIRoot, c.Transport = s.URL, nil })
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
+			assert.NoError(t, err)
+		})
+	}
+	all.Wait()
+	assert.Equal(t, 20, s.Exchanges("ada"))
+}

@@ -1,0 +1,143 @@
+package kaizala
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// Canaries: what no error may ever hold. bodyCanary stands in every body and header that a test's service makes up.
+const (
+	connectorID   = "37ba1e41-d55c-43bf-a2fa-d72c97aa080a"
+	secretCanary  = "SECRET9876"
+	refreshCanary = "refresh-canary-token"
+	accessCanary  = "access-canary-token"
+	newCanary     = "new-refresh-canary-token"
+	bodyCanary    = "body-canary-text"
+)
+
+// requireNoCanary requires that an error, and every error that it wraps, tells nothing.
+func requireNoCanary(t *testing.T, err error) {
+	t.Helper()
+	text := strings.ToLower(err.Error())
+	for _, canary := range []string{secretCanary, refreshCanary, accessCanary, newCanary, bodyCanary} {
+		require.NotContains(t, text, strings.ToLower(canary))
+	}
+}
+
+// transportFunc is a service in a function.
+type transportFunc func(*http.Request) (*http.Response, error)
+
+func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// handled is a transport that asks a handler, in process.
+func handled(h http.HandlerFunc) http.RoundTripper {
+	return transportFunc(func(r *http.Request) (*http.Response, error) {
+		w := httptest.NewRecorder()
+		h(w, r)
+		return w.Result(), nil
+	})
+}
+
+// answering is a transport that gives one answer to everything.
+func answering(status int, header http.Header, body string) http.RoundTripper {
+	return handled(func(w http.ResponseWriter, _ *http.Request) {
+		for k, v := range header {
+			w.Header()[k] = v
+		}
+		w.WriteHeader(status)
+		_, _ = w.Write([]byte(body))
+	})
+}
+
+// client returns a client of the canaries' connector. edit may be nil.
+func client(t *testing.T, edit func(*Config)) *Client {
+	t.Helper()
+	config := Config{
+		ConnectorID:     connectorID,
+		ConnectorSecret: secretCanary,
+		APIRoot:         DefaultAPIRoot,
+		RedirectHosts:   DefaultRedirectHosts,
+		RequestTimeout:  10 * time.Second,
+	}
+	if edit != nil {
+		edit(&config)
+	}
+	c, err := New(config)
+	require.NoError(t, err)
+	t.Cleanup(c.Close)
+	return c
+}
+
+// through returns a client whose service is a transport.
+func through(t *testing.T, rt http.RoundTripper) *Client {
+	t.Helper()
+	return client(t, func(c *Config) { c.Transport = rt })
+}
+
+// exchange makes the canaries' exchange.
+func (c *Client) exchange(t *testing.T) (*Grant, error) {
+	t.Helper()
+	return c.Exchange(t.Context(), Request{RefreshToken: refreshCanary})
+}
+
+// requireKind requires an *Error of that kind without any canary, and returns it.
+func requireKind(t *testing.T, want Kind, err error) *Error {
+	t.Helper()
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	require.Equal(t, want.String(), e.Kind.String(), "%s", e.Text)
+	require.NotEmpty(t, e.Text)
+	requireNoCanary(t, err)
+	return e
+}
+
+// connectorOf registers a connector with an emulator and returns a client of it, and a user's refresh token.
+func connectorOf(t *testing.T, s *kaizalatest.Service, edit func(*Config)) (*Client, string) {
+	t.Helper()
+	id, secret := s.RegisterConnector()
+	c := client(t, func(config *Config) {
+		config.ConnectorID, config.ConnectorSecret = id, secret
+		config.Transport = s.Transport()
+		if edit != nil {
+			edit(config)
+		}
+	})
+	return c, s.GenerateUserToken(id, "ada")
+}
+
+// recorder is a host that must not be told anything: it writes down every request.
+type recorder struct {
+	*httptest.Server
+	mu   sync.Mutex
+	seen []string
+}
+
+func newRecorder(t *testing.T) *recorder {
+	r := &recorder{}
+	r.Server = httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, q *http.Request) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.seen = append(r.seen, q.Method+" "+q.URL.String())
+	}))
+	t.Cleanup(r.Close)
+	return r
+}
+
+func (r *recorder) requireUntouched(t *testing.T) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	assert.Empty(t, r.seen)
+}

@@ -1,0 +1,294 @@
+package kaizala
+
+import (
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// redirecting is a service that redirects each URL of the map to the Location beside it, and grants everything else. It
+// returns the URLs that were asked, too.
+func redirecting(status int, to map[string]string, grant string) (http.RoundTripper, *[]string) {
+	var asked []string
+	return handled(func(w http.ResponseWriter, r *http.Request) {
+		asked = append(asked, r.URL.String())
+		if location, ok := to[r.URL.String()]; ok {
+			w.Header().Set("Location", location)
+			w.WriteHeader(status)
+			return
+		}
+		_, _ = w.Write([]byte(grant))
+	}), &asked
+}
+
+const start = DefaultAPIRoot + "/v1/accessToken"
+
+func TestRedirectsThatAreFollowed(t *testing.T) {
+	for location, next := range map[string]string{
+		"https://kaiza.la/v1/accessToken":                            "https://kaiza.la/v1/accessToken",
+		"https://eu.kaiza.la/v1/accessToken":                         "https://eu.kaiza.la/v1/accessToken",
+		"https://a.b.KAIZA.la/v1/accessToken":                        "https://a.b.KAIZA.la/v1/accessToken",
+		"https://eu.kaiza.la./v1/accessToken":                        "https://eu.kaiza.la./v1/accessToken",
+		"https://inc-000.KaizalaMessaging.osi.office.net/other/path": "https://inc-000.KaizalaMessaging.osi.office.net/other/path",
+		"https://eu.kaiza.la:8443/v1/accessToken?x=1#fragment":       "https://eu.kaiza.la:8443/v1/accessToken?x=1",
+		"https://api.kaiza.la:8443/v1/accessToken":                   "https://api.kaiza.la:8443/v1/accessToken",
+		"HTTPS://eu.kaiza.la":                                        "https://eu.kaiza.la/v1/accessToken",
+		"https://eu.kaiza.la/":                                       "https://eu.kaiza.la/v1/accessToken",
+		"//eu.kaiza.la/v1/accessToken":                               "https://eu.kaiza.la/v1/accessToken",
+		"/eu/v1/accessToken":                                         DefaultAPIRoot + "/eu/v1/accessToken",
+		"other":                                                      DefaultAPIRoot + "/v1/other",
+	} {
+		for _, status := range []int{307, 308} {
+			t.Run(location, func(t *testing.T) {
+				rt, asked := redirecting(status, map[string]string{start: location}, body(t, nil))
+				var moved []string
+				g, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) {
+					assert.Len(t, *asked, 1, "before the hop")
+					moved = append(moved, u)
+				}})
+				require.NoError(t, err)
+				assert.Equal(t, accessCanary, g.AccessToken)
+				assert.Equal(t, []string{start, next}, *asked)
+				if status == 308 {
+					assert.Equal(t, []string{next}, moved)
+				} else {
+					assert.Empty(t, moved, "a 307 is not remembered")
+				}
+			})
+		}
+	}
+}
+
+func TestRedirectsThatAreNotFollowed(t *testing.T) {
+	for location, says := range map[string]string{
+		"https://kaiza.la.example/v1/accessToken":                 "add it to redirect_hosts",
+		"https://notkaiza.la/v1/accessToken":                      "add it to redirect_hosts",
+		"https://example/kaiza.la":                                "add it to redirect_hosts",
+		"https://la/v1/accessToken":                               "add it to redirect_hosts",
+		"//example.net/v1/accessToken":                            "add it to redirect_hosts",
+		"https://10.0.0.1/v1/accessToken":                         "add it to redirect_hosts",
+		"https://[::1]/v1/accessToken":                            "add it to redirect_hosts",
+		"http://127.0.0.1/v1/accessToken":                         "from https to http",
+		"http://localhost/v1/accessToken":                         "from https to http",
+		"http://eu.kaiza.la/v1/accessToken":                       "https URL",
+		"http://api.kaiza.la/v1/accessToken":                      "https URL",
+		"ftp://eu.kaiza.la/v1/accessToken":                        "https URL",
+		"https://user@eu.kaiza.la/v1/accessToken":                 "user name",
+		"https://kaiza.la@example.net":                            "user name",
+		"https://kaiza。la/v1/accessToken":                         "plain ASCII",
+		"https://eu.kaiza.la:0/v1/accessToken":                    "port",
+		"https://eu..kaiza.la/v1/accessToken":                     "plain ASCII",
+		"https://" + secretCanary + ".example.net":                "that host",
+		"https://example.net/" + bodyCanary:                       "example.net",
+		"https:///v1/accessToken":                                 "plain ASCII",
+		"javascript:" + bodyCanary:                                "plain ASCII",
+		"https://%zz" + bodyCanary:                                "without a usable Location",
+		"":                                                        "without a usable Location",
+		"https://eu.kaiza.la/" + strings.Repeat("a", maxURLBytes): "without a usable Location",
+	} {
+		for _, status := range []int{307, 308} {
+			t.Run(location, func(t *testing.T) {
+				rt, asked := redirecting(status, map[string]string{start: location}, body(t, nil))
+				g, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) {
+					t.Errorf("nobody has moved to %q", u)
+				}})
+				e := requireKind(t, Unavailable, err)
+				assert.Contains(t, e.Text, says)
+				assert.Equal(t, status, e.Status)
+				assert.Nil(t, g)
+				assert.Equal(t, []string{start}, *asked)
+			})
+		}
+	}
+	for _, status := range []int{300, 301, 302, 303, 304, 305} {
+		rt, asked := redirecting(status, map[string]string{start: "https://eu.kaiza.la/v1/accessToken"}, body(t, nil))
+		_, err := through(t, rt).exchange(t)
+		requireKind(t, Unavailable, err)
+		assert.Equal(t, []string{start}, *asked, "%d", status)
+	}
+}
+
+// The same on sockets: the stranger is a server that would notice.
+func TestNothingIsSentToAStrangeHost(t *testing.T) {
+	stranger := newRecorder(t)
+	u, err := url.Parse(stranger.URL)
+	require.NoError(t, err)
+	// "localhost" is another host than 127.0.0.1, though it leads to the same machine.
+	elsewhere := "http://localhost:" + u.Port() + callPath
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		c := served(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere, status) })
+		_, err = c.exchange(t)
+		requireKind(t, Unavailable, err)
+		_, err = c.Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: elsewhere})
+		requireKind(t, Unavailable, err)
+	}
+	stranger.requireUntouched(t)
+	// It would be reached if it were permitted: otherwise this test could not fail.
+	_, err = http.Get(elsewhere)
+	require.NoError(t, err)
+	assert.NotEmpty(t, stranger.seen)
+	http.DefaultClient.CloseIdleConnections()
+}
+
+func TestFromHTTPSToHTTP(t *testing.T) {
+	plain := newRecorder(t)
+	secure := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, plain.URL+callPath, http.StatusPermanentRedirect)
+	}))
+	defer secure.Close()
+	c := client(t, func(c *Config) { c.APIRoot, c.Transport = secure.URL, secure.Client().Transport })
+	_, err := c.exchange(t)
+	assert.Contains(t, requireKind(t, Unavailable, err).Text, "from https to http")
+	_, err = c.Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: plain.URL + callPath})
+	requireKind(t, Unavailable, err)
+	plain.requireUntouched(t)
+}
+
+func TestApiRootsOwnHost(t *testing.T) {
+	rt, asked := redirecting(308, map[string]string{"https://10.0.0.1/v1/accessToken": "https://10.0.0.1:8443/"}, body(t, nil))
+	_, err := client(t, func(c *Config) { c.APIRoot, c.RedirectHosts, c.Transport = "https://10.0.0.1", nil, rt }).exchange(t)
+	require.NoError(t, err)
+	assert.Len(t, *asked, 2)
+
+	rt, asked = redirecting(308, map[string]string{start: "https://eu.kaiza.la/"}, body(t, nil))
+	_, err = client(t, func(c *Config) { c.RedirectHosts, c.Transport = nil, rt }).exchange(t)
+	requireKind(t, Unavailable, err)
+	assert.Len(t, *asked, 1)
+}
+
+func TestHops(t *testing.T) {
+	chain := map[string]string{start: "/1"}
+	for i := range 4 {
+		chain[DefaultAPIRoot+"/"+string(rune('1'+i))] = "/" + string(rune('2'+i))
+	}
+	rt, asked := redirecting(308, chain, body(t, nil))
+	_, err := through(t, rt).exchange(t)
+	require.NoError(t, err)
+	assert.Len(t, *asked, 6, "five hops are followed")
+
+	chain[DefaultAPIRoot+"/5"] = "/6"
+	rt, asked = redirecting(308, chain, body(t, nil))
+	var moved []string
+	_, err = through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
+	requireKind(t, Unavailable, err)
+	assert.Len(t, *asked, 6, "the sixth is not")
+	assert.Equal(t, "", moved[len(moved)-1], "and what was remembered on the way is forgotten")
+}
+
+func TestOnlyPermanentMovesAreRemembered(t *testing.T) {
+	rt := handled(func(w http.ResponseWriter, r *http.Request) {
+		next, ok := map[string]string{"/v1/accessToken": "308/a", "/a": "307/b", "/b": "308/c"}[r.URL.Path]
+		if !ok {
+			_, _ = w.Write([]byte(body(t, nil)))
+			return
+		}
+		w.Header().Set("Location", next[3:])
+		w.WriteHeader(map[string]int{"307": 307, "308": 308}[next[:3]])
+	})
+	var moved []string
+	_, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
+	require.NoError(t, err)
+	assert.Equal(t, []string{DefaultAPIRoot + "/a"}, moved, "what follows a 307 is as passing as that")
+}
+
+func TestRememberedURL(t *testing.T) {
+	for given, asked := range map[string]string{
+		"":                                     start,
+		"https://eu.kaiza.la/v1/accessToken":   "https://eu.kaiza.la/v1/accessToken",
+		"https://eu.kaiza.la":                  "https://eu.kaiza.la/v1/accessToken",
+		"https://example.net/v1/accessToken":   start,
+		"http://eu.kaiza.la/v1/accessToken":    start,
+		"http://127.0.0.1/v1/accessToken":      start,
+		"https://u@eu.kaiza.la/v1/accessToken": start,
+		"/v1/accessToken":                      start,
+		"junk\n":                               start,
+	} {
+		rt, seen := redirecting(0, nil, body(t, nil))
+		_, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: given, Moved: func(u string) {
+			t.Errorf("nothing has changed: %q", u)
+		}})
+		require.NoError(t, err)
+		assert.Equal(t, []string{asked}, *seen, "%q", given)
+	}
+}
+
+func TestRememberedURLThatDoesNotWork(t *testing.T) {
+	refused := `{"errorCode":"InvalidToken"}`
+	for _, c := range []struct {
+		name      string
+		rt        http.RoundTripper
+		forgotten bool
+	}{
+		{"a grant", answering(200, nil, body(t, nil)), false},
+		{"a refusal", answering(401, nil, refused), false},
+		{"a limit", answering(429, nil, ""), false},
+		{"a network error", transportFunc(func(*http.Request) (*http.Response, error) { return nil, http.ErrServerClosed }), true},
+		{"404", answering(404, nil, ""), true},
+		{"404 with an errorCode", answering(404, nil, refused), true},
+		{"405", answering(405, nil, ""), true},
+		{"410", answering(410, nil, ""), true},
+		{"500", answering(500, nil, ""), true},
+		{"503", answering(503, nil, ""), true},
+		{"somebody's home page", answering(200, nil, "<html>"), true},
+		{"a redirect to a stranger", answering(308, http.Header{"Location": {"https://example.net"}}, ""), true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			calls := 0
+			for remembered, want := range map[string][]string{"https://eu.kaiza.la/v1/accessToken": {""}, "": nil} {
+				if !c.forgotten {
+					want = nil
+				}
+				var moved []string
+				_, _ = through(t, c.rt).Exchange(t.Context(), Request{
+					RefreshToken: refreshCanary,
+					URL:          remembered,
+					Permit:       func(context.Context) (func(), error) { calls++; return nil, nil },
+					Moved:        func(u string) { moved = append(moved, u) },
+				})
+				assert.Equal(t, want, moved)
+			}
+			assert.Equal(t, 2, calls, "it does not try again by itself")
+		})
+	}
+
+	t.Run("a move to a host that is down", func(t *testing.T) {
+		var moved []string
+		_, err := through(t, handled(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Location", "https://eu.kaiza.la")
+			w.WriteHeader(map[string]int{"api.kaiza.la": 308, "eu.kaiza.la": 503}[r.URL.Host])
+		})).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
+		requireKind(t, Unavailable, err)
+		assert.Equal(t, []string{"https://eu.kaiza.la/v1/accessToken", ""}, moved)
+	})
+}
+
+func TestMovesOnAnEmulator(t *testing.T) {
+	s := kaizalatest.New()
+	c, token := connectorOf(t, s, nil)
+	remembered := ""
+	exchange := func() {
+		t.Helper()
+		s.ResetCalls()
+		_, err := c.Exchange(t.Context(), Request{RefreshToken: token, URL: remembered, Moved: func(u string) { remembered = u }})
+		require.NoError(t, err)
+	}
+	s.MoveUser("ada", "https://eu.kaiza.la")
+	exchange()
+	assert.Equal(t, 2, s.CallCount())
+	exchange()
+	assert.Equal(t, 1, s.CallCount(), "the move is remembered")
+
+	s.MoveUserTemporarily("ada", "https://us.kaiza.la")
+	exchange()
+	exchange()
+	assert.Equal(t, 2, s.CallCount(), "this one is not")
+	assert.Equal(t, "https://eu.kaiza.la/v1/accessToken", remembered)
+}
