@@ -31,10 +31,10 @@ build-emulator:
 vault: ## Build the pinned Vault where it is missing, and print its path
 	@scripts/vault.sh
 
-demo: build ## Walk through Kaizala's four steps on a real Vault, against the emulator
+demo: ## Walk through Kaizala's four steps on a real Vault, against the emulator
 	@scripts/demo.sh
 
-dev: build ## Start the same Vault and emulator, and leave them running until Ctrl-C
+dev: ## Start the same Vault and emulator, and leave them running until Ctrl-C
 	@scripts/demo.sh --dev
 
 test: build ## Run all tests with the race detector, on a real Vault too

@@ -9,7 +9,11 @@ path "sys/leases/renew" {
   capabilities = ["update"]
 }
 
-# A lease ID is needed to revoke, and only the reader of a lease knows it.
+# To revoke takes a lease ID, which the reader of the lease knows. The command
+# line sends it in the path, and some API clients in the body.
+path "sys/leases/revoke/kaizala/creds/acme/*" {
+  capabilities = ["update"]
+}
 path "sys/leases/revoke" {
   capabilities = ["update"]
 }

@@ -16,7 +16,10 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// One of the SDK's dependencies starts this one when it is imported.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
+}
 
 // Vault refuses a plugin whose version is not a semantic one.
 func TestDefaultVersionIsSemantic(t *testing.T) {
@@ -44,7 +47,7 @@ func TestMakeSetsTheVersion(t *testing.T) {
 func TestWithoutTheFlagTheVersionIsTheDefault(t *testing.T) {
 	dir := t.TempDir()
 	binary := filepath.Join(dir, name)
-	cmd := exec.Command("go", "build", "-o", binary, ".")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", binary, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)

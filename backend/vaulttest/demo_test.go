@@ -1,0 +1,119 @@
+package vaulttest
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// startDemo runs scripts/demo.sh as a shell with job control would: in a
+// process group of its own. Its temporary files are in the directory that is
+// returned.
+func startDemo(t *testing.T, args ...string) (*exec.Cmd, *buffer, string) {
+	t.Helper()
+	root, err := Root()
+	require.NoError(t, err)
+	tmp, err := filepath.EvalSymlinks(t.TempDir())
+	require.NoError(t, err)
+	out := &buffer{}
+	cmd := exec.Command(filepath.Join(root, "scripts", "demo.sh"), args...)
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp, "VAULT_BIN="+VaultBinary(t), "VAULT_NAMESPACE=a developer's own")
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) })
+	return cmd, out, tmp
+}
+
+func requireClean(t *testing.T, tmp string) {
+	t.Helper()
+	left, err := filepath.Glob(filepath.Join(tmp, "kaizala-demo.*"))
+	require.NoError(t, err)
+	require.Empty(t, left, "the demo's own files")
+	require.Empty(t, pluginsIn(t, tmp), "the demo's plugin")
+}
+
+func TestDemo(t *testing.T) {
+	cmd, out, tmp := startDemo(t)
+	require.NoError(t, cmd.Wait(), "%s", out)
+	for _, text := range []string{
+		"$ vault secrets enable -path=kaizala " + PluginName,
+		"connector_secret=-",
+		"$ vault write kaizala/tenants/acme refresh_token=-",
+		"permission denied",
+		`"name":"asha"`,
+		"$ vault lease renew",
+		"$ vault lease revoke",
+		"✓ the access token is a new one",
+		"$ kaizala-emulator exchanges\n2\n",
+	} {
+		require.Contains(t, out.String(), text)
+	}
+	// The two access tokens are all that is shown of Kaizala's secrets.
+	require.Equal(t, 2, strings.Count(out.String(), "eyJhbGciOi"), "%s", out)
+	require.NotRegexp(t, `(?m)^connector_secret\b`, out.String())
+	requireClean(t, tmp)
+}
+
+func TestDevRunsUntilInterrupted(t *testing.T) {
+	cmd, out, tmp := startDemo(t, "--dev")
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	Eventually(t, "make dev to be ready", func() bool {
+		return strings.Contains(out.String(), "export VAULT_ADDR=") && strings.Contains(out.String(), "Vault's log") || len(ended) > 0
+	})
+	require.Empty(t, ended, "%s", out)
+	require.NotEmpty(t, pluginsIn(t, tmp))
+	require.NoError(t, syscall.Kill(-cmd.Process.Pid, syscall.SIGINT))
+	select {
+	case err := <-ended:
+		require.NoError(t, err, "%s", out)
+	case <-time.After(patience):
+		t.Fatalf("still running after Ctrl-C:\n%s", out)
+	}
+	requireClean(t, tmp)
+}
+
+// A Ctrl-C in the middle of the demo cleans up too, and is no success.
+func TestInterruptedDemoCleansUp(t *testing.T) {
+	cmd, out, tmp := startDemo(t)
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	Eventually(t, "the demo to reach step 1", func() bool {
+		return strings.Contains(out.String(), "# Step 1.") || len(ended) > 0
+	})
+	require.NoError(t, syscall.Kill(-cmd.Process.Pid, syscall.SIGINT))
+	select {
+	case err := <-ended:
+		require.Error(t, err, "%s", out)
+	case <-time.After(patience):
+		t.Fatalf("still running after Ctrl-C:\n%s", out)
+	}
+	requireClean(t, tmp)
+}
+
+// buffer is a bytes.Buffer that one goroutine fills while another looks.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}

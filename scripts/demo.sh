@@ -1,0 +1,257 @@
+#!/usr/bin/env bash
+# Kaizala's four steps on a real Vault, against the emulator, as the three
+# people with their three policies. Ends by itself; a step that does not do
+# what it should ends it with status 1.
+#
+#   scripts/demo.sh          walk through, and clean up
+#   scripts/demo.sh --dev    walk through, and leave all of it running until Ctrl-C
+#
+# Commands are printed as one would type them. Secrets travel through files
+# that only their owner may read, or through pipes: never on a command line.
+#
+# shellcheck disable=SC2016 # the commands are expanded when they are run
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mode=demo
+case ${1:-} in
+'') ;;
+--dev) mode=dev ;;
+*)
+  echo "usage: scripts/demo.sh [--dev]" >&2
+  exit 2
+  ;;
+esac
+
+plugin=vault-plugin-secrets-kaizala
+echo "Building the plugin and the emulator; the first time this takes a minute or two." >&2
+make -C "$root" --no-print-directory -s build
+vault_path=$("$root/scripts/vault.sh")
+
+# A Vault that this shell usually talks to has no part in what follows.
+unset "${!VAULT_@}"
+
+umask 077
+work=$(mktemp -d "${TMPDIR:-/tmp}/kaizala-demo.XXXXXX")
+work=$(cd "$work" && pwd -P)
+pids=()
+connector_id=
+
+# shellcheck disable=SC2317,SC2329 # called by trap
+cleanup() {
+  local status=$? pid
+  trap '' INT TERM
+  trap - EXIT
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    kill -TERM -- "-$pid" 2>/dev/null || true
+  done
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    for _ in {1..50}; do
+      kill -0 "$pid" 2>/dev/null || break
+      sleep 0.1
+    done
+    # A plugin outlives a Vault that had to be killed: the whole group goes.
+    kill -KILL -- "-$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+  done
+  rm -rf "$work"
+  exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+fail() {
+  printf '\nFAILED: %s\n' "$*" >&2
+  if [[ -s $work/vault.log ]]; then
+    printf '\nThe end of the log of Vault:\n' >&2
+    grep -E '\[(WARN|ERROR)\]|panic' "$work/vault.log" | tail -n 10 >&2 || true
+    tail -n 5 "$work/vault.log" >&2
+  fi
+  exit 1
+}
+
+say() {
+  echo
+  printf '# %s\n' "$@"
+}
+
+# ran prints a command, runs it and prints its answer, which is then in
+# $output, and its exit status in $status.
+ran() {
+  printf '\n$ %s\n' "$1"
+  status=0
+  output=$(eval "$1" 2>&1) || status=$?
+  [[ -z $output ]] || printf '%s\n' "$output"
+}
+
+works() {
+  ran "$1"
+  ((status == 0)) || fail "this should have worked, and ended with status $status: $1"
+}
+
+denied() {
+  ran "$1"
+  ((status != 0)) || fail "this should have been refused: $1"
+  [[ $output == *"permission denied"* ]] || fail "this should have been refused for lack of permission: $1"
+}
+
+# sets is a command for this shell itself, such as an assignment.
+sets() {
+  printf '\n$ %s\n' "$1"
+  eval "$1" || fail "this should have worked: $1"
+}
+
+checked() { printf '  ✓ %s\n' "$*"; }
+
+# The programs, under the names that one would type.
+mkdir "$work/plugins" "$work/path"
+cp "$root/bin/$plugin" "$work/plugins/"
+chmod 0755 "$work/plugins/$plugin"
+ln -s "$vault_path" "$work/path/vault"
+ln -s "$root/bin/kaizala-emulator" "$work/path/kaizala-emulator"
+ln -s "$root/bootstrap" "$work/bootstrap"
+export PATH=$work/path:$PATH
+cd "$work"
+
+# From here on each background process leads a process group of its own, so
+# that it can be ended with all its children, and Ctrl-C reaches this script
+# alone.
+set -m
+
+kaizala-emulator serve -listen 127.0.0.1:0 >emulator.log 2>&1 &
+pids+=($!)
+KAIZALA_EMULATOR_URL=
+for _ in {1..100}; do
+  KAIZALA_EMULATOR_URL=$(sed -n 's/^listening on //p' emulator.log)
+  [[ -z $KAIZALA_EMULATOR_URL ]] || break
+  kill -0 "${pids[0]}" 2>/dev/null || break
+  sleep 0.1
+done
+[[ -n $KAIZALA_EMULATOR_URL ]] || fail "the emulator did not start: $(cat emulator.log)"
+export KAIZALA_EMULATOR_URL
+
+cat >vault.hcl <<EOF
+plugin_directory = "$work/plugins"
+disable_mlock    = true
+EOF
+ROOT_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+
+# A port may be taken between the look and the start: then another one is tried.
+started=
+for _ in {1..5}; do
+  port=$((20000 + RANDOM % 12000))
+  export VAULT_ADDR=http://127.0.0.1:$port
+  VAULT_DEV_ROOT_TOKEN_ID=$ROOT_TOKEN vault server -dev -dev-no-store-token \
+    -dev-listen-address="127.0.0.1:$port" -config=vault.hcl >vault.log 2>&1 &
+  vault_pid=$!
+  pids+=("$vault_pid")
+  for _ in {1..300}; do
+    kill -0 "$vault_pid" 2>/dev/null || break
+    # Dev mode says this last, once the server is unsealed and active.
+    if grep -q 'Development mode should NOT be used' vault.log; then
+      started=yes
+      break
+    fi
+    sleep 0.1
+  done
+  [[ -z $started ]] || break
+  grep -q 'address already in use' vault.log || break
+done
+[[ -n $started ]] || fail "Vault did not start"
+
+echo "Vault: $VAULT_ADDR ($(vault version))"
+echo "Kaizala's emulator: $KAIZALA_EMULATOR_URL"
+
+say "The Vault operator registers the plugin, mounts it and writes the three policies."
+export VAULT_TOKEN=$ROOT_TOKEN
+works "vault plugin register -sha256=\"\$(sha256sum plugins/$plugin | cut -d' ' -f1)\" -version=$("$root/bin/$plugin" -version) secret $plugin"
+works "vault secrets enable -path=kaizala $plugin"
+for policy in connector-owner tenant-user app; do
+  works "vault policy write $policy bootstrap/policies/$policy.hcl"
+done
+sets 'OWNER_TOKEN=$(vault token create -policy=connector-owner -ttl=8h -field=token)'
+sets 'USER_TOKEN=$(vault token create -policy=tenant-user -ttl=8h -field=token)'
+sets 'APP_TOKEN=$(vault token create -policy=app -ttl=8h -field=token)'
+
+say "Step 1. The connector owner registers a connector on Kaizala's portal, which shows its ID and secret," \
+  "and writes both to Vault. The secret is read from standard input."
+sets 'export VAULT_TOKEN=$OWNER_TOKEN'
+works 'kaizala-emulator connector > portal'
+sets "connector_id=\$(sed -n 's/^connector_id=//p' portal)"
+works "sed -n 's/^connector_secret=//p' portal | tr -d '\\n' | vault write kaizala/config connector_id=\"\$connector_id\" connector_secret=-"
+connector_secret=$(sed -n 's/^connector_secret=//p' portal)
+denied 'vault write kaizala/config api_root=https://elsewhere.example'
+checked "where refresh tokens are sent is not the connector owner's to decide"
+denied 'vault read kaizala/creds/acme'
+rm portal
+
+say "The Vault operator names the service: the emulator here, and nothing at all for Kaizala itself."
+sets 'export VAULT_TOKEN=$ROOT_TOKEN'
+works 'vault write kaizala/config api_root="$KAIZALA_EMULATOR_URL"'
+works 'vault read kaizala/config'
+[[ $output == *"$connector_id"* ]] || fail "the connector's ID should be there"
+[[ $output != *"$connector_secret"* ]] || fail "the connector's secret can be read"
+checked "the connector secret is not there to be read"
+
+say "Step 2. The tenant user opens the connector on the portal and generates the tenant's refresh token."
+sets 'export VAULT_TOKEN=$USER_TOKEN'
+works 'kaizala-emulator token -connector "$connector_id" -user asha > refresh-token'
+refresh_token=$(<refresh-token)
+
+say "Step 3, which was a refresh token handed over: the tenant user writes it to Vault, and nobody else sees it."
+works 'vault write kaizala/tenants/acme refresh_token=- ttl=1h < refresh-token'
+sets 'rm refresh-token'
+works 'vault read kaizala/tenants/acme'
+[[ $output == *"$refresh_token"* ]] && fail "the refresh token can be read"
+grep -Eq '^status +ok$' <<<"$output" || fail "the tenant's status should be ok"
+checked "the status is ok, and no token is in it"
+denied 'vault read kaizala/creds/acme'
+checked "the tenant user cannot read access tokens"
+
+say "Step 4. The app reads an access token, which comes with a lease, and calls Kaizala with it."
+sets 'export VAULT_TOKEN=$APP_TOKEN'
+works 'vault read kaizala/creds/acme > creds; cat creds'
+field() { awk -v name="$2" '$1 == name { print $2 }' "$1"; }
+[[ -n $(field creds access_token) && -n $(field creds lease_id) ]] || fail "an access token and a lease should be there"
+[[ $output != *"$refresh_token"* && $output != *"$connector_secret"* ]] || fail "a secret is in the answer"
+works "awk '\$1 == \"access_token\" { print \$2 }' creds | kaizala-emulator me"
+checked "Kaizala knows whom the token belongs to"
+denied 'vault read kaizala/tenants/acme'
+
+say "It renews the lease, and revokes it."
+sets "lease_id=\$(awk '\$1 == \"lease_id\" { print \$2 }' creds)"
+works 'vault lease renew "$lease_id"'
+works 'vault lease revoke -sync "$lease_id"'
+
+say "The last lease on that token is revoked, so the next read gets another token."
+works 'vault read kaizala/creds/acme > creds-anew; cat creds-anew'
+[[ $(field creds access_token) != $(field creds-anew access_token) ]] || fail "the revoked token was handed out again"
+checked "the access token is a new one"
+works "awk '\$1 == \"access_token\" { print \$2 }' creds-anew | kaizala-emulator me"
+
+say "All of it has cost two exchanges: one when the refresh token was written, one after the revocation."
+works 'kaizala-emulator exchanges'
+[[ $output == 2 ]] || fail "there should have been two exchanges, and there were: $output"
+
+if [[ $mode == demo ]]; then
+  printf '\nDone. All of it is cleaned up; make dev leaves it running.\n'
+  exit 0
+fi
+
+cat <<EOF
+
+Running until Ctrl-C. For another terminal:
+
+export PATH=$work/path:\$PATH
+export VAULT_ADDR=$VAULT_ADDR
+export VAULT_TOKEN=$ROOT_TOKEN
+export KAIZALA_EMULATOR_URL=$KAIZALA_EMULATOR_URL
+export OWNER_TOKEN=$OWNER_TOKEN USER_TOKEN=$USER_TOKEN APP_TOKEN=$APP_TOKEN
+export connector_id=$connector_id
+
+Vault's log: $work/vault.log
+EOF
+trap 'echo; exit 0' INT
+wait "$vault_pid" || true
+fail "Vault has ended"
