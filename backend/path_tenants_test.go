@@ -1,0 +1,247 @@
+package backend
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+func TestRefreshTokenIsVerifiedAndNeverRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		e.write("tenants/acme", map[string]any{"refresh_token": "  " + token + "\n", "ttl": "1h"})
+		assert.Equal(t, 1, e.kaizala.Exchanges("acme"), "it was tried")
+		got := e.read("tenants/acme")
+		assert.NotContains(t, fmt.Sprint(got), token)
+		assert.Equal(t, "ok", got["status"])
+		assert.Equal(t, "user", got["kind"])
+		assert.Equal(t, "operator", got["refresh_token_origin"])
+		assert.Equal(t, int64(3600), got["ttl"])
+		assert.Equal(t, int64(900), got["min_ttl"])
+		assert.Equal(t, time.Now().Add(365*24*time.Hour).UTC().Format(time.RFC3339), got["refresh_token_expire_time"])
+
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount(), "the verification's access token serves the readers")
+	})
+}
+
+func TestGroupTokenTellsItsGroup(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.write("tenants/acme", map[string]any{"refresh_token": e.kaizala.GenerateGroupToken(e.connectorID, "u", "group-7"), "verify": false})
+	got := e.read("tenants/acme")
+	assert.Equal(t, "group", got["kind"])
+	assert.Equal(t, "group-7", got["group_id"])
+	assert.Equal(t, "unverified", got["status"])
+}
+
+func TestRefusedVerificationStoresNothing(t *testing.T) {
+	answers := []struct {
+		name   string
+		fault  kaizalatest.Fault
+		status int
+		says   string
+	}{
+		{"refresh token refused", kaizalatest.Fault{Status: 401, Body: `{"errorCode":"InvalidToken","errorCategoryKey":"AuthException","message":"no"}`}, 400, "generate a new one"},
+		{"connector refused", kaizalatest.Fault{Status: 401, Body: `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`}, 400, "connector"},
+		{"limit", kaizalatest.Fault{Status: 429}, 429, "come back"},
+		{"broken", kaizalatest.Fault{Status: 503, Body: "<html>"}, 503, "nothing was stored"},
+		{"reset", kaizalatest.Fault{Reset: true}, 503, "nothing was stored"},
+	}
+	for _, answer := range answers {
+		t.Run(answer.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				answer.fault.Times = 1
+				e.kaizala.Inject(answer.fault)
+				_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+				assert.Equal(t, answer.status, status)
+				assert.Contains(t, text, answer.says)
+				assert.Nil(t, e.stored("acme"))
+				_, status, _ = e.try(logical.ReadOperation, "tenants/acme", nil)
+				assert.Equal(t, 404, status)
+				_, status, text = e.try(logical.ReadOperation, "creds/acme", nil)
+				assert.Equal(t, 400, status)
+				assert.Contains(t, text, `no tenant "acme"`)
+			})
+		})
+	}
+}
+
+func TestTenantWriteChangesWhatItNames(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	token := accessTokenOf(e.lease("acme"))
+	e.write("tenants/acme", map[string]any{"ttl": "1h", "max_ttl": "2h"})
+	e.write("tenants/acme", map[string]any{"min_ttl": 60})
+	got := e.read("tenants/acme")
+	assert.Equal(t, []any{int64(3600), int64(7200), int64(60)}, []any{got["ttl"], got["max_ttl"], got["min_ttl"]})
+	assert.Equal(t, token, accessTokenOf(e.lease("acme")), "settings cost no exchange")
+
+	e.ok(logical.PatchOperation, "tenants/acme", map[string]any{"ttl": nil, "min_ttl": nil})
+	got = e.read("tenants/acme")
+	assert.Equal(t, []any{int64(0), int64(7200), int64(900)}, []any{got["ttl"], got["max_ttl"], got["min_ttl"]})
+	_, status, _ := e.try(logical.PatchOperation, "tenants/none", map[string]any{"ttl": 60})
+	assert.Equal(t, 404, status)
+
+	e.write("tenants/acme", map[string]any{"connector": "default", "verify": false})
+	assert.NotEqual(t, token, accessTokenOf(e.lease("acme")), "writing connector gives the access token up")
+}
+
+func TestRefreshRetiresTheAccessToken(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	old := accessTokenOf(e.lease("acme"))
+	e.write("tenants/acme/refresh", nil)
+	assert.NotEqual(t, old, accessTokenOf(e.lease("acme")))
+	assert.Equal(t, 2, e.kaizala.CallCount())
+	_, status, _ := e.try(logical.UpdateOperation, "tenants/none/refresh", nil)
+	assert.Equal(t, 404, status)
+}
+
+func TestDeletedTenantIsGone(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	lease := e.lease("acme")
+	for range 2 {
+		_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+		assert.Equal(t, 204, status)
+	}
+	_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+	assert.Equal(t, 400, status)
+	require.NoError(t, e.revokeLease(lease))
+	assert.Nil(t, e.stored("acme"))
+	assert.Empty(t, e.tenants.byName)
+}
+
+func TestTenantsAreListedWithTheirState(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		_, status, _ := e.try(logical.ListOperation, "tenants/", nil)
+		assert.Equal(t, 404, status)
+		e.addTenant("a")
+		e.write("tenants/b", map[string]any{"refresh_token": "opaque", "verify": false})
+		e.read("creds/a")
+		e.restart()
+		list := e.ok(logical.ListOperation, "tenants/", nil)
+		assert.Equal(t, []string{"a", "b"}, list.Data["keys"])
+		assert.Equal(t, map[string]any{
+			"a": map[string]any{"status": "ok", "connector": "default", "refresh_token_expire_time": e.read("tenants/a")["refresh_token_expire_time"]},
+			"b": map[string]any{"status": "unverified", "connector": "default"},
+		}, list.Data["key_info"])
+	})
+}
+
+func TestBadTenantsAreRefusedBeforeAnyCall(t *testing.T) {
+	e := newConfiguredEngine(t)
+	good := e.newToken("acme")
+	otherID, _ := e.kaizala.RegisterConnector()
+	tests := []struct {
+		name  string
+		value any
+		says  string
+	}{
+		{"refresh_token", "", "refresh_token is empty"},
+		{"refresh_token", " \n", "refresh_token is empty"},
+		{"refresh_token", nil, "refresh_token is empty"},
+		{"refresh_token", "CANARY\r\nX: y", "refresh_token does not fit"},
+		{"refresh_token", "CANARY" + strings.Repeat("x", 16<<10), "refresh_token does not fit"},
+		{"refresh_token", []any{"CANARY"}, "refresh_token must be given once, as a string"},
+		{"refresh_token", map[string]any{"CANARY": "x"}, "refresh_token must be given once, as a string"},
+		{"refresh_token", 5, "refresh_token must be given once, as a string"},
+		{"refresh_token", e.kaizala.GenerateUserToken(otherID, "acme"), "another connector"},
+		{"connector", "", "connector is empty"},
+		{"connector", "none", `connector "none" is not configured`},
+		{"ttl", "-1s", "ttl"},
+		{"ttl", "0.5s", "whole seconds"},
+		{"ttl", "", "ttl"},
+		{"ttl", "CANARY", "ttl"},
+		{"ttl", "99999999999h", "ttl"},
+		{"max_ttl", []any{1}, "max_ttl"},
+		{"min_ttl", true, "min_ttl"},
+		{"verify", "maybe", "verify"},
+		{"verify", "", "verify"},
+	}
+	for _, test := range tests {
+		t.Run(fmt.Sprintf("%s=%.20v", test.name, test.value), func(t *testing.T) {
+			_, status, text := e.try(logical.UpdateOperation, "tenants/acme", with(map[string]any{"refresh_token": good}, test.name, test.value))
+			assert.Equal(t, 400, status, text)
+			assert.Contains(t, text, test.says)
+			assert.NotContains(t, text, "CANARY")
+		})
+	}
+	_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": good, "ttl": "2h", "max_ttl": "1h"})
+	assert.Equal(t, 400, status)
+	assert.Contains(t, text, "ttl is over max_ttl")
+	_, status, text = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "2h"})
+	assert.Equal(t, 400, status)
+	assert.Contains(t, text, "refresh_token is required")
+	_, status, text = e.try(logical.UpdateOperation, "tenants/"+strings.Repeat("x", 129), map[string]any{"refresh_token": good})
+	assert.Equal(t, 400, status)
+	assert.Contains(t, text, "128 characters")
+	assert.Zero(t, e.kaizala.CallCount())
+	assert.Nil(t, e.stored("acme"))
+}
+
+func TestExpiredRefreshTokenIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(366 * 24 * time.Hour)
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "refresh_token expired at")
+		assert.Zero(t, e.kaizala.CallCount())
+	})
+}
+
+func TestTenantBeforeAnyConnector(t *testing.T) {
+	e := newEngine(t)
+	_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "x"})
+	assert.Equal(t, 400, status)
+	assert.Contains(t, text, `connector "default" is not configured: its owner has to write config first`)
+}
+
+func TestReaderMayOnlyRaiseMinTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		first := accessTokenOf(e.lease("acme"))
+		for path, min := range map[string]string{"creds/acme": "1s", "token/acme": "12h"} {
+			got := e.ok(logical.ReadOperation, path, map[string]any{"min_ttl": min})
+			assert.Equal(t, first, accessTokenOf(got))
+		}
+		time.Sleep(13 * time.Hour)
+		got := e.ok(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "12h"})
+		assert.NotEqual(t, first, accessTokenOf(got))
+		calls := e.kaizala.CallCount()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "12h1s"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "half of an access token's life: 12h0m0s at most")
+		assert.Equal(t, calls, e.kaizala.CallCount())
+	})
+}
+
+func TestTokenPathSaysWhenToReadAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		first := e.read("token/acme")
+		usable := 24*time.Hour - 15*time.Minute
+		assert.EqualValues(t, usable.Seconds(), first["ttl"])
+		assert.EqualValues(t, usable.Seconds(), first["rotation_period"])
+		assert.Equal(t, time.Now().UTC().Format(time.RFC3339), first["last_vault_rotation"])
+		assert.NotContains(t, first, "lease_id")
+
+		time.Sleep(usable + time.Second)
+		assert.NotEqual(t, first["access_token"], e.read("token/acme")["access_token"])
+	})
+}
