@@ -49,6 +49,8 @@ func answer(err error) (*logical.Response, error) {
 		return logical.ErrorResponse(coded.Error()), nil
 	case errors.As(err, &coded):
 		return nil, coded
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, tryAgain("Vault's storage has not answered in time: try again")
 	}
 	return nil, storageError(err)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,6 +26,8 @@ func (b *backend) configPaths() []*framework.Path {
 	one.Operations[logical.ListOperation] = &framework.PathOperation{
 		Callback:     b.listConnectors,
 		Summary:      "List the connectors.",
+		Description:  "Names alone, config's own \"default\" among them.",
+		Responses:    responses(http.StatusOK, "The connectors' names.", connectorListFields),
 		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "list", OperationSuffix: "connectors"},
 	}
 	named := b.configPath("config/"+framework.GenericNameRegex("connector"), "connector", namedConnectorFields)
@@ -33,20 +36,27 @@ func (b *backend) configPaths() []*framework.Path {
 
 func (b *backend) configPath(pattern, what string, fields map[string]*framework.FieldSchema) *framework.Path {
 	suffix := strings.ReplaceAll(what, " ", "-")
-	operation := func(verb, summary string, f framework.OperationFunc) *framework.PathOperation {
+	operation := func(verb, summary, description, done string, f framework.OperationFunc) *framework.PathOperation {
 		return &framework.PathOperation{
 			Callback:     f,
 			Summary:      summary,
-			Responses:    noContent("Done."),
+			Description:  description,
+			Responses:    noContent(done),
 			DisplayAttrs: &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix},
 		}
 	}
-	write := operation("configure", "Configure the "+what+".", b.writeConnector)
-	write.Description = "Changes what is named and nothing else. Once it is written, exchanges that were refused or put off are tried again."
-	patch := operation("patch", "Change some settings of the "+what+".", b.patchConnector)
-	patch.Description = "As a write, but of a connector that exists; null sets a field to its default."
-	read := operation("read", "Read the "+what+", without its secret.", b.readConnector)
-	read.Responses = responses(200, "The connector, without its secret.", connectorReadFields)
+	write := operation("configure", "Configure the "+what+".",
+		"Changes what is named and nothing else. Once it is written, exchanges that were refused or put off are tried again.",
+		"The connector was written.", b.writeConnector)
+	patch := operation("patch", "Change some settings of the "+what+".",
+		"As a write, but of a connector that exists; null sets a field to its default.",
+		"The connector was changed.", b.patchConnector)
+	remove := operation("delete", "Delete the "+what+".",
+		"Refused while tenants use it: move them to another connector, or delete them, first.",
+		"There is no such connector any more.", b.deleteConnector)
+	read := operation("read", "Read the "+what+", without its secret.",
+		"All of its settings but connector_secret, which nobody can read back.", "", b.readConnector)
+	read.Responses = responses(http.StatusOK, "The connector, without its secret.", connectorReadFields)
 	return &framework.Path{
 		Pattern:        pattern,
 		Fields:         fields,
@@ -56,7 +66,7 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 			logical.UpdateOperation: write,
 			logical.PatchOperation:  patch,
 			logical.ReadOperation:   read,
-			logical.DeleteOperation: operation("delete", "Delete the "+what+", which no tenant may use.", b.deleteConnector),
+			logical.DeleteOperation: remove,
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 		HelpSynopsis:    "The " + what + ": how the engine reaches Kaizala.",
@@ -99,9 +109,6 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	if err != nil {
 		return answer(err)
 	}
-	if d.Raw["connector_id"] != nil && !b.awaitIndex(ctx) {
-		return answer(errNoIndex)
-	}
 	b.connectors.binding.Lock()
 	defer b.connectors.binding.Unlock()
 	entry, err := b.storedConnector(ctx, name)
@@ -125,7 +132,7 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 		return answer(err)
 	}
 	if !isNew && entry.ConnectorID != was {
-		if err := b.unused(name, "its connector_id is not changed"); err != nil {
+		if err := b.unused(ctx, name, "its connector_id is not changed"); err != nil {
 			return answer(err)
 		}
 	}
@@ -195,12 +202,12 @@ func (e *connectorEntry) change(d *framework.FieldData) (err error) {
 	return nil
 }
 
-// errNoIndex is the answer where it takes the index to know who uses a connector.
-var errNoIndex = tryAgain("the engine is still reading its tenants, so it cannot tell yet who uses this connector: try again in a moment")
-
 // unused refuses what is not done to a connector that tenants use. The caller
-// holds binding alone, and the index is complete.
-func (b *backend) unused(name, refusal string) error {
+// holds binding alone.
+func (b *backend) unused(ctx context.Context, name, refusal string) error {
+	if !b.awaitIndex(ctx) {
+		return tryAgain("the engine is still reading its tenants, so it cannot tell yet who uses connector %q: try again in a moment", name)
+	}
 	var users []string
 	b.tenants.each(func(t *tenant) {
 		t.mu.Lock()
@@ -242,16 +249,17 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	if err != nil {
 		return nil, nil
 	}
-	if !b.awaitIndex(ctx) {
-		return answer(errNoIndex)
-	}
 	b.connectors.binding.Lock()
 	defer b.connectors.binding.Unlock()
-	if err := b.unused(name, "it is not deleted"); err != nil {
-		// A tenant may name a connector that was never there.
-		if entry, missing := b.storedConnector(ctx, name); entry != nil || missing != nil && !errors.Is(missing, errUnreadable) {
-			return answer(err)
-		}
+	entry, err := b.storedConnector(ctx, name)
+	switch {
+	case entry == nil && err == nil:
+		return done(d), nil
+	case err != nil && !errors.Is(err, errUnreadable):
+		return answer(err)
+	}
+	if err := b.unused(ctx, name, "it is not deleted"); err != nil {
+		return answer(err)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()

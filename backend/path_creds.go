@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/http"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -37,7 +38,7 @@ func (b *backend) credsPaths() []*framework.Path {
 					Callback:     b.readCreds,
 					Summary:      "Read a leased access token of a tenant.",
 					Description:  "Every reader gets the tenant's current access token while it is usable. Revoking the last lease on it before its end makes sure that it is never handed out again.",
-					Responses:    responses(200, "A leased access token.", credsFields),
+					Responses:    responses(http.StatusOK, "A leased access token.", credsFields),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "generate", OperationSuffix: "credentials"},
 				},
 			},
@@ -53,7 +54,7 @@ func (b *backend) credsPaths() []*framework.Path {
 					Callback:     b.readToken,
 					Summary:      "Read an access token of a tenant without a lease.",
 					Description:  "For sidecars and gateways that read on every request. Nothing is left behind in Vault; the answer says when to read again.",
-					Responses:    responses(200, "An access token without a lease.", credsFields, tokenFields),
+					Responses:    responses(http.StatusOK, "An access token without a lease.", credsFields, tokenFields),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read", OperationSuffix: "token"},
 				},
 			},
@@ -400,14 +401,17 @@ func (b *backend) settle(a attempt, g *grant, failure error, to *move, asked tim
 	}
 	defer t.unlock()
 
+	base := a.entry
+	if b.tenants.read(ctx, t) == nil {
+		base = t.base()
+	}
 	t.mu.Lock()
 	stale := t.epoch != a.epoch
 	t.mu.Unlock()
-	if stale {
-		return errSuperseded
+	if a.change == nil {
+		stale = stale || base == nil || base.RefreshToken != a.entry.RefreshToken
 	}
-	base := t.base()
-	if base == nil && a.change == nil {
+	if stale {
 		return errSuperseded
 	}
 	if g == nil {

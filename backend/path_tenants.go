@@ -35,13 +35,14 @@ func (b *backend) tenantPaths() []*framework.Path {
 				logical.ListOperation: &framework.PathOperation{
 					Callback:     b.listTenants,
 					Summary:      "List the tenants, with the status of each.",
-					Responses:    responses(200, "The tenants' names and states.", listFields),
+					Description:  "A tenant that a newer version of the plugin has written, or that cannot be read, is named without its status.",
+					Responses:    responses(http.StatusOK, "The tenants' names and states.", tenantListFields),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "list", OperationSuffix: "tenants"},
 				},
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "List the tenants, with the status of each.",
-			HelpDescription: "key_info holds the status, the connector and the refresh token's end of each tenant.",
+			HelpDescription: tenantListHelp,
 		},
 		{
 			Pattern:        "tenants/" + framework.GenericNameRegex("tenant"),
@@ -60,12 +61,14 @@ func (b *backend) tenantPaths() []*framework.Path {
 				logical.ReadOperation: &framework.PathOperation{
 					Callback:     b.readTenant,
 					Summary:      "Read a tenant's settings and state, without its tokens.",
-					Responses:    responses(200, "The tenant's settings and state.", tenantStatusFields),
+					Description:  "Says whether exchanges succeed and, where they don't, who has to do what. Makes no call to Kaizala.",
+					Responses:    responses(http.StatusOK, "The tenant's settings and state.", tenantStatusFields),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read", OperationSuffix: "tenant"},
 				},
 				logical.DeleteOperation: &framework.PathOperation{
 					Callback:     b.deleteTenant,
 					Summary:      "Delete a tenant and its tokens.",
+					Description:  "Its leases can still be revoked. Kaizala is not told: its tokens work there until they expire.",
 					Responses:    noContent("There is no such tenant any more."),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "delete", OperationSuffix: "tenant"},
 				},
@@ -82,7 +85,7 @@ func (b *backend) tenantPaths() []*framework.Path {
 					Callback:     b.refreshTenant,
 					Summary:      "Exchange a tenant's refresh token now.",
 					Description:  "From now on the new access token is handed out. Disregards the tenant's backoff and rejection, but neither Kaizala's Retry-After nor the connector's share.",
-					Responses:    responses(200, "The tenant's settings and state after the exchange.", tenantStatusFields),
+					Responses:    responses(http.StatusOK, "The tenant's settings and state after the exchange.", tenantStatusFields),
 					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "refresh", OperationSuffix: "tenant"},
 				},
 			},
@@ -301,6 +304,7 @@ func (b *backend) storeTenant(ctx context.Context, name string, change *tenantCh
 			return err
 		}
 		if err := b.tenants.saveDetached(ctx, t, next); err != nil {
+			t.distrust() // storage may have taken it all the same
 			return err
 		}
 		if change.retiresTokens() {
@@ -347,6 +351,12 @@ func (b *backend) launchVerification(ctx context.Context, name string, via *load
 				continue
 			case <-ctx.Done():
 				return nil, tryAgain("another exchange of tenant %q is under way: nothing of this write was stored; write again in a minute", name)
+			}
+		}
+		if change.refreshToken == nil {
+			// The exchange that was waited for may have replaced the refresh token.
+			if base := t.latest(); base != nil {
+				next = change.apply(base)
 			}
 		}
 		a := attempt{t: t, entry: next, via: via, epoch: t.epoch, change: change}

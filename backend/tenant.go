@@ -225,6 +225,11 @@ func (t *tenant) unlock() { <-t.writing }
 func (t *tenant) base() *tenantEntry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	return t.latest()
+}
+
+// latest is base, for who holds mu.
+func (t *tenant) latest() *tenantEntry {
 	if t.unsaved != nil {
 		return t.unsaved
 	}
@@ -232,6 +237,14 @@ func (t *tenant) base() *tenantEntry {
 		return s.entry
 	}
 	return nil
+}
+
+// distrust drops from memory what storage may have otherwise.
+func (t *tenant) distrust() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.version++
+	t.state.Store(nil)
 }
 
 // tenants owns every tenant of the mount.
@@ -484,10 +497,7 @@ func (ts *tenants) invalidate(name string) {
 	if t == nil {
 		return
 	}
-	t.mu.Lock()
-	t.version++
-	t.state.Store(nil)
-	t.mu.Unlock()
+	t.distrust()
 	ts.loaded.Remove(name)
 }
 
