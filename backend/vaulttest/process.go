@@ -85,6 +85,9 @@ func (p *process) interrupt(wait time.Duration) {
 
 // kill ends the process group with SIGKILL and waits until nothing of it runs.
 func (p *process) kill() {
+	if p.ended() {
+		return // and the group with it; its number may be another's by now
+	}
 	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 	<-p.done
 	// Plugins are the children of a child, which nobody here can wait for.

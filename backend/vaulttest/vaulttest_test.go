@@ -2,6 +2,8 @@ package vaulttest
 
 import (
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,6 +90,42 @@ func TestKillEndsThePluginToo(t *testing.T) {
 	require.Empty(t, pluginsIn(t, v.PluginDir))
 }
 
+// A test process that its timeout ends runs no cleanup: its servers end all
+// the same.
+func TestNothingOutlivesTheTestProcess(t *testing.T) {
+	if os.Getenv("VAULTTEST_DIE") != "" {
+		v := Start(t)
+		v.MountEngine(t, "kaizala")
+		require.NotEmpty(t, pluginsIn(t, v.PluginDir), "the plugin runs")
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	require.NoError(t, err)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestNothingOutlivesTheTestProcess$")
+	cmd.Env = append(cleanEnv(), "VAULTTEST_DIE=now", "TMPDIR="+dir,
+		"VAULT_BIN="+VaultBinary(t), "KAIZALA_PLUGIN_BIN="+PluginBinary(t))
+	out, err := cmd.CombinedOutput()
+	require.ErrorContains(t, err, "killed", "%s", out)
+	Eventually(t, "the plugin to end", func() bool { return len(pluginsIn(t, dir)) == 0 })
+	logs, err := filepath.Glob(filepath.Join(dir, "*", "*", "vault.json"))
+	require.NoError(t, err)
+	require.Len(t, logs, 1)
+	Eventually(t, "Vault to end", func() bool { return !mentioned(t, logs[0]) })
+}
+
+// mentioned tells whether a process that runs has text among its arguments.
+func mentioned(t *testing.T, text string) bool {
+	t.Helper()
+	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	require.NoError(t, err)
+	for _, path := range lines {
+		if line, err := os.ReadFile(path); err == nil && strings.Contains(string(line), text) {
+			return true
+		}
+	}
+	return false
+}
+
 // pluginsIn lists the processes whose program lies in dir.
 func pluginsIn(t *testing.T, dir string) (pids []string) {
 	t.Helper()
@@ -118,7 +156,13 @@ func TestTheEngineInVault(t *testing.T) {
 	require.Zero(t, exit, out)
 	require.Contains(t, out, "config")
 
-	require.NoError(t, v.Client.Sys().Unmount("second"))
+	before := pluginsIn(t, v.PluginDir)
+	v.Reload(t)
+	_, exit = v.CLI(t, v.RootToken, "path-help", "kaizala")
+	require.Zero(t, exit)
+	require.NotEqual(t, before, pluginsIn(t, v.PluginDir), "another process")
+
+	v.Unmount(t, "second")
 	out, exit = v.CLI(t, v.RootToken, "path-help", "kaizala")
 	require.Zero(t, exit, out)
 }

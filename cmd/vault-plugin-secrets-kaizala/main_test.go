@@ -3,13 +3,19 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/helper/pluginutil"
+	"github.com/hashicorp/vault/sdk/helper/wrapping"
 	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/plugin"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -140,6 +146,62 @@ func TestOverGoPlugin(t *testing.T) {
 	require.NoError(t, err)
 	require.NotNil(t, resp)
 	first.Cleanup(ctx)
+}
+
+// A Vault that does not do AutoMTLS hands the plugin its certificate in a
+// wrapped token, which the plugin unwraps at Vault.
+func TestOlderVaultsTLS(t *testing.T) {
+	binary := vaulttest.PluginBinary(t)
+	content, err := os.ReadFile(binary)
+	require.NoError(t, err)
+	sum := sha256.Sum256(content)
+	vault := vaulttest.Start(t)
+	older := &olderVault{StaticSystemView: logical.TestSystemView(), vault: vault}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	mount, err := plugin.NewPluginClient(ctx, older, &pluginutil.PluginRunner{
+		Name:    name,
+		Command: binary,
+		Sha256:  sum[:],
+	}, hclog.NewNullLogger(), false)
+	require.NoError(t, err)
+	require.True(t, older.wrapped, "the certificate went through Vault")
+	storage := &logical.InmemStorage{}
+	require.NoError(t, mount.Setup(ctx, &logical.BackendConfig{
+		StorageView: storage,
+		System:      older,
+		Logger:      hclog.NewNullLogger(),
+	}))
+	defer mount.Cleanup(ctx)
+	resp, err := mount.HandleRequest(ctx, &logical.Request{Operation: logical.HelpOperation, Path: "config", Storage: storage})
+	require.NoError(t, err)
+	require.NotEmpty(t, resp.Data["help"])
+}
+
+// olderVault runs plugins as Vault did before 1.12.
+type olderVault struct {
+	*logical.StaticSystemView
+	vault   *vaulttest.Vault
+	wrapped bool
+}
+
+func (o *olderVault) VaultVersion(context.Context) (string, error) { return "1.11.0", nil }
+func (o *olderVault) MlockEnabled() bool                           { return false }
+
+func (o *olderVault) ResponseWrapData(ctx context.Context, data map[string]any, ttl time.Duration, jwt bool) (*wrapping.ResponseWrapInfo, error) {
+	o.wrapped = jwt
+	client, err := o.vault.Client.Clone()
+	if err != nil {
+		return nil, err
+	}
+	client.SetToken(o.vault.RootToken)
+	client.AddHeader("X-Vault-Wrap-Format", "jwt")
+	client.SetWrappingLookupFunc(func(string, string) string { return ttl.String() })
+	secret, err := client.Logical().WriteWithContext(ctx, "sys/wrapping/wrap", data)
+	if err != nil {
+		return nil, err
+	}
+	return &wrapping.ResponseWrapInfo{Token: secret.WrapInfo.Token}, nil
 }
 
 func wrapped(prefixes []string, key string) bool {
