@@ -22,6 +22,18 @@ func merged(fields ...map[string]*framework.FieldSchema) map[string]*framework.F
 	return all
 }
 
+// always marks fields of an answer that every answer has, and takes away the
+// defaults, which belong to what is written.
+func always(fields map[string]*framework.FieldSchema) map[string]*framework.FieldSchema {
+	all := map[string]*framework.FieldSchema{}
+	for name, field := range fields {
+		required := *field
+		required.Required, required.Default = true, nil
+		all[name] = &required
+	}
+	return all
+}
+
 var (
 	sensitive = &framework.DisplayAttributes{Sensitive: true}
 
@@ -35,8 +47,18 @@ func str(description string) *framework.FieldSchema {
 	return &framework.FieldSchema{Type: framework.TypeString, Description: description}
 }
 
+func oneOf(description string, values ...any) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: framework.TypeString, Description: description, AllowedValues: values}
+}
+
 func timeOf(description string) *framework.FieldSchema {
-	return &framework.FieldSchema{Type: framework.TypeTime, Description: description + ", RFC 3339 in UTC. Absent when unknown."}
+	return &framework.FieldSchema{Type: framework.TypeTime, Description: description + ", RFC 3339 in UTC."}
+}
+
+func timeIfKnown(description string) *framework.FieldSchema {
+	field := timeOf(description)
+	field.Description += " Absent when unknown."
+	return field
 }
 
 func wholeNumber(description string) *framework.FieldSchema {
@@ -88,8 +110,12 @@ var namedConnectorFields = merged(connectorFields, map[string]*framework.FieldSc
 	"connector": str("Name of the connector, 128 characters at most. \"default\" is the one at config."),
 })
 
-var connectorReadFields = merged(connectorSettings, map[string]*framework.FieldSchema{
+var connectorReadFields = always(merged(connectorSettings, map[string]*framework.FieldSchema{
 	"request_timeout": wholeNumber("How long one attempt to reach Kaizala may take, in seconds."),
+}))
+
+var connectorListFields = always(map[string]*framework.FieldSchema{
+	"keys": {Type: framework.TypeStringSlice, Description: "The connectors' names. The one at config is \"default\"."},
 })
 
 // tenantFields are what may be written to a tenant.
@@ -126,37 +152,36 @@ var tenantFields = map[string]*framework.FieldSchema{
 }
 
 // tenantStatusFields are what may be read of a tenant.
-var tenantStatusFields = map[string]*framework.FieldSchema{
+var tenantStatusFields = merged(always(map[string]*framework.FieldSchema{
 	"connector": str("Name of the connector that exchanges the refresh token."),
 	"ttl":       wholeNumber("Life of the leases in seconds; 0 is the mount's."),
 	"max_ttl":   wholeNumber("How long leases can be renewed, in seconds; 0 is the mount's."),
 	"min_ttl":   wholeNumber("Life in seconds that an access token must have left to be handed out."),
-	"status": {
-		Type:          framework.TypeString,
-		AllowedValues: []any{statusOK, statusDegraded, statusRejected, statusExpired, statusUnverified},
-		Description:   "ok; degraded: the last exchange failed and will be tried again; rejected: Kaizala refuses the refresh token, a new one must be written; expired; unverified: not tried yet.",
-	},
-	"kind":                      str("What the refresh token says it is: user, group or unknown."),
-	"group_id":                  str("Group that a group token reaches."),
-	"scope":                     str("What the access token may do, as Kaizala says it."),
-	"endpoint_url":              str("Base URL for calls with the access token."),
-	"refresh_token_expire_time": timeOf("End of the refresh token"),
-	"refresh_token_set_time":    timeOf("When the refresh token came"),
-	"refresh_token_origin":      str("Where the refresh token came from: operator or service."),
-	"access_token_expire_time":  timeOf("End of the current access token"),
-	"last_exchange_time":        timeOf("Last exchange of this refresh token that succeeded"),
-	"next_exchange_time":        timeOf("When the engine will exchange the refresh token without being asked"),
-	"last_error":                str("Why the last exchange failed. Absent when it succeeded."),
-	"last_error_time":           timeOf("When it failed"),
-}
+	"status": oneOf("ok; degraded: the last exchange failed and will be tried again; rejected: Kaizala refuses the refresh token, a new one must be written; expired: a new one must be written; unverified: not tried yet.",
+		statusOK, statusDegraded, statusRejected, statusExpired, statusUnverified),
+	"kind":                   oneOf("What the refresh token says it is.", "user", "group", "unknown"),
+	"refresh_token_origin":   oneOf("Who the refresh token came from: an operator who wrote it, or the service, which replaced the one before.", originOperator, originService),
+	"refresh_token_set_time": timeOf("When the refresh token came"),
+}), map[string]*framework.FieldSchema{
+	"group_id":                  str("Group that a group token reaches. Absent for a user's token."),
+	"scope":                     str("What the access token may do, as Kaizala says it. Absent while there is none."),
+	"endpoint_url":              str("Base URL for calls with the access token. Absent while there is none."),
+	"refresh_token_expire_time": timeIfKnown("End of the refresh token"),
+	"access_token_expire_time":  timeIfKnown("End of the current access token"),
+	"last_exchange_time":        timeIfKnown("Last exchange of this refresh token that succeeded"),
+	"next_exchange_time":        timeIfKnown("When the engine will exchange the refresh token without being asked"),
+	"last_error":                str("Why the last exchange failed, and who has to do what. Absent when it succeeded."),
+	"last_error_time":           timeIfKnown("When it failed"),
+})
 
-var listFields = map[string]*framework.FieldSchema{
-	"keys":     {Type: framework.TypeStringSlice, Description: "The tenants' names."},
-	"key_info": {Type: framework.TypeMap, Description: "status, connector and refresh_token_expire_time of each tenant, by name."},
-}
+var tenantListFields = merged(always(map[string]*framework.FieldSchema{
+	"keys": {Type: framework.TypeStringSlice, Description: "The tenants' names."},
+}), map[string]*framework.FieldSchema{
+	"key_info": {Type: framework.TypeMap, Description: "status, connector and refresh_token_expire_time of each tenant, by name. A tenant that could not be read, or was not yet, is absent."},
+})
 
 // credsFields are what a reader of an access token sees.
-var credsFields = map[string]*framework.FieldSchema{
+var credsFields = always(map[string]*framework.FieldSchema{
 	"access_token": {
 		Type:         framework.TypeString,
 		Description:  "The access token, to be sent as the header accessToken.",
@@ -166,13 +191,13 @@ var credsFields = map[string]*framework.FieldSchema{
 	"scope":        str("What the access token may do, as Kaizala says it."),
 	"expire_time":  timeOf("End of the access token"),
 	"tenant":       str("Name of the tenant."),
-}
+})
 
-var tokenFields = map[string]*framework.FieldSchema{
+var tokenFields = always(map[string]*framework.FieldSchema{
 	"ttl":                 wholeNumber("Seconds until a read is sure to return a newer access token."),
 	"rotation_period":     wholeNumber("Seconds from one access token to the next, 1 at the least."),
 	"last_vault_rotation": timeOf("When this access token was obtained"),
-}
+})
 
 const (
 	backendHelp = `
@@ -187,6 +212,11 @@ The path config is the connector named default; config/<connector> is a further
 one. api_root, redirect_hosts and ca_cert decide where refresh tokens are sent:
 they are the Vault operator's to write, and the policy of the connector's owner
 withholds them with allowed_parameters.
+`
+	tenantListHelp = `
+Names every tenant. In key_info each has its status, its connector and, where it
+is known, the end of its refresh token: what a monitor needs, in one read, with
+no secret in it.
 `
 	tenantHelp = `
 The tenant user generates a refresh token on Kaizala's portal, where it is shown
