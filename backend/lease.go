@@ -55,7 +55,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	if t == nil {
 		return answer(unknownTenant(name))
 	}
-	secret.TTL = s.entry.TTL
+	b.askTTLs()
+	secret.TTL = b.leaseTTL(s.entry, wholeSeconds(expires.Sub(now))-leaseMargin)
 	secret.MaxTTL = wholeSeconds(expires.Sub(secret.IssueTime)) - leaseMargin
 	if s.entry.MaxTTL > 0 {
 		secret.MaxTTL = min(secret.MaxTTL, s.entry.MaxTTL)

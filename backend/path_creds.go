@@ -576,6 +576,8 @@ func (b *backend) fail(a attempt, err error) error {
 	next.text = readerError(a.t.name, a.entry.Connector, err).Error()
 	if refusal := (*serviceError)(nil); errors.As(err, &refusal) {
 		switch refusal.kind {
+		case unavailable:
+			next.until = latest(next.until, now.Add(min(refusal.retryAfter, window)))
 		case limited:
 			next.until = a.via.share.pausedUntil()
 		case refusedConnector:
@@ -612,9 +614,9 @@ func (b *backend) leaseOf(t *tenant, e *tenantEntry, token *accessToken) *logica
 		Data: token.response(t.name),
 		Secret: &logical.Secret{
 			LeaseOptions: logical.LeaseOptions{
-				TTL:       min(e.TTL, most), // 0: the mount's, which Vault cuts to MaxTTL
+				TTL:       b.leaseTTL(e, most),
 				MaxTTL:    most,
-				Renewable: b.leavesRoom(e.TTL, most),
+				Renewable: b.leavesRoom(e, most),
 			},
 			InternalData: map[string]any{
 				"secret_type":   accessTokenType,
@@ -626,12 +628,26 @@ func (b *backend) leaseOf(t *tenant, e *tenantEntry, token *accessToken) *logica
 	}
 }
 
-// leavesRoom says whether a lease of ttl, 0 for the mount's, can be renewed
-// within most.
-func (b *backend) leavesRoom(ttl, most time.Duration) bool {
+// leaseTTL is the TTL of a lease that ends within most: the tenant's or the
+// mount's. 0 leaves the mount's to Vault, which knows it best; but where that is
+// beyond most, Vault would warn each reader that it had to be cut.
+func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) time.Duration {
+	if e.TTL == 0 && time.Duration(b.defaultTTL.Load()) < most {
+		return 0
+	}
+	if e.TTL == 0 {
+		return most
+	}
+	return min(e.TTL, most)
+}
+
+// leavesRoom says whether a lease can be renewed before it has lasted for most,
+// or for as long as the mount allows.
+func (b *backend) leavesRoom(e *tenantEntry, most time.Duration) bool {
 	if longest := time.Duration(b.maxTTL.Load()); longest > 0 {
 		most = min(most, longest)
 	}
+	ttl := e.TTL
 	if ttl == 0 {
 		ttl = time.Duration(b.defaultTTL.Load())
 	}

@@ -3,8 +3,8 @@ package backend
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala"
@@ -114,8 +114,8 @@ func (s *kaizalaService) check(refreshToken string) (refreshFacts, error) {
 		Expires:     claims.Expires.UTC(),
 		RotatesFrom: claims.RotatesFrom().UTC(),
 	}
-	if claims.ConnectorID != "" && claims.ConnectorID != s.connectorID {
-		return facts, fmt.Errorf("it was generated for another connector: its applicationId is not this connector's connector_id")
+	if claims.ConnectorID != "" && !strings.EqualFold(claims.ConnectorID, s.connectorID) {
+		return facts, errors.New("it was generated for another connector: its applicationId is not this connector's connector_id")
 	}
 	return facts, nil
 }

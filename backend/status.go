@@ -85,7 +85,7 @@ func (b *backend) statusResponse(t *tenant, e *tenantEntry) *logical.Response {
 	at("refresh_token_set_time", e.RefreshTokenSet)
 	at("refresh_token_expire_time", e.Facts.Expires)
 	at("last_exchange_time", e.LastExchange)
-	at("next_exchange_time", t.exchangeDue(e, now))
+	at("next_exchange_time", t.exchangeDue(e, now).Truncate(time.Second))
 	if a := e.Access; a != nil {
 		text("scope", a.Scope)
 		text("endpoint_url", a.EndpointURL)
