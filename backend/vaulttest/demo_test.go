@@ -90,6 +90,7 @@ func TestInterruptedDemoCleansUp(t *testing.T) {
 	Eventually(t, "the demo to reach step 1", func() bool {
 		return strings.Contains(out.String(), "# Step 1.") || len(ended) > 0
 	})
+	require.Empty(t, ended, "%s", out)
 	require.NoError(t, syscall.Kill(-cmd.Process.Pid, syscall.SIGINT))
 	select {
 	case err := <-ended:
