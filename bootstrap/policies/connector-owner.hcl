@@ -8,3 +8,12 @@ path "kaizala/config" {
     "connector_secret" = []
   }
 }
+
+# The same connector by its name. The owner of another one has config/<name>.
+path "kaizala/config/default" {
+  capabilities = ["create", "update"]
+  allowed_parameters = {
+    "connector_id"     = []
+    "connector_secret" = []
+  }
+}

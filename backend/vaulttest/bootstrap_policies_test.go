@@ -1,0 +1,239 @@
+package vaulttest
+
+import (
+	"encoding/json"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/vault/api"
+	"github.com/stretchr/testify/require"
+)
+
+// What each shipped policy allows and denies. The rows of a table run from top
+// to bottom on one Vault, which has the engine mounted and nothing configured.
+func TestPolicies(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	for _, path := range glob(t, bootstrapFile(t, "policies", "*.hcl")) {
+		s.shippedPolicy(t, strings.TrimSuffix(filepath.Base(path), ".hcl"))
+	}
+	owner := s.TokenWith(t, "connector-owner")
+	user := s.TokenWith(t, "tenant-user")
+	operator := s.TokenWith(t, "operator")
+	app := s.TokenWith(t, "app")
+	sidecar := s.TokenWith(t, "sidecar")
+	templated := s.entityToken(t, "acme-app", "app-templated", map[string]string{"tenant": "acme"})
+	unnamed := s.entityToken(t, "nobodys-app", "app-templated", nil)
+
+	type fields = map[string]any
+	const (
+		get, post, patch, del, list = http.MethodGet, http.MethodPost, http.MethodPatch, http.MethodDelete, "LIST"
+
+		done, ok, bad, denied = 204, 200, 400, 403
+	)
+	type try struct {
+		token, method, path string
+		data                fields
+		want                int
+	}
+	secret, id := s.connectorSecret, s.connectorID
+	refresh := s.kaizala.GenerateUserToken(id, "acme")
+
+	run := func(name string, tries []try) {
+		t.Helper()
+		for _, c := range tries {
+			status, answer := s.request(t, c.token, c.method, c.path, c.data)
+			require.Equal(t, c.want, status, "%s: %s %s %v: %s", name, c.method, c.path, c.data, answer)
+			require.Empty(t, secretsIn(answer, secret, refresh), "%s: %s %s", name, c.method, c.path)
+		}
+	}
+
+	run("before anything is there", []try{
+		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, denied}, // a create
+		{operator, patch, "kaizala/config", fields{"api_root": s.kaizala.URL}, 404},
+		{owner, post, "kaizala/config", fields{"connector_id": id}, bad},
+		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret, "api_root": s.kaizala.URL}, denied},
+		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret}, done},
+		{operator, post, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
+		{operator, patch, "kaizala/tenants/acme", fields{"ttl": "1h"}, 404},
+	})
+	// Where refresh tokens go is not the owner's to decide.
+	require.Equal(t, "https://api.kaiza.la", s.read(t, "kaizala/config")["api_root"])
+	s.write(t, "kaizala/config/hr", fields{"connector_id": "another", "connector_secret": "HRHRHRHRHR", "api_root": s.kaizala.URL})
+
+	run("operator", []try{
+		{operator, get, "kaizala/config", nil, ok},
+		{operator, list, "kaizala/config", nil, ok},
+		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, done},
+		{operator, post, "kaizala/config/default", fields{"request_timeout": "30s", "redirect_hosts": "kaiza.la"}, done},
+		{operator, post, "kaizala/config/hr", fields{"exchanges_per_minute": 20}, done},
+		{operator, patch, "kaizala/config", fields{"ca_cert": nil, "redirect_hosts": nil}, done},
+		{operator, post, "kaizala/config", fields{"connector_secret": "XXXXXXXXXX"}, denied},
+		{operator, post, "kaizala/config", fields{"connector_id": "mine"}, denied},
+		{operator, post, "kaizala/config/default", fields{"api_root": s.kaizala.URL, "connector_secret": "XXXXXXXXXX"}, denied},
+		{operator, patch, "kaizala/config", fields{"connector_secret": "XXXXXXXXXX"}, denied},
+		{operator, patch, "kaizala/config/hr", fields{"connector_secret": nil}, denied},
+		{operator, post, "kaizala/config/new", fields{"api_root": s.kaizala.URL}, denied},
+		{operator, del, "kaizala/config/hr", nil, done},
+	})
+
+	run("tenant user", []try{
+		{user, get, "kaizala/tenants/acme", nil, 404},
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, done},
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, done},
+		{user, get, "kaizala/tenants/acme", nil, ok},
+		{user, patch, "kaizala/tenants/acme", fields{"ttl": "1h"}, done},
+		{user, del, "kaizala/tenants/acme", nil, denied},
+		{user, post, "kaizala/tenants/acme/refresh", nil, denied},
+		{user, post, "kaizala/tenants/other", fields{"refresh_token": refresh}, denied},
+		{user, get, "kaizala/tenants/other", nil, denied},
+		{user, list, "kaizala/tenants", nil, denied},
+		{user, get, "kaizala/creds/acme", nil, denied},
+		{user, get, "kaizala/token/acme", nil, denied},
+		{user, get, "kaizala/config", nil, denied},
+		{user, post, "kaizala/config", fields{"connector_secret": "XXXXXXXXXX"}, denied},
+		{user, patch, "kaizala/config", fields{"api_root": "https://elsewhere.example"}, denied},
+	})
+	s.tenant(t, "other", nil)
+
+	elsewhere := "https://elsewhere.example"
+	run("connector owner", []try{
+		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret}, done},
+		{owner, post, "kaizala/config", fields{"connector_secret": secret}, done},
+		{owner, post, "kaizala/config/default", fields{"connector_secret": secret}, done},
+		{owner, post, "kaizala/config", fields{}, done},
+		{owner, post, "kaizala/config", fields{"api_root": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"API_Root": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"connector_secret": secret, "api_root": elsewhere}, denied},
+		{owner, post, "kaizala/config/default", fields{"connector_secret": secret, "api_root": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"connector_secret": secret, "api_root": nil}, denied},
+		{owner, post, "kaizala/config", fields{"redirect_hosts": "elsewhere.example"}, denied},
+		{owner, post, "kaizala/config", fields{"ca_cert": "a certificate"}, denied},
+		{owner, post, "kaizala/config", fields{"request_timeout": "1s"}, denied},
+		{owner, post, "kaizala/config", fields{"exchanges_per_minute": 100}, denied},
+		{owner, post, "kaizala/config", fields{"connector": "hr", "connector_secret": secret}, denied},
+		{owner, post, "kaizala/config?api_root=" + elsewhere, fields{"connector_secret": secret}, done},
+		{owner, patch, "kaizala/config", fields{"connector_secret": secret}, denied},
+		{owner, patch, "kaizala/config", fields{"api_root": elsewhere}, denied},
+		{owner, post, "kaizala/config/", fields{"connector_secret": secret}, bad}, // by Vault itself
+		{owner, post, "kaizala/config/hr", fields{"connector_id": id, "connector_secret": secret}, denied},
+		{owner, get, "kaizala/config", nil, denied},
+		{owner, list, "kaizala/config", nil, denied},
+		{owner, del, "kaizala/config", nil, denied},
+		{owner, get, "kaizala/tenants/acme", nil, denied},
+		{owner, post, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
+		{owner, list, "kaizala/tenants", nil, denied},
+		{owner, get, "kaizala/creds/acme", nil, denied},
+		{owner, get, "kaizala/token/acme", nil, denied},
+	})
+	status, answer := s.requestRaw(t, owner, post, "kaizala/config", "application/x-www-form-urlencoded", []byte("api_root="+elsewhere))
+	require.Equal(t, denied, status, answer)
+	require.Equal(t, s.kaizala.URL, s.read(t, "kaizala/config")["api_root"], "the query of a write changes nothing")
+
+	run("app", []try{
+		{app, get, "kaizala/creds/acme", nil, ok},
+		{app, get, "kaizala/creds/acme?min_ttl=1h", nil, ok},
+		{app, post, "kaizala/creds/acme", nil, denied},
+		{app, get, "kaizala/creds/other", nil, denied},
+		{app, get, "kaizala/token/acme", nil, denied},
+		{app, get, "kaizala/tenants/acme", nil, denied},
+		{app, post, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
+		{app, post, "kaizala/tenants/acme/refresh", nil, denied},
+		{app, get, "kaizala/config", nil, denied},
+		{app, list, "kaizala/tenants", nil, denied},
+		{app, post, "sys/leases/revoke-prefix/kaizala/creds/acme", nil, denied},
+
+		{sidecar, get, "kaizala/token/acme", nil, ok},
+		{sidecar, get, "kaizala/token/other", nil, denied},
+		{sidecar, get, "kaizala/creds/acme", nil, denied},
+		{sidecar, get, "kaizala/tenants/acme", nil, denied},
+
+		{templated, get, "kaizala/creds/acme", nil, ok},
+		{templated, get, "kaizala/creds/other", nil, denied},
+		{templated, get, "kaizala/token/acme", nil, denied},
+		{templated, get, "kaizala/tenants/acme", nil, denied},
+		{unnamed, get, "kaizala/creds/acme", nil, denied},
+		{unnamed, get, "kaizala/creds/", nil, denied},
+	})
+	for _, token := range []string{app, templated} {
+		lease := s.leaseOf(t, token)
+		run("leases of an app", []try{
+			{token, post, "sys/leases/renew", fields{"lease_id": lease, "increment": 7200}, ok},
+			{token, post, "sys/leases/revoke/" + lease, nil, done},
+			{token, post, "sys/leases/revoke", fields{"lease_id": s.leaseOf(t, token)}, done},
+			{app, post, "sys/leases/revoke/kaizala/creds/other/abc", nil, denied},
+			{templated, post, "sys/leases/revoke/kaizala/creds/other/abc", nil, denied},
+		})
+	}
+
+	lease := s.leaseOf(t, app)
+	run("operator, once tenants are there", []try{
+		{operator, list, "kaizala/tenants", nil, ok},
+		{operator, get, "kaizala/tenants/acme", nil, ok},
+		{operator, post, "kaizala/tenants/acme", fields{"ttl": "1h", "max_ttl": "2h", "min_ttl": "20m"}, done},
+		{operator, patch, "kaizala/tenants/acme", fields{"max_ttl": nil}, done},
+		{operator, post, "kaizala/tenants/acme", fields{"refresh_token": "x"}, denied},
+		{operator, post, "kaizala/tenants/acme", fields{"connector": "hr"}, denied},
+		{operator, post, "kaizala/tenants/acme", fields{"verify": false}, denied},
+		{operator, patch, "kaizala/tenants/acme", fields{"refresh_token": "x"}, denied},
+		{operator, patch, "kaizala/tenants/acme", fields{"connector": nil}, denied},
+		{operator, post, "kaizala/tenants/new", fields{"ttl": "1h"}, denied},
+		{operator, post, "kaizala/tenants/acme/refresh", nil, ok},
+		{operator, get, "kaizala/creds/acme", nil, denied},
+		{operator, get, "kaizala/token/acme", nil, denied},
+		{operator, list, "sys/leases/lookup/kaizala/creds/acme", nil, ok},
+		{operator, post, "sys/leases/lookup", fields{"lease_id": lease}, ok},
+		{operator, get, "sys/leases/count?type=irrevocable", nil, ok},
+		{operator, post, "sys/leases/revoke/" + lease, nil, done},
+		{operator, post, "sys/leases/revoke-prefix/kaizala/creds/acme", nil, done},
+		{operator, get, "sys/metrics", nil, ok},
+		{operator, del, "kaizala/config", nil, bad}, // allowed, and refused: tenants use it
+		{operator, del, "kaizala/tenants/other", nil, done},
+	})
+}
+
+// leaseOf reads creds/acme and returns the lease.
+func (s *site) leaseOf(t *testing.T, token string) string {
+	t.Helper()
+	status, answer := s.request(t, token, http.MethodGet, "kaizala/creds/acme", nil)
+	require.Equal(t, 200, status, answer)
+	var secret api.Secret
+	require.NoError(t, json.Unmarshal([]byte(answer), &secret))
+	require.NotEmpty(t, secret.LeaseID)
+	return secret.LeaseID
+}
+
+// entityToken logs somebody in who is an entity with this metadata.
+func (v *Vault) entityToken(t *testing.T, name, policy string, metadata map[string]string) string {
+	t.Helper()
+	auths, err := v.Client.Sys().ListAuth()
+	require.NoError(t, err)
+	if auths["userpass/"] == nil {
+		require.NoError(t, v.Client.Sys().EnableAuthWithOptions("userpass", &api.EnableAuthOptions{Type: "userpass"}))
+		auths, err = v.Client.Sys().ListAuth()
+		require.NoError(t, err)
+	}
+	write := func(path string, data map[string]any) *api.Secret {
+		secret, err := v.Client.Logical().Write(path, data)
+		require.NoError(t, err, path)
+		return secret
+	}
+	write("auth/userpass/users/"+name, map[string]any{"password": "test", "token_policies": policy})
+	entity := write("identity/entity", map[string]any{"name": name, "metadata": metadata})
+	write("identity/entity-alias", map[string]any{
+		"name":           name,
+		"canonical_id":   entity.Data["id"],
+		"mount_accessor": auths["userpass/"].Accessor,
+	})
+	return write("auth/userpass/login/"+name, map[string]any{"password": "test"}).Auth.ClientToken
+}
+
+func glob(t *testing.T, pattern string) []string {
+	t.Helper()
+	paths, err := filepath.Glob(pattern)
+	require.NoError(t, err)
+	require.NotEmpty(t, paths, pattern)
+	return paths
+}

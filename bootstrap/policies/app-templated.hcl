@@ -1,0 +1,17 @@
+# One policy for the apps of all tenants: the app's entity says in its metadata
+# whose tokens it reads. An entity without that metadata reads none. Whoever may
+# write entities decides who reads what.
+path "kaizala/creds/{{identity.entity.metadata.tenant}}" {
+  capabilities = ["read"]
+}
+
+path "sys/leases/renew" {
+  capabilities = ["update"]
+}
+
+path "sys/leases/revoke/kaizala/creds/{{identity.entity.metadata.tenant}}/*" {
+  capabilities = ["update"]
+}
+path "sys/leases/revoke" {
+  capabilities = ["update"]
+}
