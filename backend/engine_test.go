@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -201,6 +202,58 @@ func (e *engine) revokeLease(lease *logical.Response) error {
 	return err
 }
 
+// minute is Vault's periodic function as Vault calls it; it has to return at once.
+func (e *engine) minute() {
+	e.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	defer cancel()
+	begun := time.Now()
+	_, err := e.HandleRequest(ctx, &logical.Request{Operation: logical.RollbackOperation, Storage: e.storage})
+	require.NoError(e.t, err)
+	require.Less(e.t, time.Since(begun), time.Second, "the periodic function held Vault up")
+}
+
+// pass lets time pass with a periodic function each minute, as Vault does.
+func (e *engine) pass(d time.Duration) {
+	e.t.Helper()
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		time.Sleep(min(time.Minute, time.Until(end)))
+		e.minute()
+	}
+}
+
+// quiet waits for the tenant's exchange under way, if there is one.
+func (e *engine) quiet(name string) {
+	for range 300 {
+		synctest.Wait()
+		t := e.tenants.named(name)
+		if t == nil {
+			return
+		}
+		t.mu.Lock()
+		busy := t.flight != nil
+		t.mu.Unlock()
+		if !busy {
+			return
+		}
+		time.Sleep(time.Second)
+	}
+	e.t.Error("an exchange does not end")
+}
+
+// held is the refresh token that the engine would use next, stored or not.
+func (e *engine) held(name string) string {
+	if t := e.tenants.named(name); t != nil {
+		if entry := t.base(); entry != nil {
+			return entry.RefreshToken
+		}
+	}
+	if entry := e.stored(name); entry != nil {
+		return entry.RefreshToken
+	}
+	return ""
+}
+
 // stored is the tenant's entry as storage has it, nil where it has none.
 func (e *engine) stored(tenant string) *tenantEntry {
 	e.t.Helper()
@@ -217,6 +270,8 @@ type storage struct {
 	keys map[string]bool // every key ever written
 	puts map[string]int
 	fail func(op, key string) error
+	// around does the operation, or not, and says what the engine is told.
+	around func(op, key string, do func() error) error
 }
 
 // failWith makes each operation (get, put, delete, list) ask f for its error.
@@ -226,54 +281,68 @@ func (s *storage) failWith(f func(op, key string) error) {
 	s.fail = f
 }
 
-func (s *storage) heal() { s.failWith(nil) }
+// surround hands each operation to f, which does it or does not.
+func (s *storage) surround(f func(op, key string, do func() error) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.around = f
+}
 
-func (s *storage) check(ctx context.Context, op, key string) error {
+func (s *storage) heal() {
+	s.failWith(nil)
+	s.surround(nil)
+}
+
+func (s *storage) perform(ctx context.Context, op, key string, do func() error) error {
 	s.ops.Add(1)
 	s.mu.Lock()
-	fail := s.fail
+	fail, around := s.fail, s.around
 	s.mu.Unlock()
 	if fail != nil {
 		if err := fail(op, key); err != nil {
 			return err
 		}
 	}
-	return ctx.Err()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if around != nil {
+		return around(op, key, do)
+	}
+	return do()
 }
 
-func (s *storage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	if err := s.check(ctx, "get", key); err != nil {
-		return nil, err
-	}
-	return s.InmemStorage.Get(ctx, key)
+func (s *storage) Get(ctx context.Context, key string) (entry *logical.StorageEntry, err error) {
+	err = s.perform(ctx, "get", key, func() error {
+		entry, err = s.InmemStorage.Get(ctx, key)
+		return err
+	})
+	return entry, err
 }
 
 func (s *storage) Put(ctx context.Context, entry *logical.StorageEntry) error {
-	if err := s.check(ctx, "put", entry.Key); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	if s.keys == nil {
-		s.keys, s.puts = map[string]bool{}, map[string]int{}
-	}
-	s.keys[entry.Key] = true
-	s.puts[entry.Key]++
-	s.mu.Unlock()
-	return s.InmemStorage.Put(ctx, entry)
+	return s.perform(ctx, "put", entry.Key, func() error {
+		s.mu.Lock()
+		if s.keys == nil {
+			s.keys, s.puts = map[string]bool{}, map[string]int{}
+		}
+		s.keys[entry.Key] = true
+		s.puts[entry.Key]++
+		s.mu.Unlock()
+		return s.InmemStorage.Put(ctx, entry)
+	})
 }
 
 func (s *storage) Delete(ctx context.Context, key string) error {
-	if err := s.check(ctx, "delete", key); err != nil {
-		return err
-	}
-	return s.InmemStorage.Delete(ctx, key)
+	return s.perform(ctx, "delete", key, func() error { return s.InmemStorage.Delete(ctx, key) })
 }
 
-func (s *storage) List(ctx context.Context, prefix string) ([]string, error) {
-	if err := s.check(ctx, "list", prefix); err != nil {
-		return nil, err
-	}
-	return s.InmemStorage.List(ctx, prefix)
+func (s *storage) List(ctx context.Context, prefix string) (keys []string, err error) {
+	err = s.perform(ctx, "list", prefix, func() error {
+		keys, err = s.InmemStorage.List(ctx, prefix)
+		return err
+	})
+	return keys, err
 }
 
 func (s *storage) putsOf(key string) int {
