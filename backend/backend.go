@@ -106,7 +106,9 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 		return nil, err
 	}
 	routed := *conf
-	routed.System = routingView{conf.System}
+	if conf.System != nil {
+		routed.System = routingView{conf.System}
+	}
 	if err := b.Setup(ctx, &routed); err != nil {
 		return nil, err
 	}
