@@ -75,7 +75,7 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 	if err != nil {
 		return answer(err)
 	}
-	resp := b.leaseOf(t, s.entry, token)
+	resp := b.leaseOf(s.entry, token)
 	b.warn(resp, t, s.entry)
 	if ctx.Err() != nil {
 		// Vault may or may not have registered a lease for a reader who has gone.
@@ -95,22 +95,22 @@ func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framewor
 		return answer(err)
 	}
 	until := s.entry.usableUntil(minTTL)
-	data := token.response(t.name)
+	data := token.response()
 	data["ttl"] = max(0, int64(time.Until(until)/time.Second))
 	data["rotation_period"] = max(1, int64(until.Sub(token.Obtained)/time.Second))
-	data["last_vault_rotation"] = stamp(token.Obtained)
+	data["last_vault_rotation"] = token.shown.obtained
 	resp := &logical.Response{Data: data}
 	b.warn(resp, t, s.entry)
 	return resp, nil
 }
 
-func (a *accessToken) response(tenant string) map[string]any {
+func (a *accessToken) response() map[string]any {
 	return map[string]any{
-		"access_token": a.Token,
-		"endpoint_url": a.EndpointURL,
-		"scope":        a.Scope,
-		"expire_time":  a.expireTime,
-		"tenant":       tenant,
+		"access_token": a.shown.token,
+		"endpoint_url": a.shown.endpointURL,
+		"scope":        a.shown.scope,
+		"expire_time":  a.shown.expires,
+		"tenant":       a.shown.tenant,
 	}
 }
 
@@ -445,7 +445,7 @@ func (b *backend) settle(a attempt, g *grant, failure error, to *move, asked tim
 		}
 		next.AccessTokenLife = next.Access.life()
 		next.Verified, next.Rejected, next.LastExchange = true, time.Time{}, now
-		fresh = newAccessToken(next.Access)
+		fresh = newAccessToken(t.name, next.Access)
 	}
 	t.mu.Lock()
 	t.fresh = fresh
@@ -605,13 +605,13 @@ func (b *backend) recover(t *tenant, e *tenantEntry) {
 
 // leaseOf makes the lease that goes with an access token. It ends before the
 // token does, and so does any renewal of it.
-func (b *backend) leaseOf(t *tenant, e *tenantEntry, token *accessToken) *logical.Response {
+func (b *backend) leaseOf(e *tenantEntry, token *accessToken) *logical.Response {
 	most := wholeSeconds(time.Until(token.Expires)) - leaseMargin
 	if e.MaxTTL > 0 {
 		most = min(most, e.MaxTTL)
 	}
 	return &logical.Response{
-		Data: token.response(t.name),
+		Data: token.response(),
 		Secret: &logical.Secret{
 			LeaseOptions: logical.LeaseOptions{
 				TTL:       b.leaseTTL(e, most),
@@ -620,9 +620,9 @@ func (b *backend) leaseOf(t *tenant, e *tenantEntry, token *accessToken) *logica
 			},
 			InternalData: map[string]any{
 				"secret_type":   accessTokenType,
-				leaseTenant:     t.name,
-				leaseGeneration: token.Generation,
-				leaseExpires:    token.expireTime,
+				leaseTenant:     token.shown.tenant,
+				leaseGeneration: token.shown.generation,
+				leaseExpires:    token.shown.expires,
 			},
 		},
 	}

@@ -60,19 +60,6 @@ func TestReaderIsAnsweredWithinTenSeconds(t *testing.T) {
 	})
 }
 
-func TestCachedReadTouchesNothing(t *testing.T) {
-	e := newConfiguredEngine(t)
-	e.addTenant("acme")
-	e.read("creds/acme")
-	ops, asked := e.storage.ops.Load(), e.system.asked.Load()
-	for range 100 {
-		e.read("creds/acme")
-		e.read("token/acme")
-	}
-	assert.Equal(t, ops, e.storage.ops.Load(), "storage operations")
-	assert.Equal(t, asked, e.system.asked.Load(), "questions to Vault")
-}
-
 func TestLeaseEndsBeforeItsToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

@@ -129,7 +129,9 @@ type trouble struct {
 // the count of its live leases.
 type accessToken struct {
 	*accessEntry
-	expireTime string
+	// shown is what responses are made of, strings all: to make an interface
+	// value of each anew would be half of what a read allocates.
+	shown struct{ token, endpointURL, scope, expires, obtained, tenant, generation any }
 	// leases is the number of live leases, or one of the two states below.
 	leases atomic.Int64
 }
@@ -437,7 +439,7 @@ func (ts *tenants) publish(t *tenant, e *tenantEntry) {
 	if e.Access != nil {
 		next.access = t.known(e.Access.Generation)
 		if next.access == nil {
-			next.access = newAccessToken(e.Access)
+			next.access = newAccessToken(t.name, e.Access)
 			next.access.leases.Store(leasesUnknown)
 		}
 	}
@@ -457,8 +459,12 @@ func (t *tenant) known(generation string) *accessToken {
 	return nil
 }
 
-func newAccessToken(e *accessEntry) *accessToken {
-	return &accessToken{accessEntry: e, expireTime: stamp(e.Expires)}
+func newAccessToken(tenant string, e *accessEntry) *accessToken {
+	a := &accessToken{accessEntry: e}
+	a.shown.token, a.shown.endpointURL, a.shown.scope = e.Token, e.EndpointURL, e.Scope
+	a.shown.expires, a.shown.obtained = stamp(e.Expires), stamp(e.Obtained)
+	a.shown.tenant, a.shown.generation = tenant, e.Generation
+	return a
 }
 
 func (ts *tenants) show(t *tenant, s *tenantState) {
