@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# gofmt, go vet and staticcheck on the Go files; bash -n, and shellcheck where
-# it is installed, on the scripts. bootstrap/vault is formatted only: to vet it
+# gofmt, go vet and staticcheck on the Go files; bash -n and shellcheck on
+# the scripts; shellcheck is installed where that is possible without asking. bootstrap/vault is formatted only: to vet it
 # is to compile Vault.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,6 +26,10 @@ echo "bash -n"
 for script in "${scripts[@]}"; do
   bash -n "$script"
 done
+if ! command -v shellcheck >/dev/null && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+  echo "installing shellcheck from Debian's packages"
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y shellcheck >/dev/null
+fi
 if command -v shellcheck >/dev/null; then
   echo "shellcheck"
   shellcheck -x "${scripts[@]}"

@@ -10,7 +10,8 @@ if ! command -v gcc >/dev/null; then
   exit 1
 fi
 VAULT_BIN=$(scripts/vault.sh)
-export VAULT_BIN
+VAULT_OLDEST_BIN=$(scripts/vault.sh oldest)
+export VAULT_BIN VAULT_OLDEST_BIN
 export KAIZALA_PLUGIN_BIN=$PWD/bin/vault-plugin-secrets-kaizala
 export KAIZALA_EMULATOR_BIN=$PWD/bin/kaizala-emulator
 
