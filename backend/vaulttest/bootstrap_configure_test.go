@@ -1,0 +1,231 @@
+package vaulttest
+
+import (
+	"bufio"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// configureRun prepares bootstrap/configure.sh against v, with the plugin in
+// the plugin directory. A vault in front of the real one notes each command
+// line, and what it finds in its environment, in calls.
+func configureRun(t *testing.T, v *Vault, env ...string) (cmd *exec.Cmd, calls string) {
+	t.Helper()
+	plugin := filepath.Join(v.PluginDir, PluginName)
+	if _, err := os.Stat(plugin); err != nil {
+		content, err := os.ReadFile(PluginBinary(t))
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(plugin, content, 0o755))
+	}
+	shim := t.TempDir()
+	calls = filepath.Join(shim, "calls")
+	script := `#!/bin/sh
+printf '%s ' "$@" >>"` + calls + `"
+env | sed 's/^/env: /' >>"` + calls + `"
+[ "$1 $EDITION" != "status ent" ] || { echo "Version 1.21.0+ent"; exit 0; }
+exec "` + v.binary + `" "$@"
+`
+	require.NoError(t, os.WriteFile(filepath.Join(shim, "vault"), []byte(script), 0o755))
+	cmd = exec.Command(bootstrapFile(t, "configure.sh"))
+	cmd.Dir = v.Dir
+	cmd.Env = v.CLIEnv(v.RootToken)
+	for i, kv := range cmd.Env {
+		if path, ok := strings.CutPrefix(kv, "PATH="); ok {
+			cmd.Env[i] = "PATH=" + shim + ":" + path
+		}
+	}
+	cmd.Env = append(append(cmd.Env, "KAIZALA_PLUGIN="+plugin), env...)
+	return cmd, calls
+}
+
+func configureOK(t *testing.T, v *Vault, env ...string) (output, calls string) {
+	t.Helper()
+	cmd, record := configureRun(t, v, env...)
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	return string(out), fileText(t, record)
+}
+
+// configured is all that configure.sh is to leave as it is when it runs again.
+func configured(t *testing.T, v *Vault, policies ...string) map[string]any {
+	t.Helper()
+	state := map[string]any{}
+	for _, path := range []string{"sys/mounts/kaizala", "kaizala/config", "sys/plugins/catalog/secret/" + PluginName} {
+		secret, err := v.Client.Logical().Read(path)
+		require.NoError(t, err, path)
+		state[path] = secret
+		if secret != nil {
+			state[path] = secret.Data
+		}
+	}
+	for _, name := range policies {
+		policy, err := v.Client.Sys().GetPolicy(name)
+		require.NoError(t, err)
+		require.NotEmpty(t, policy, "policy %s", name)
+		state[name] = policy
+	}
+	return state
+}
+
+func TestConfigure(t *testing.T) {
+	t.Parallel()
+	v := Start(t, WithAudit())
+	kaizala := kaizalatest.NewServer()
+	t.Cleanup(kaizala.Close)
+	id, secret := kaizala.RegisterConnector()
+	secretFile := filepath.Join(v.Dir, "connector-secret")
+	require.NoError(t, os.WriteFile(secretFile, []byte(secret+"\n"), 0o600))
+
+	// The operator alone: the connector is left to its owner.
+	out, _ := configureOK(t, v, "KAIZALA_TENANTS=acme contoso", "KAIZALA_MAX_LEASE_TTL=48h")
+	require.Contains(t, out, "Mounting kaizala/")
+	require.Contains(t, out, "vault write kaizala/config connector_id=… connector_secret=-")
+	require.Contains(t, out, "vault write kaizala/tenants/contoso refresh_token=-")
+	policies := []string{
+		"kaizala-connector-owner", "kaizala-operator", "kaizala-app-templated",
+		"kaizala-tenant-user-acme", "kaizala-app-acme", "kaizala-sidecar-acme",
+		"kaizala-tenant-user-contoso", "kaizala-app-contoso", "kaizala-sidecar-contoso",
+	}
+	first := configured(t, v, policies...)
+	mount := first["sys/mounts/kaizala"].(map[string]any)
+	require.Equal(t, json.Number("172800"), mount["config"].(map[string]any)["max_lease_ttl"])
+
+	// With the connector, its secret from a file.
+	env := []string{
+		"KAIZALA_TENANTS=acme contoso", "KAIZALA_MAX_LEASE_TTL=48h",
+		"KAIZALA_CONNECTOR_ID=" + id, "KAIZALA_CONNECTOR_SECRET_FILE=" + secretFile, "KAIZALA_API_ROOT=" + kaizala.URL,
+	}
+	out, calls := configureOK(t, v, env...)
+	require.NotContains(t, out, "Mounting")
+	require.Empty(t, secretsIn(out+calls, secret))
+	second := configured(t, v, policies...)
+	require.Equal(t, mount["accessor"], second["sys/mounts/kaizala"].(map[string]any)["accessor"], "it is the same mount")
+	require.Equal(t, id, second["kaizala/config"].(map[string]any)["connector_id"])
+
+	_, _ = configureOK(t, v, env...)
+	require.Equal(t, second, configured(t, v, policies...), "a run that finds all as it should be changes nothing")
+
+	// The secret from the environment, and a file system that lacks the file.
+	next := kaizala.NewConnectorSecret(id)
+	out, calls = configureOK(t, v, "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET="+next)
+	require.Empty(t, secretsIn(out+calls, next), "no child of the script sees it, in its arguments or its environment")
+	cmd, _ := configureRun(t, v, "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET_FILE="+secretFile+"-that-is-not-there")
+	require.Error(t, cmd.Run())
+
+	// What was configured works: the policies let each do his part.
+	refresh := kaizala.GenerateUserToken(id, "contoso")
+	out, exit := v.CLIWithInput(t, v.TokenWith(t, "kaizala-tenant-user-contoso"), refresh, "write", "kaizala/tenants/contoso", "refresh_token=-")
+	require.Zero(t, exit, out)
+	out, exit = v.CLI(t, v.TokenWith(t, "kaizala-app-contoso"), "read", "-field=access_token", "kaizala/creds/contoso")
+	require.Zero(t, exit, out)
+	require.True(t, kaizala.AccessTokenAlive(strings.TrimSpace(out)))
+	out, exit = v.CLI(t, v.TokenWith(t, "kaizala-app-acme"), "read", "kaizala/creds/contoso")
+	require.NotZero(t, exit, out)
+
+	auditsShowNoSecret(t, v, next, refresh)
+}
+
+// auditsShowNoSecret reads everything there is to read and looks at how the
+// audit log has it: access tokens as HMACs, the rest in clear.
+func auditsShowNoSecret(t *testing.T, v *Vault, secrets ...string) {
+	t.Helper()
+	for _, path := range []string{"kaizala/config", "kaizala/tenants/contoso", "kaizala/creds/contoso", "kaizala/token/contoso"} {
+		read, err := v.Client.Logical().Read(path)
+		require.NoError(t, err)
+		logged := auditedResponse(t, v, path)
+		for field, value := range read.Data {
+			if field == "access_token" {
+				require.Contains(t, logged[field], "hmac-sha256:")
+				secrets = append(secrets, value.(string))
+			} else {
+				require.NotContains(t, jsonText(t, logged[field]), "hmac-sha256:", "%s of %s is no secret: configure.sh should name it", field, path)
+			}
+		}
+	}
+	require.Contains(t, v.Audit(), `"request_timeout"`)
+	require.Empty(t, secretsIn(v.Audit(), secrets...))
+}
+
+func jsonText(t *testing.T, value any) string {
+	t.Helper()
+	text, err := json.Marshal(value)
+	require.NoError(t, err)
+	return string(text)
+}
+
+// auditedResponse is the data of the last answer to a read of path.
+func auditedResponse(t *testing.T, v *Vault, path string) (data map[string]any) {
+	t.Helper()
+	lines := bufio.NewScanner(strings.NewReader(v.Audit()))
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var entry struct {
+			Type     string
+			Request  struct{ Path, Operation string }
+			Response struct{ Data map[string]any }
+		}
+		require.NoError(t, json.Unmarshal(lines.Bytes(), &entry))
+		if entry.Type == "response" && entry.Request.Path == path && entry.Request.Operation == "read" {
+			data = entry.Response.Data
+		}
+	}
+	require.NotNil(t, data, "no answer of %s in the audit log", path)
+	return data
+}
+
+func TestConfigureElsewhere(t *testing.T) {
+	t.Parallel()
+	v := Start(t)
+
+	cmd, _ := configureRun(t, v, "KAIZALA_MOUNT=cubbyhole")
+	out, err := cmd.CombinedOutput()
+	require.Error(t, err)
+	require.Contains(t, string(out), "cubbyhole/ is a mount of")
+
+	cmd, _ = configureRun(t, v, "VAULT_TOKEN=not-good")
+	out, err = cmd.CombinedOutput()
+	require.ErrorAs(t, err, new(*exec.ExitError))
+	require.Contains(t, string(out), "the token is not good")
+
+	// Seal wrapping is asked of an Enterprise edition alone.
+	_, calls := configureOK(t, v)
+	require.NotContains(t, calls, "-seal-wrap")
+	_, calls = configureOK(t, v, "EDITION=ent", "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme")
+	require.Contains(t, calls, "-seal-wrap")
+	mounts, err := v.Client.Sys().ListMounts()
+	require.NoError(t, err)
+	require.Contains(t, mounts, "teams/kaizala/")
+	policy, err := v.Client.Sys().GetPolicy("teams-kaizala-app-acme")
+	require.NoError(t, err)
+	require.Contains(t, policy, `"teams/kaizala/creds/acme"`)
+	require.Contains(t, policy, `"sys/leases/revoke/teams/kaizala/creds/acme/*"`)
+}
+
+// A newer plugin takes the place of the one that runs.
+func TestConfigureUpgrades(t *testing.T) {
+	t.Parallel()
+	s := &site{Vault: Start(t), kaizala: kaizalatest.NewServer()}
+	t.Cleanup(s.kaizala.Close)
+	s.connectorID, s.connectorSecret = s.kaizala.RegisterConnector()
+	s.Register(t, "v0.0.1", BuildPlugin(t, "v0.0.1"))
+	s.Mount(t, "kaizala")
+	s.configure(t, nil)
+	s.tenant(t, "acme", nil)
+	before := s.read(t, "kaizala/token/acme")["access_token"]
+
+	out, _ := configureOK(t, s.Vault)
+	require.Contains(t, out, "Upgrading kaizala/ from v0.0.1")
+	mounts, err := s.Client.Sys().ListMounts()
+	require.NoError(t, err)
+	require.Equal(t, PluginVersion(t, PluginBinary(t)), mounts["kaizala/"].RunningVersion)
+	require.Equal(t, before, s.read(t, "kaizala/token/acme")["access_token"])
+	require.Equal(t, 1, s.kaizala.TotalExchanges())
+}

@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Registers the plugin in a running Vault, mounts and tunes it, writes the
+# policies and, where that is wanted, the connector. Running it again changes
+# nothing that is right already, and upgrades the mount to a newer plugin.
+#
+#   export VAULT_ADDR=https://vault.example:8200     # and VAULT_TOKEN, or vault login
+#   bootstrap/configure.sh
+#
+# Asks on a terminal for what these variables do not say:
+#
+#   KAIZALA_PLUGIN                 the plugin's binary, bin/vault-plugin-secrets-kaizala by default
+#   KAIZALA_PLUGIN_COMMAND         its file name in Vault's plugin_directory, where it lies already; the same by default
+#   KAIZALA_PLUGIN_VERSION         its version, where the binary does not run on this machine
+#   KAIZALA_MOUNT                  kaizala by default
+#   KAIZALA_DEFAULT_LEASE_TTL      of the mount; Vault's own by default
+#   KAIZALA_MAX_LEASE_TTL
+#   KAIZALA_TENANTS                names of tenants, whose users and apps get a policy each
+#   KAIZALA_API_ROOT               another service than Kaizala's own
+#   KAIZALA_CA_CERT_FILE           certificates, in PEM, to check it against
+#   KAIZALA_EXCHANGES_PER_MINUTE   this mount's share of Kaizala's 100
+#   KAIZALA_CONNECTOR_ID           empty: leave the connector to its owner
+#   KAIZALA_CONNECTOR_SECRET_FILE  a file with its secret; or, where a CI system sets it:
+#   KAIZALA_CONNECTOR_SECRET
+#
+# No secret is ever on a command line, and none is printed. Refresh tokens are
+# not asked for: each tenant user writes his own.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+name=vault-plugin-secrets-kaizala
+
+# A secret in the environment goes no further than this shell.
+connector_secret=${KAIZALA_CONNECTOR_SECRET:-}
+unset KAIZALA_CONNECTOR_SECRET
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+  say "configure.sh: $*"
+  exit 1
+}
+
+# ask VARIABLE TEXT DEFAULT sets the variable to its value in the environment,
+# to what is typed, or to the default.
+ask() {
+  local answer=
+  if [[ -z ${!1+set} && -t 0 ]]; then
+    read -r -p "$2 [$3]: " answer
+  fi
+  printf -v "$1" %s "${!1:-${answer:-$3}}"
+}
+
+ask KAIZALA_PLUGIN "The plugin's binary" "$here/../bin/$name"
+ask KAIZALA_MOUNT "Mount path" kaizala
+ask KAIZALA_TENANTS "Tenants, separated by spaces" ""
+ask KAIZALA_CONNECTOR_ID "Connector ID (empty: its owner writes it)" ""
+
+plugin=$KAIZALA_PLUGIN
+command=${KAIZALA_PLUGIN_COMMAND:-$(basename "$plugin")}
+mount=${KAIZALA_MOUNT%/}
+[[ $mount =~ ^[A-Za-z0-9_./-]+$ ]] || die "KAIZALA_MOUNT: a path of letters, digits and . _ - / only"
+command -v vault >/dev/null || die "vault is not in PATH"
+[[ -f $plugin ]] || die "no plugin at $plugin: run make build-plugin, or set KAIZALA_PLUGIN"
+vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is not good"
+
+# The plugin, by its checksum and version.
+if command -v sha256sum >/dev/null; then
+  sum=$(sha256sum "$plugin")
+else
+  sum=$(shasum -a 256 "$plugin")
+fi
+sum=${sum%% *}
+version=${KAIZALA_PLUGIN_VERSION:-$("$plugin" -version)} ||
+  die "$plugin does not run here: set KAIZALA_PLUGIN_VERSION to its version"
+say "Registering $name $version, $sum"
+vault plugin register -sha256="$sum" -version="$version" -command="$command" secret "$name" >/dev/null ||
+  die "Vault refuses the plugin: is it $command in Vault's plugin_directory, on every node?"
+
+# What audit logs may show in clear. Everything else, access tokens above all,
+# is there as an HMAC.
+request_keys=(
+  connector_id api_root ca_cert redirect_hosts request_timeout exchanges_per_minute
+  connector ttl max_ttl min_ttl verify
+)
+response_keys=(
+  endpoint_url scope expire_time tenant rotation_period last_vault_rotation
+  connector_id api_root ca_cert redirect_hosts request_timeout exchanges_per_minute
+  connector ttl max_ttl min_ttl status kind group_id
+  refresh_token_expire_time refresh_token_set_time refresh_token_origin
+  access_token_expire_time last_exchange_time next_exchange_time
+  last_error last_error_time keys key_info
+)
+options=()
+for key in "${request_keys[@]}"; do options+=("-audit-non-hmac-request-keys=$key"); done
+for key in "${response_keys[@]}"; do options+=("-audit-non-hmac-response-keys=$key"); done
+[[ -z ${KAIZALA_DEFAULT_LEASE_TTL:-} ]] || options+=("-default-lease-ttl=$KAIZALA_DEFAULT_LEASE_TTL")
+[[ -z ${KAIZALA_MAX_LEASE_TTL:-} ]] || options+=("-max-lease-ttl=$KAIZALA_MAX_LEASE_TTL")
+options+=("-plugin-version=$version")
+
+# sys/mounts/PATH is a 400 where nothing is mounted.
+if type=$(vault read -field=type "sys/mounts/$mount" 2>/dev/null); then
+  [[ $type == "$name" ]] || die "$mount/ is a mount of $type"
+  running=$(vault read -field=running_plugin_version "sys/mounts/$mount")
+  say "Tuning $mount/"
+  vault secrets tune "${options[@]}" "$mount" >/dev/null
+  if [[ $running != "$version" ]]; then
+    say "Upgrading $mount/ from $running: every mount of the plugin is reloaded, with no exchange lost"
+    vault plugin reload -type=secret -plugin="$name" >/dev/null
+  fi
+else
+  seal_wrap=()
+  if vault status | awk '$1 == "Version" { exit $2 !~ /\+ent/ }'; then
+    seal_wrap=(-seal-wrap) # an Enterprise feature
+  fi
+  say "Mounting $mount/"
+  vault secrets enable -path="$mount" -description="Kaizala access tokens" \
+    "${options[@]}" ${seal_wrap[@]+"${seal_wrap[@]}"} "$name" >/dev/null
+fi
+
+# The shipped policies speak of the mount kaizala and the tenant acme.
+policy() { # policy NAME FILE TENANT
+  say "Writing policy $1"
+  sed -e "s#kaizala/#$mount/#g" -e "s#/acme\([/\"]\)#/$3\1#g" "$here/policies/$2.hcl" | vault policy write "$1" - >/dev/null
+}
+prefix=${mount//\//-}
+policy "$prefix-connector-owner" connector-owner acme
+policy "$prefix-operator" operator acme
+policy "$prefix-app-templated" app-templated acme
+read -r -a tenants <<<"$KAIZALA_TENANTS"
+for tenant in ${tenants[@]+"${tenants[@]}"}; do
+  [[ $tenant =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$ ]] || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
+  policy "$prefix-tenant-user-$tenant" tenant-user "$tenant"
+  policy "$prefix-app-$tenant" app "$tenant"
+  policy "$prefix-sidecar-$tenant" sidecar "$tenant"
+done
+
+# The connector. A new one takes its ID and secret together; api_root and what
+# else is the operator's can be written once it is there.
+settings=()
+[[ -z ${KAIZALA_API_ROOT:-} ]] || settings+=("api_root=$KAIZALA_API_ROOT")
+[[ -z ${KAIZALA_CA_CERT_FILE:-} ]] || settings+=("ca_cert=@$KAIZALA_CA_CERT_FILE")
+[[ -z ${KAIZALA_EXCHANGES_PER_MINUTE:-} ]] || settings+=("exchanges_per_minute=$KAIZALA_EXCHANGES_PER_MINUTE")
+if [[ -n $KAIZALA_CONNECTOR_ID ]]; then
+  settings+=("connector_id=$KAIZALA_CONNECTOR_ID")
+  if [[ -n ${KAIZALA_CONNECTOR_SECRET_FILE:-} ]]; then
+    connector_secret=$(<"$KAIZALA_CONNECTOR_SECRET_FILE")
+  elif [[ -z $connector_secret && -t 0 ]]; then
+    read -r -s -p "Connector secret (not shown; empty: keep the one that is there): " connector_secret
+    echo >&2
+  fi
+fi
+if ((${#settings[@]} > 0)); then
+  say "Writing $mount/config"
+  if [[ -n $connector_secret ]]; then
+    # printf is the shell's own, and no process with a command line.
+    printf %s "$connector_secret" | vault write "$mount/config" "${settings[@]}" connector_secret=- >/dev/null
+  else
+    vault write "$mount/config" "${settings[@]}" >/dev/null
+  fi
+fi
+
+say "Done. What is left for others:"
+if ! vault read "$mount/config" >/dev/null 2>&1; then
+  say "  the connector owner ($prefix-connector-owner):  vault write $mount/config connector_id=… connector_secret=-"
+fi
+for tenant in "${tenants[@]:-TENANT}"; do
+  say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant refresh_token=-"
+  say "  the app ($prefix-app-$tenant):  vault read $mount/creds/$tenant"
+done
