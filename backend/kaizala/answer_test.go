@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"testing"
@@ -95,6 +96,13 @@ func TestGrant(t *testing.T) {
 		g, err := through(t, answering(200, nil, b)).exchange(t)
 		require.NoError(t, err)
 		assert.Equal(t, newCanary, g.RefreshToken)
+	})
+	t.Run("but a null takes nothing away", func(t *testing.T) {
+		b := strings.TrimSuffix(body(t, map[string]any{"refreshToken": newCanary}), "}") + `,"refreshToken":null,"accessToken":null}`
+		g, err := through(t, answering(200, nil, b)).exchange(t)
+		require.NoError(t, err)
+		assert.Equal(t, newCanary, g.RefreshToken)
+		assert.Equal(t, accessCanary, g.AccessToken)
 	})
 }
 
@@ -292,6 +300,23 @@ func TestRetryAfter(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestNoMoreIsReadThanTheCap(t *testing.T) {
+	read := 0
+	endless := readerFunc(func(p []byte) (int, error) {
+		if read > 2*maxAnswerBytes {
+			return 0, io.EOF
+		}
+		n := copy(p, " ")
+		read += n
+		return n, nil
+	})
+	_, err := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(endless)}, nil
+	})).exchange(t)
+	assert.Contains(t, requireKind(t, Unavailable, err).Text, "256 KiB")
+	assert.Equal(t, maxAnswerBytes+1, read)
 }
 
 func TestCapCountsDecompressedBytes(t *testing.T) {

@@ -294,6 +294,10 @@ func TestCallersContext(t *testing.T) {
 			assert.False(t, forgotten)
 
 			calls := s.CallCount()
+			request.Permit = func(context.Context) (func(), error) {
+				t.Error("nobody waits for a share who has gone")
+				return nil, nil
+			}
 			_, err = c.Exchange(ctx, request)
 			require.ErrorIs(t, err, context.DeadlineExceeded)
 			assert.Equal(t, calls, s.CallCount(), "no call for a caller who has gone")

@@ -20,6 +20,7 @@ func FuzzResponse(f *testing.F) {
 		body(f, map[string]any{"refreshToken": refreshCanary}),
 		`{"refreshToken":"` + newCanary + `",`,
 		`{"refreshToken":"a","refreshToken":null,"refreshToken":"b","REFRESHTOKEN":1}`,
+		`{"refreshToken":"a","refreshToken":null}`,
 		`{"x":{"refreshToken":"a"},"y":[{"refreshToken":"b"}],"refreshToken":"\u00e9"}`,
 		`{"message":"Dont have correct applicationId and secret in header!","errorCode":"Unauthenticated"}`,
 		`{"errorCode":"InvalidToken"}`, `{"errorCode":{}}`, `{"errorCode":0}`, `{"errorCode":true}`,

@@ -164,6 +164,13 @@ func TestApiRootsOwnHost(t *testing.T) {
 	assert.Len(t, *asked, 1)
 }
 
+func TestAnAddressLiesBelowNoDomain(t *testing.T) {
+	h, ok := parseHost("10.0.0.1")
+	require.True(t, ok)
+	assert.False(t, h.within("0.1"))
+	assert.False(t, h.within("10.0.0.1"))
+}
+
 func TestHops(t *testing.T) {
 	chain := map[string]string{start: "/1"}
 	for i := range 4 {
@@ -235,6 +242,9 @@ func TestRememberedURLThatDoesNotWork(t *testing.T) {
 		{"404 with an errorCode", answering(404, nil, refused), true},
 		{"405", answering(405, nil, ""), true},
 		{"410", answering(410, nil, ""), true},
+		{"405 with an errorCode", answering(405, nil, refused), true},
+		{"410 with an errorCode", answering(410, nil, refused), true},
+		{"403 with an errorCode", answering(403, nil, refused), false},
 		{"500", answering(500, nil, ""), true},
 		{"503", answering(503, nil, ""), true},
 		{"somebody's home page", answering(200, nil, "<html>"), true},

@@ -50,28 +50,19 @@ func serve(ctx context.Context, p program, args []string) error {
 	service.SetEndpointURL(at)
 
 	logger := log.New(p.err, "", log.LstdFlags)
-	// ctx is every request's too, so that hanging ones end with the program.
 	server := &http.Server{
 		Handler:           logged(logger, newHandler(service)),
 		ErrorLog:          logger,
 		ReadHeaderTimeout: 10 * time.Second,
-		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
-	stopped := make(chan error, 1)
-	go func() {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		defer cancel()
-		if server.Shutdown(grace) != nil {
-			_ = server.Close()
-		}
-		stopped <- nil
-	}()
+	// Close, and no Shutdown: an exchange may hang because somebody wished it to.
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
 	fmt.Fprintln(p.out, "listening on "+at)
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
-	return <-stopped
+	return nil
 }
 
 // statusWriter remembers the status. It unwraps, so that a connection can still be broken below it.
