@@ -1,7 +1,6 @@
 package kaizala
 
 import (
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +8,7 @@ import (
 	"time"
 	"unicode"
 
+	jwtlib "github.com/golang-jwt/jwt/v5"
 	"golang.org/x/net/http/httpguts"
 )
 
@@ -67,11 +67,11 @@ func Inspect(token string) Claims {
 	if len(token) > MaxTokenBytes {
 		return c
 	}
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 || segment(parts[0]) == nil {
+	// The error of a token that is read and merely signed in a way that the library does not know is none here.
+	claims := jwtlib.MapClaims{}
+	if _, _, err := jwtlib.NewParser(jwtlib.WithPaddingAllowed()).ParseUnverified(token, claims); err != nil && !errors.Is(err, jwtlib.ErrTokenUnverifiable) {
 		return c
 	}
-	claims := segment(parts[1])
 	credentials := embedded(claims["urn:microsoft:credentials"])
 	data := embedded(credentials["data"])
 
@@ -110,39 +110,21 @@ func (c Claims) RotatesFrom() time.Time {
 	return c.Expires.Add(-c.Expires.Sub(c.IssuedAt) / 10)
 }
 
-// segment decodes one part of a JWT, or returns nil.
-func segment(part string) map[string]json.RawMessage {
-	raw, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(part, "="))
-	if err != nil {
-		return nil
-	}
-	return object(raw)
-}
-
 // embedded decodes an object that is given as a string holding JSON (client), or as it is.
-func embedded(raw json.RawMessage) map[string]json.RawMessage {
-	var text string
-	if json.Unmarshal(raw, &text) == nil && text != "" {
-		return object([]byte(text))
+func embedded(value any) map[string]any {
+	if text, ok := value.(string); ok {
+		var fields map[string]any
+		_ = json.Unmarshal([]byte(text), &fields) // what is no object has no fields
+		return fields
 	}
-	return object(raw)
-}
-
-func object(raw []byte) map[string]json.RawMessage {
-	var fields map[string]json.RawMessage
-	if json.Unmarshal(raw, &fields) != nil {
-		return nil
-	}
+	fields, _ := value.(map[string]any)
 	return fields
 }
 
 // timeOf reads a number of units since the epoch; zero for what is no such number or lies outside of the years 1970 to
 // 9999, which JSON times cannot hold.
-func timeOf(raw json.RawMessage, unit time.Duration) time.Time {
-	var n float64
-	if json.Unmarshal(raw, &n) != nil {
-		return time.Time{}
-	}
+func timeOf(value any, unit time.Duration) time.Time {
+	n, _ := value.(float64)
 	const year10000 = 253402300800
 	millis := n * float64(unit/time.Millisecond)
 	if millis <= 0 || millis >= year10000*1000 {
@@ -152,9 +134,9 @@ func timeOf(raw json.RawMessage, unit time.Duration) time.Time {
 }
 
 // identifier reads a string that people will be shown, and that somebody else has written.
-func identifier(raw json.RawMessage) string {
-	var s string
-	if json.Unmarshal(raw, &s) != nil || len(s) > 256 {
+func identifier(value any) string {
+	s, _ := value.(string)
+	if len(s) > 256 {
 		return ""
 	}
 	for _, r := range s {
