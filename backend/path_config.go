@@ -89,6 +89,9 @@ func (b *backend) connectorExists(ctx context.Context, _ *logical.Request, d *fr
 		return false, nil // for the handler to refuse
 	}
 	entry, err := b.storedConnector(ctx, name)
+	if errors.Is(err, errUnreadable) {
+		return true, nil // for the handler to explain: Vault shows no error of this function
+	}
 	return entry != nil, err
 }
 

@@ -102,6 +102,9 @@ func (b *backend) tenantExists(ctx context.Context, _ *logical.Request, d *frame
 		return false, nil // for the handler to refuse
 	}
 	t, _, err := b.tenants.load(ctx, name)
+	if errors.Is(err, errUnreadable) {
+		return true, nil // for the handler to explain: Vault shows no error of this function
+	}
 	return t != nil, err
 }
 

@@ -1,0 +1,214 @@
+package backend
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// entriesOfFormat are the entries that an engine of that format has written, by
+// key. They are never written anew: a storage format lives for ever. Their times
+// are those of a synctest bubble, which begins in the year 2000.
+func entriesOfFormat(t *testing.T, format int) map[string][]byte {
+	t.Helper()
+	entries := map[string][]byte{}
+	root := filepath.Join("testdata", fmt.Sprintf("format-%d", format))
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		key, err := filepath.Rel(root, strings.TrimSuffix(path, ".json"))
+		if err != nil {
+			return err
+		}
+		entries[filepath.ToSlash(key)], err = os.ReadFile(path)
+		return err
+	})
+	require.NoError(t, err)
+	return entries
+}
+
+// put stores what an engine finds when it starts.
+func (e *engine) put(key string, value []byte) {
+	e.t.Helper()
+	require.NoError(e.t, e.storage.InmemStorage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: value}))
+}
+
+func (e *engine) get(key string) string {
+	e.t.Helper()
+	entry, err := e.storage.InmemStorage.Get(context.Background(), key)
+	require.NoError(e.t, err)
+	if entry == nil {
+		return ""
+	}
+	return string(entry.Value)
+}
+
+func TestEveryFormatLoads(t *testing.T) {
+	for format := 1; format <= entryFormat; format++ {
+		t.Run(fmt.Sprintf("format %d", format), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newEngine(t)
+				for key, value := range entriesOfFormat(t, format) {
+					e.put(key, value)
+				}
+				e.restart()
+
+				states := map[string]string{}
+				for name := range e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"].(map[string]any) {
+					states[name] = e.status(name)
+				}
+				assert.Equal(t, map[string]string{
+					"user": statusOK, "group": statusOK, "revoked": statusOK, "rejected": statusRejected,
+					"unverified": statusUnverified, "opaque": statusUnverified,
+				}, states)
+				assert.Equal(t, "AB12CD34EF", must(e.storedConnector(context.Background(), "default")).ConnectorSecret)
+				assert.Equal(t, "https://kaizala.example", e.read("config/hr")["api_root"])
+				assert.Equal(t, "hr", e.read("tenants/opaque")["connector"])
+				assert.Equal(t, "6c3e3a36-07a5-4b45-a5a9-3ae1b8aeff4b", e.read("tenants/group")["group_id"])
+				assert.Equal(t, originService, e.read("tenants/group")["refresh_token_origin"])
+
+				lease := e.lease("user")
+				assert.Equal(t, "access-token-of-user", accessTokenOf(lease))
+				assert.Equal(t, time.Hour, lease.Secret.TTL)
+				assert.Equal(t, 8*time.Hour, lease.Secret.MaxTTL)
+				assert.Equal(t, "access-token-of-group", e.read("token/group")["access_token"])
+				_, status, text := e.try(logical.ReadOperation, "creds/user", map[string]any{"min_ttl": "13h"})
+				assert.Equal(t, 400, status, "an access token's life is known: %s", text)
+				assert.Zero(t, e.kaizala.CallCount())
+
+				// A write of one setting keeps the rest, and is in today's format.
+				e.write("tenants/user", map[string]any{"min_ttl": "20m"})
+				after := e.stored("user")
+				assert.Equal(t, entryFormat, after.Format)
+				assert.Equal(t, "refresh-token-of-user", after.RefreshToken)
+				assert.Equal(t, "access-token-of-user", after.Access.Token)
+				e.write("config/hr", map[string]any{"request_timeout": "30s"})
+				assert.Equal(t, entryFormat, must(e.storedConnector(context.Background(), "hr")).Format)
+				assert.NotEmpty(t, e.read("config/hr")["ca_cert"])
+			})
+		})
+	}
+}
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return value
+}
+
+// A field that is renamed or changes its meaning needs a new format: what the
+// engine makes of an entry of today's format, and writes again, is that entry.
+func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
+	seen := map[string]bool{}
+	roundTrip := func(key string, value []byte, entry any) {
+		decoder := json.NewDecoder(bytes.NewReader(value))
+		decoder.DisallowUnknownFields()
+		require.NoError(t, decoder.Decode(entry), key)
+		again, err := json.Marshal(entry)
+		require.NoError(t, err)
+		assert.JSONEq(t, string(value), string(again), key)
+		fields := map[string]any{}
+		require.NoError(t, json.Unmarshal(again, &fields))
+		for field := range fields {
+			seen[strings.Split(key, "/")[0]+" "+field] = true
+		}
+	}
+	for key, value := range entriesOfFormat(t, entryFormat) {
+		if strings.HasPrefix(key, connectorPrefix) {
+			roundTrip(key, value, &connectorEntry{})
+		} else {
+			roundTrip(key, value, &tenantEntry{})
+		}
+	}
+	assert.Len(t, seen, 8+15, "the fixtures hold every field: %v", seen)
+}
+
+// damage is what an engine may find in storage and can make nothing of.
+var damage = map[string]struct{ connector, tenant, says string }{
+	"newer format": {
+		`{"format": NEWER, "connector_id": {"was": "a string"}}`,
+		`{"format": NEWER, "refresh_token": ["were", "one"]}`, "upgrade the plugin",
+	},
+	"newer format that looks the same": {
+		`{"format": NEWER, "connector_id": "i", "connector_secret": "SECRETTEXT", "api_root": "https://api.kaiza.la"}`,
+		`{"format": NEWER, "connector": "default", "refresh_token": "SECRETTEXT"}`, "upgrade the plugin",
+	},
+	"no JSON":    {`SECRETTEXT`, `{"refresh_token": "SECRETTEXT`, "delete it"},
+	"wrong type": {`{"format": 1, "connector_secret": 1, "connector_id": "SECRETTEXT"}`, `{"format": 1, "ttl": "SECRETTEXT"}`, "delete it"},
+}
+
+func TestUnreadableEntries(t *testing.T) {
+	for name, damaged := range damage {
+		t.Run(name, func(t *testing.T) {
+			e := newConfiguredEngine(t)
+			e.addTenant("acme")
+			e.addTenant("well")
+			lease := e.lease("acme")
+			newer := strings.NewReplacer("NEWER", fmt.Sprint(entryFormat+1))
+			damaged.tenant, damaged.connector = newer.Replace(damaged.tenant), newer.Replace(damaged.connector)
+			e.put("tenants/acme", []byte(damaged.tenant))
+			e.put("config/hr", []byte(damaged.connector))
+			e.restart()
+
+			for _, try := range []struct {
+				op   logical.Operation
+				path string
+				data map[string]any
+			}{
+				{logical.ReadOperation, "tenants/acme", nil},
+				{logical.ReadOperation, "creds/acme", nil},
+				{logical.ReadOperation, "token/acme", nil},
+				{logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"}},
+				{logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")}},
+				{logical.PatchOperation, "tenants/acme", map[string]any{"ttl": "1h"}},
+				{logical.UpdateOperation, "tenants/acme/refresh", nil},
+				{logical.ReadOperation, "config/hr", nil},
+				{logical.UpdateOperation, "config/hr", map[string]any{"connector_id": "i", "connector_secret": "s"}},
+				{logical.PatchOperation, "config/hr", map[string]any{"request_timeout": "9s"}},
+				{logical.UpdateOperation, "tenants/new", map[string]any{"refresh_token": e.newToken("new"), "connector": "hr"}},
+			} {
+				// Vault hides what an existence check complains of, so the handler has to.
+				req := &logical.Request{Operation: try.op, Path: try.path, Data: try.data, Storage: e.storage}
+				if try.op == logical.UpdateOperation {
+					_, _, err := e.HandleExistenceCheck(context.Background(), req)
+					require.NoError(t, err, try.path)
+				}
+				resp, err := e.HandleRequest(context.Background(), req)
+				_, text := statusOf(try.op, resp, err)
+				assert.Contains(t, text, damaged.says, "%s %s", try.op, try.path)
+				assert.NotContains(t, text, "SECRETTEXT")
+			}
+			assert.Equal(t, damaged.tenant, e.get("tenants/acme"), "it is as it was")
+			assert.Equal(t, damaged.connector, e.get("config/hr"), "it is as it was")
+
+			e.read("creds/well")
+			listed := e.ok(logical.ListOperation, "tenants/", nil)
+			assert.Equal(t, []string{"acme", "well"}, listed.Data["keys"])
+			assert.NotContains(t, listed.Data["key_info"], "acme")
+			assert.Len(t, listed.Warnings, 1)
+			assert.NotContains(t, e.log.String(), "SECRETTEXT")
+			require.NoError(t, e.revokeLease(lease), "no lease becomes irrevocable")
+			assert.Equal(t, damaged.tenant, e.get("tenants/acme"))
+
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.ok(logical.DeleteOperation, "config/hr", nil)
+			assert.Empty(t, e.get("tenants/acme")+e.get("config/hr"))
+			e.addTenant("acme")
+			e.read("creds/acme")
+		})
+	}
+}
