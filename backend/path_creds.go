@@ -393,13 +393,11 @@ const clockSkew = time.Hour
 // settle takes in the result of an exchange. It runs to its end whoever has gone
 // away meanwhile.
 func (b *backend) settle(a attempt, g *grant, failure error, to *move, asked time.Time) error {
+	t := a.t
+	_ = t.lock(context.WithoutCancel(b.ctx)) // whoever holds it is bounded
+	defer t.unlock()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.ctx), storeWithin)
 	defer cancel()
-	t := a.t
-	if err := t.lock(ctx); err != nil {
-		return storageTrouble(t.name, err)
-	}
-	defer t.unlock()
 
 	base := a.entry
 	if b.tenants.read(ctx, t) == nil {
@@ -461,7 +459,7 @@ func (b *backend) settle(a attempt, g *grant, failure error, to *move, asked tim
 		t.mu.Lock()
 		t.unsaved = &next
 		t.mu.Unlock()
-		return b.fail(a, storageTrouble(t.name, err))
+		return b.fail(a, keptTrouble(t.name))
 	}
 	if rotated {
 		b.announce(ctx, t, &next, eventRotated)
@@ -530,7 +528,7 @@ func (b *backend) saveUnsaved(t *tenant) error {
 		return nil
 	}
 	if err := b.tenants.save(ctx, t, next); err != nil {
-		return b.fail(attempt{t: t, entry: next}, storageTrouble(t.name, err))
+		return b.fail(attempt{t: t, entry: next}, keptTrouble(t.name))
 	}
 	b.recover(t, next)
 	b.announce(ctx, t, next, eventRotated)
@@ -561,6 +559,13 @@ func storageTrouble(tenant string, err error) error {
 		return err
 	}
 	return tryAgain("Vault's storage did not take what tenant %q needs stored: nothing was lost, and it will be tried again", tenant)
+}
+
+// keptTrouble says that what the service has sent is in memory alone. It is not
+// read-only storage's error: another node would exchange the refresh token that
+// the service has replaced.
+func keptTrouble(tenant string) error {
+	return tryAgain("Vault's storage has not taken the new tokens of tenant %q yet: they are kept in memory, and storing them is tried again; nothing was lost", tenant)
 }
 
 // fail notes why the tenant's exchange failed, and when it is tried again.

@@ -129,12 +129,6 @@ func (t *tenant) exchangeDue(e *tenantEntry, now time.Time) time.Time {
 		}
 	}
 	if trouble := t.trouble.Load(); trouble != nil {
-		due = latest(due, trouble.until)
-	}
-	t.mu.Lock()
-	unsaved := t.unsaved != nil
-	t.mu.Unlock()
-	if trouble := t.trouble.Load(); unsaved && trouble != nil {
 		due = trouble.until
 	}
 	return due
