@@ -19,6 +19,8 @@ var errUnreadable = errors.New("cannot be read")
 
 // getEntry reads an entry, or nil where there is none.
 func getEntry[T any](ctx context.Context, s logical.Storage, key string) (*T, error) {
+	ctx, cancel := context.WithTimeout(ctx, storeWithin)
+	defer cancel()
 	raw, err := s.Get(ctx, key)
 	if err != nil {
 		return nil, storageError(err)
