@@ -527,12 +527,22 @@ func (b *backend) saveUnsaved(t *tenant) error {
 	if next == nil {
 		return nil
 	}
+	rotated := t.rotatedTo(next)
 	if err := b.tenants.save(ctx, t, next); err != nil {
 		return b.fail(attempt{t: t, entry: next}, keptTrouble(t.name))
 	}
 	b.recover(t, next)
-	b.announce(ctx, t, next, eventRotated)
+	if rotated {
+		b.announce(ctx, t, next, eventRotated)
+	}
 	return nil
+}
+
+// rotatedTo says whether an entry that is not stored yet has another refresh
+// token than the one that is, and not just another access token.
+func (t *tenant) rotatedTo(next *tenantEntry) bool {
+	s := t.state.Load()
+	return s == nil || s.entry.RefreshToken != next.RefreshToken
 }
 
 func (b *backend) saveAll(ctx context.Context) {
@@ -545,7 +555,7 @@ func (b *backend) saveAll(ctx context.Context) {
 		next := t.unsaved
 		t.mu.Unlock()
 		if next != nil {
-			if err := b.tenants.save(ctx, t, next); err != nil {
+			if err := b.tenants.save(ctx, t, next); err != nil && t.rotatedTo(next) {
 				b.Logger().Error("a new refresh token could not be stored before the engine stopped, and is lost: its tenant user may have to generate another", "tenant", t.name, "connector", next.Connector)
 			}
 		}
@@ -589,7 +599,9 @@ func (b *backend) fail(a attempt, err error) error {
 			next.until = now.Add(window) // no call is made before config is written
 		}
 	}
-	if old := a.t.trouble.Swap(next); (old == nil || old.text != next.text) && !isRejection(err) {
+	// Once for each outage: reasons differ from one try to the next, and the
+	// status has the last.
+	if old := a.t.trouble.Swap(next); old == nil && !isRejection(err) {
 		b.Logger().Warn("an exchange failed and will be tried again", "tenant", a.t.name, "connector", a.entry.Connector, "reason", next.text, "next_try", next.until.UTC().Format(time.RFC3339))
 	}
 	return err

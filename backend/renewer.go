@@ -141,10 +141,8 @@ func (t *tenant) warnDue(e *tenantEntry, now time.Time) time.Time {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.warned == 0 {
-		return now
-	}
-	return time.Unix(t.warned, 0).Add(day)
+	// A rejection has had a line of its own.
+	return latest(time.Unix(t.warned, 0), e.Rejected).Add(day)
 }
 
 // spread is the tenant's own fraction of 1: it keeps tenants that were written

@@ -1,0 +1,272 @@
+package backend
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// logLine is a line of the plugin's log as Vault gets it.
+type logLine struct {
+	Level     string `json:"@level"`
+	Message   string `json:"@message"`
+	Tenant    string
+	Connector string
+	Reason    string
+}
+
+// lines are the log's lines from one on.
+func (e *engine) lines(from int) (lines []logLine) {
+	e.t.Helper()
+	for text := range strings.Lines(e.log.String()) {
+		var line logLine
+		require.NoError(e.t, json.Unmarshal([]byte(text), &line), text)
+		lines = append(lines, line)
+	}
+	return lines[from:]
+}
+
+// says requires that the log has said this since the last time, and no more.
+func (e *engine) says(seen *int, want ...logLine) {
+	e.t.Helper()
+	synctest.Wait()
+	got := e.lines(*seen)
+	*seen += len(got)
+	require.Equal(e.t, len(want), len(got), "%+v", got[:min(5, len(got))])
+	for i, line := range got {
+		assert.Equal(e.t, want[i].Level, line.Level, line)
+		assert.Contains(e.t, line.Message, want[i].Message)
+		assert.Contains(e.t, line.Reason, want[i].Reason)
+		assert.Equal(e.t, want[i].Tenant, line.Tenant, line)
+		assert.Equal(e.t, want[i].Connector, line.Connector, line)
+	}
+}
+
+func TestReadsAndWritesLogNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "ttl": "1h"})
+		e.addTenant("beta")
+		for range 10 {
+			e.revokeLease(e.lease("acme"))
+			e.read("token/beta")
+			e.read("tenants/acme")
+			e.read("config")
+			e.ok(logical.ListOperation, "tenants/", nil)
+			e.ok(logical.ListOperation, "config/", nil)
+			e.write("tenants/acme/refresh", nil)
+			e.try(logical.ReadOperation, "creds/nobody", nil)
+			e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "20h"})
+			e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "known to nobody"})
+			time.Sleep(24 * time.Hour) // access tokens of tenants in use are renewed
+		}
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		seen := 0
+		e.says(&seen)
+	})
+}
+
+func TestOneLineForEachChangeOfATenantsState(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config/hr", map[string]any{"connector_id": e.connectorID, "connector_secret": e.secret})
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "connector": "hr"})
+		seen := 0
+		about := func(level, message, reason string) logLine {
+			return logLine{Level: level, Message: message, Tenant: "acme", Connector: "hr", Reason: reason}
+		}
+		readFor := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(10 * time.Second) {
+				e.try(logical.ReadOperation, "token/acme", nil)
+			}
+		}
+		failAndRecover := func(reason string, faults ...kaizalatest.Fault) {
+			t.Helper()
+			e.revokeLease(e.lease("acme"))
+			for _, fault := range faults {
+				fault.User = "acme"
+				e.kaizala.Inject(fault)
+			}
+			readFor(time.Hour)
+			require.Equal(t, statusDegraded, e.status("acme"))
+			e.says(&seen, about("warn", "failed and will be tried again", reason))
+			e.kaizala.ClearFaults()
+			readFor(3 * time.Minute)
+			require.Equal(t, statusOK, e.status("acme"))
+			e.says(&seen, about("info", "succeed again", ""))
+		}
+		failAndRecover("nothing was lost", kaizalatest.Fault{Status: 500})
+		failAndRecover("refused further calls", kaizalatest.Fault{Status: 429, Header: http.Header{"Retry-After": {"7"}}})
+		failAndRecover("nothing was lost",
+			kaizalatest.Fault{Status: 500, Times: 1}, kaizalatest.Fault{Status: 200, Body: "<html>", Times: 1},
+			kaizalatest.Fault{Reset: true, Times: 1}, kaizalatest.Fault{Status: 503})
+
+		e.revokeLease(e.lease("acme"))
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" {
+				return errors.New("the disk is full")
+			}
+			return nil
+		})
+		readFor(time.Hour)
+		e.says(&seen, about("warn", "failed and will be tried again", "storage"))
+		e.storage.heal()
+		readFor(3 * time.Minute)
+		e.says(&seen, about("info", "succeed again", ""))
+
+		e.newToken("acme") // on the portal, which kills the one that Vault has
+		e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, statusRejected, e.status("acme"))
+		readFor(time.Hour)
+		e.says(&seen, about("error", "refuses a tenant's refresh token", ""))
+		for range 3 {
+			e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+			time.Sleep(2 * time.Minute)
+		}
+		e.says(&seen)
+		time.Sleep(3 * 24 * time.Hour)
+		reminder := about("warn", "is at its end", "has to generate a new one")
+		e.says(&seen, reminder, reminder, reminder)
+
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		e.says(&seen, about("info", "succeed again", ""))
+		for e.read("tenants/acme")["refresh_token_origin"] == originOperator {
+			time.Sleep(24 * time.Hour)
+		}
+		e.says(&seen, about("info", "has replaced a tenant's refresh token", ""))
+	})
+}
+
+func TestOneLineForARefusedConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		for _, name := range []string{"acme", "beta"} {
+			e.addTenant(name)
+		}
+		e.kaizala.NewConnectorSecret(e.connectorID)
+		for range 20 {
+			e.try(logical.ReadOperation, "creds/acme", nil)
+			time.Sleep(time.Minute)
+		}
+		seen := 0
+		e.says(&seen,
+			logLine{Level: "error", Message: "refuses a connector", Connector: "default"},
+			logLine{Level: "warn", Message: "failed", Tenant: "acme", Connector: "default", Reason: "config"})
+	})
+}
+
+// sender is Vault's event bus.
+type sender struct {
+	mu     sync.Mutex
+	sent   []map[string]any
+	answer error
+}
+
+func (s *sender) SendEvent(_ context.Context, event logical.EventType, data *logical.EventData) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sent := data.Metadata.AsMap()
+	sent["event"] = string(event)
+	s.sent = append(s.sent, sent)
+	return s.answer
+}
+
+// counted are the events about a tenant, by type.
+func (s *sender) counted(t *testing.T, tenant string) map[string]int {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	count := map[string]int{}
+	for _, sent := range s.sent {
+		assert.Equal(t, "default", sent["connector"])
+		assert.Equal(t, "tenants/"+sent["tenant"].(string), sent[logical.EventMetadataPath])
+		assert.Len(t, sent, 4, "nothing else is told: %v", sent)
+		if sent["tenant"] == tenant {
+			count[sent["event"].(string)]++
+		}
+	}
+	return count
+}
+
+// restartWith starts the engine anew with another event bus, nil for none.
+func (e *engine) restartWith(events logical.EventSender) {
+	e.t.Helper()
+	e.stop()
+	b, err := newBackend(context.Background(), &logical.BackendConfig{
+		Logger:       hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: e.log, JSONFormat: true}),
+		System:       e.system,
+		StorageView:  e.storage,
+		EventsSender: events,
+	}, "v0.0.0", e.kaizala.Transport())
+	require.NoError(e.t, err)
+	e.backend = b
+	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))
+}
+
+// live lets three tenants live for 41 days, which is a refresh token's life and a
+// day: one is rotated, one is rejected, and one ends because Kaizala is down for
+// the last days of its life.
+func live(t *testing.T, e *engine) {
+	t.Helper()
+	e.kaizala.SetRefreshTokenLife(40 * day)
+	for _, name := range []string{"rotated", "rejected", "expiring"} {
+		e.write("tenants/"+name, map[string]any{"refresh_token": e.newToken(name)})
+	}
+	time.Sleep(35 * day)
+	e.newToken("rejected")
+	_, status, _ := e.try(logical.UpdateOperation, "tenants/rejected/refresh", nil)
+	require.Equal(t, 400, status)
+	e.kaizala.Inject(kaizalatest.Fault{User: "expiring", Status: 500})
+	time.Sleep(4 * day)
+	require.Equal(t, originService, e.read("tenants/rotated")["refresh_token_origin"])
+	require.Equal(t, statusRejected, e.status("rejected"))
+	require.Equal(t, statusDegraded, e.status("expiring"))
+	time.Sleep(2 * day)
+	require.Equal(t, statusOK, e.status("rotated"))
+	require.Equal(t, statusExpired, e.status("rejected"))
+	require.Equal(t, statusExpired, e.status("expiring"))
+}
+
+func TestEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		bus := &sender{}
+		e.restartWith(bus)
+		live(t, e)
+		assert.Equal(t, map[string]int{eventRotated: 1}, bus.counted(t, "rotated"))
+		assert.Equal(t, 1, bus.counted(t, "rejected")[eventRejected])
+		expiring := bus.counted(t, "expiring")
+		assert.Zero(t, expiring[eventRejected]+expiring[eventRotated])
+		assert.Equal(t, 5, expiring[eventExpiring], "one a day, from the moment that a replacement is due")
+	})
+}
+
+func TestEventsAreHarmlessWithoutABus(t *testing.T) {
+	for name, bus := range map[string]logical.EventSender{
+		"no bus":            nil,
+		"a bus that is off": &sender{answer: errors.New("events are not enabled")},
+		"a bus that fails":  &sender{answer: context.DeadlineExceeded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.restartWith(bus)
+				live(t, e)
+				assert.Zero(t, e.log.count("events are not enabled")+e.log.count("no event sender"))
+			})
+		})
+	}
+}
