@@ -82,7 +82,7 @@ func readerError(tenant, connector string, err error) error {
 	case limited:
 		return tooMany(time.Now().Add(retryAfter(failure)), "Kaizala has refused further calls of connector %q", connector)
 	default:
-		return tryAgain("no access token for tenant %q: %s; nothing was lost, try again later", tenant, failure.text)
+		return tryAgain("no access token for tenant %q, but nothing was lost: %s", tenant, failure.text)
 	}
 }
 
