@@ -305,7 +305,11 @@ func (b *backend) launch(t *tenant, run func() error) (*flight, error) {
 		f.err = err
 		close(f.done)
 		b.tenants.drop(t)
-		if e := t.base(); e != nil {
+		switch e := t.base(); {
+		case e == nil:
+		case errors.Is(err, logical.ErrReadOnly):
+			b.later(t.name, time.Now().Add(window)) // no failure to back off from, and no reason to try at once
+		default:
 			b.schedule(t, e)
 		}
 	})
