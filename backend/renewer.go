@@ -191,8 +191,14 @@ func (b *backend) attend(name string) {
 		return
 	}
 	t.mu.Lock()
-	summary := t.summary
+	summary, unsaved := t.summary, t.unsaved != nil
+	if unsaved && t.flight == nil {
+		_, _ = b.launch(t, func() error { return b.saveUnsaved(t) })
+	}
 	t.mu.Unlock()
+	if unsaved {
+		return // the flight's end puts the tenant back into the index
+	}
 	via, err := b.connectors.get(b.ctx, summary.connector)
 	if err != nil {
 		b.later(name, time.Now().Add(window))
