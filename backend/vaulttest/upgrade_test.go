@@ -1,0 +1,136 @@
+package vaulttest
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// An upgrade by the steps of the README, and back again: tenants, tokens and
+// leases live on, and Kaizala is not called for it. That entries of every format
+// load is shown in process.
+func TestUpgrade(t *testing.T) {
+	const older, newer = "v0.0.9", "v0.0.10"
+	binaries := map[string]string{older: BuildPlugin(t, older), newer: BuildPlugin(t, newer)}
+	for _, vault := range []struct {
+		version string
+		binary  func(testing.TB) string
+	}{
+		{OldestVault, OldestVaultBinary},
+		{PinnedVault, VaultBinary},
+	} {
+		t.Run(vault.version, func(t *testing.T) {
+			v := Start(t, Raft(), WithBinary(vault.binary(t)))
+			cli := func(args ...string) string {
+				t.Helper()
+				out, exit := v.CLI(t, v.RootToken, args...)
+				require.Zero(t, exit, "vault %s: %s", strings.Join(args, " "), out)
+				return out
+			}
+			register := func(version string) {
+				t.Helper()
+				content, err := os.ReadFile(binaries[version])
+				require.NoError(t, err)
+				command := PluginName + "-" + version
+				require.NoError(t, os.WriteFile(filepath.Join(v.PluginDir, command), content, 0o755))
+				sum := sha256.Sum256(content)
+				cli("plugin", "register", "-sha256="+hex.EncodeToString(sum[:]), "-command="+command, "-version="+version, "secret", PluginName)
+				require.Regexp(t, PluginName+` +secret +`+version, cli("plugin", "list", "-detailed", "secret"))
+			}
+			runs := func(version string) {
+				t.Helper()
+				mounts, err := v.Client.Sys().ListMounts()
+				require.NoError(t, err)
+				for _, path := range []string{"kaizala/", "second/"} {
+					require.Equal(t, version, mounts[path].RunningVersion, path)
+				}
+			}
+
+			register(older)
+			m := configuredEngine(t, v, "kaizala")
+			second := configuredEngine(t, v, "second")
+			runs(older)
+			m.addTenant("acme", fields{"ttl": "1h"})
+			m.addTenant("beta", fields{"min_ttl": "30m"})
+			m.addTenant("idle", fields{"verify": false})
+			second.addTenant("acme")
+
+			tokens := map[string]string{}
+			leases := map[string][]string{}
+			for tenant, count := range map[string]int{"acme": 3, "beta": 1} {
+				for range count {
+					lease := m.read("creds/" + tenant).ok(t)
+					tokens[tenant] = lease.text("access_token")
+					leases[tenant] = append(leases[tenant], lease.lease())
+				}
+			}
+			other := second.access("acme")
+			calls, otherCalls := m.kaizala.CallCount(), second.kaizala.CallCount()
+			before := m.read("tenants/acme").ok(t).data()
+			listed := m.list("tenants").ok(t).data()
+
+			lives := func(leases ...string) {
+				t.Helper()
+				for tenant, token := range tokens {
+					require.Equal(t, token, m.access(tenant), tenant)
+					require.Equal(t, token, m.read("creds/"+tenant).ok(t).text("access_token"), tenant)
+				}
+				require.Equal(t, other, second.access("acme"))
+				require.Equal(t, before, m.read("tenants/acme").ok(t).data())
+				require.Equal(t, listed, m.list("tenants").ok(t).data())
+				require.Equal(t, m.connectorID, m.read("config").ok(t).text("connector_id"))
+				for _, lease := range leases {
+					require.Equal(t, time.Hour, m.renew(lease, 0).ok(t).ttl())
+				}
+				require.Equal(t, calls, m.kaizala.CallCount(), "no call was made")
+				require.Equal(t, otherCalls, second.kaizala.CallCount(), "no call was made")
+			}
+			move := func(version string) {
+				t.Helper()
+				cli("secrets", "tune", "-plugin-version="+version, "kaizala/")
+				cli("secrets", "tune", "-plugin-version="+version, "second/")
+				cli("plugin", "reload", "-type=secret", "-plugin="+PluginName)
+				runs(version)
+			}
+
+			register(newer)
+			lives(leases["acme"]...)
+			move(newer)
+			lives(leases["acme"]...)
+			v.Seal(t)
+			v.Unseal(t)
+			runs(newer)
+			lives(leases["acme"]...)
+			move(older)
+			lives(leases["acme"]...)
+			move(newer)
+
+			// Leases of the older build do as they are told. The count of leases
+			// ended with its process, so one revocation is enough.
+			m.revoke(leases["acme"][0])
+			m.renew(leases["acme"][0], 0).refused(t, 400)
+			fresh := m.access("acme")
+			assert.NotEqual(t, tokens["acme"], fresh)
+			assert.Equal(t, calls+1, m.kaizala.CallCount())
+			for _, lease := range leases["acme"][1:] {
+				require.Equal(t, time.Hour, m.renew(lease, 0).ok(t).ttl(), "the others' leases live on")
+				m.revoke(lease)
+			}
+			assert.Equal(t, fresh, m.access("acme"), "leases on a token that was given up before")
+			m.revoke(leases["beta"][0])
+			assert.NotEqual(t, tokens["beta"], m.access("beta"))
+
+			// What the older build has stored without a try works as well.
+			m.read("creds/idle").ok(t)
+			require.Equal(t, 1, m.kaizala.Exchanges("idle"))
+			requireNoIrrevocableLeases(t, v)
+		})
+	}
+}
