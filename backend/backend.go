@@ -197,6 +197,9 @@ func nameOf(d *framework.FieldData, field string) (string, error) {
 	if len(name) > maxName {
 		return "", badValue("the name of a %s has %d characters at most", field, maxName)
 	}
+	if strings.Contains(name, "..") {
+		return "", badValue("the name of a %s has no two dots in a row", field)
+	}
 	return name, nil
 }
 

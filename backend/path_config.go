@@ -3,7 +3,6 @@ package backend
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -184,7 +183,7 @@ func (e *connectorEntry) change(d *framework.FieldData) (err error) {
 			e.ExchangesPerMinute = defaultExchangesPerMinute
 			if !isNull {
 				// The framework would take 1.9, true and 0x10 as well.
-				if e.ExchangesPerMinute, err = strconv.Atoi(fmt.Sprint(raw)); err != nil {
+				if e.ExchangesPerMinute, err = strconv.Atoi(plain(raw)); err != nil {
 					return badValue("exchanges_per_minute has to be a whole number, 1 or more")
 				}
 			}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -137,6 +138,8 @@ func newTenantChange(d *framework.FieldData) (*tenantChange, error) {
 			c.connector = &connector
 			if connector == "" {
 				err = badValue("connector is empty: give a connector's name, or leave it out for %q", defaultConnector)
+			} else if len(connector) > maxName || strings.Contains(connector, "/") || strings.Contains(connector, "..") {
+				err = badValue("connector is not a connector's name, such as %q", defaultConnector)
 			}
 		case "ttl":
 			c.ttl, err = duration(d, name, raw, 0)
@@ -165,11 +168,20 @@ func duration(d *framework.FieldData, name string, raw any, byDefault time.Durat
 // seconds reads a duration. The framework would cut off fractions of seconds
 // without a word, and make 0.5s the default.
 func seconds(d *framework.FieldData, name string) (time.Duration, error) {
-	v, err := parseutil.ParseDurationSecond(d.Raw[name])
+	v, err := parseutil.ParseDurationSecond(plain(d.Raw[name]))
 	if err != nil || v < 0 || v%time.Second != 0 {
 		return 0, badValue("%s has to be a duration of whole seconds, such as 90s, 15m or 24h", name)
 	}
 	return v, nil
+}
+
+// plain is a value as a person would have typed it. A number of JSON comes
+// through Vault as a float64.
+func plain(raw any) string {
+	if n, ok := raw.(float64); ok {
+		return strconv.FormatFloat(n, 'f', -1, 64)
+	}
+	return fmt.Sprint(raw)
 }
 
 // retiresTokens says whether the write replaces what access tokens come from.
