@@ -1,0 +1,160 @@
+package vaulttest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+func terraformFiles(t *testing.T) []string {
+	t.Helper()
+	return append(glob(t, bootstrapFile(t, "terraform", "*.tf")), glob(t, bootstrapFile(t, "terraform", "*", "*.tf"))...)
+}
+
+// needTerraform leaves a test out, and says so, where there is no Terraform.
+func needTerraform(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("terraform"); err != nil {
+		t.Skip("terraform is not installed here: left out")
+	}
+}
+
+func TestTerraformFormat(t *testing.T) {
+	for _, path := range terraformFiles(t) {
+		text := fileText(t, path)
+		require.NotRegexp(t, `\t|[ ]\n|\n\n\z`, text, path)
+		require.Equal(t, strings.Count(text, "{"), strings.Count(text, "}"), path)
+	}
+	needTerraform(t)
+	out, err := exec.Command("terraform", "fmt", "-check", "-diff", "-recursive", bootstrapFile(t, "terraform")).CombinedOutput()
+	require.NoError(t, err, "%s", out)
+}
+
+// Terraform and configure.sh set up the same.
+func TestTerraformAgreesWithConfigure(t *testing.T) {
+	main := fileText(t, bootstrapFile(t, "terraform", "main.tf"))
+	script := fileText(t, bootstrapFile(t, "configure.sh"))
+	words := regexp.MustCompile(`[a-z_]+`)
+	for _, kind := range []string{"request", "response"} {
+		inTerraform := regexp.MustCompile(`audit_non_hmac_` + kind + `_keys = \[([^]]+)]`).FindStringSubmatch(main)
+		inScript := regexp.MustCompile(`(?s)` + kind + `_keys=\(([^)]+)\)`).FindStringSubmatch(script)
+		require.NotNil(t, inTerraform)
+		require.NotNil(t, inScript)
+		require.Equal(t, words.FindAllString(inScript[1], -1), words.FindAllString(inTerraform[1], -1))
+	}
+	var shipped []string
+	for _, path := range glob(t, bootstrapFile(t, "policies", "*.hcl")) {
+		shipped = append(shipped, strings.TrimSuffix(filepath.Base(path), ".hcl"))
+	}
+	var inTerraform, inScript []string
+	for _, list := range regexp.MustCompile(`for name in \[([^]]+)]`).FindAllStringSubmatch(main, -1) {
+		inTerraform = append(inTerraform, regexp.MustCompile(`[a-z-]+`).FindAllString(list[1], -1)...)
+	}
+	for _, call := range regexp.MustCompile(`(?m)^ *policy "\S+" (\S+) `).FindAllStringSubmatch(script, -1) {
+		inScript = append(inScript, call[1])
+	}
+	slices.Sort(shipped)
+	slices.Sort(inTerraform)
+	slices.Sort(inScript)
+	require.Equal(t, shipped, inTerraform)
+	require.Equal(t, shipped, inScript)
+}
+
+// The part that handles secrets needs no provider, so it is applied for real.
+func TestTerraformKeepsNoSecret(t *testing.T) {
+	t.Parallel()
+	needTerraform(t)
+	v := Start(t)
+	v.MountEngine(t, "kaizala")
+	kaizala := kaizalatest.NewServer()
+	t.Cleanup(kaizala.Close)
+	id, secret := kaizala.RegisterConnector()
+	refresh := kaizala.GenerateUserToken(id, "acme")
+
+	dir := t.TempDir()
+	root := `
+variable "connector_secret" {
+  type      = string
+  default   = null
+  ephemeral = true
+}
+variable "refresh_tokens" {
+  type      = map(string)
+  default   = {}
+  ephemeral = true
+}
+variable "secret_version" {
+  default = 1
+}
+module "connector" {
+  source         = "` + bootstrapFile(t, "terraform", "secret") + `"
+  path           = "kaizala/config"
+  settings       = { connector_id = "` + id + `", api_root = "` + kaizala.URL + `", exchanges_per_minute = "20" }
+  field          = "connector_secret"
+  secret         = var.connector_secret
+  secret_version = var.secret_version
+}
+module "tenant" {
+  source         = "` + bootstrapFile(t, "terraform", "secret") + `"
+  path           = "kaizala/tenants/acme"
+  settings       = { ttl = "15m" }
+  field          = "refresh_token"
+  secret         = lookup(var.refresh_tokens, "acme", null)
+  secret_version = 1
+  depends_on     = [module.connector]
+}
+`
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(root), 0o600))
+	var output strings.Builder
+	terraform := func(env []string, args ...string) error {
+		cmd := exec.Command("terraform", args...)
+		cmd.Dir = dir
+		cmd.Env = append(v.CLIEnv(v.RootToken), append(env, "TF_IN_AUTOMATION=1", "CHECKPOINT_DISABLE=1")...)
+		out, err := cmd.CombinedOutput()
+		output.Write(out)
+		if err != nil {
+			t.Logf("terraform %s:\n%s", strings.Join(args, " "), out)
+		}
+		return err
+	}
+	require.NoError(t, terraform(nil, "init", "-no-color"))
+	secrets := []string{"TF_VAR_connector_secret=" + secret, `TF_VAR_refresh_tokens={acme="` + refresh + `"}`}
+	require.NoError(t, terraform(secrets, "plan", "-no-color", "-out=saved"))
+	require.NoError(t, terraform(secrets, "apply", "-no-color", "-auto-approve"))
+	read, err := v.Client.Logical().Read("kaizala/tenants/acme")
+	require.NoError(t, err)
+	require.Equal(t, "ok", read.Data["status"])
+	require.Equal(t, "900", read.Data["ttl"].(interface{ String() string }).String())
+
+	// Nothing is due, so the secrets are not needed.
+	require.NoError(t, terraform(nil, "plan", "-no-color", "-detailed-exitcode"))
+	require.Equal(t, 1, kaizala.TotalExchanges())
+
+	// Another version writes the secret anew; without it nothing is changed.
+	next := kaizala.NewConnectorSecret(id)
+	require.Error(t, terraform([]string{"TF_VAR_secret_version=2"}, "apply", "-no-color", "-auto-approve"))
+	require.NoError(t, terraform([]string{"TF_VAR_secret_version=2", "TF_VAR_connector_secret=" + next}, "apply", "-no-color", "-auto-approve"))
+	_, err = v.Client.Logical().Write("kaizala/tenants/acme/refresh", nil)
+	require.NoError(t, err)
+
+	require.Empty(t, secretsIn(output.String(), secret, next, refresh))
+	plan := exec.Command("terraform", "show", "-json", "saved")
+	plan.Dir = dir
+	text, err := plan.Output()
+	require.NoError(t, err)
+	require.Empty(t, secretsIn(string(text), secret, refresh))
+	kept := 0
+	for _, name := range glob(t, filepath.Join(dir, "*tfstate*")) {
+		require.Empty(t, secretsIn(fileText(t, name), secret, next, refresh), name)
+		kept++
+	}
+	require.Positive(t, kept)
+}

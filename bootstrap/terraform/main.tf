@@ -1,0 +1,101 @@
+resource "vault_plugin" "kaizala" {
+  type    = "secret"
+  name    = "vault-plugin-secrets-kaizala"
+  command = var.plugin_command
+  version = var.plugin_version
+  sha256  = var.plugin_sha256
+}
+
+resource "vault_mount" "kaizala" {
+  path                      = var.mount
+  type                      = vault_plugin.kaizala.name
+  plugin_version            = vault_plugin.kaizala.version
+  description               = "Kaizala access tokens"
+  seal_wrap                 = var.seal_wrap
+  default_lease_ttl_seconds = var.default_lease_ttl_seconds
+  max_lease_ttl_seconds     = var.max_lease_ttl_seconds
+
+  # What audit logs may show in clear, as in configure.sh.
+  audit_non_hmac_request_keys = [
+    "connector_id", "api_root", "ca_cert", "redirect_hosts", "request_timeout", "exchanges_per_minute",
+    "connector", "ttl", "max_ttl", "min_ttl", "verify",
+  ]
+  audit_non_hmac_response_keys = [
+    "endpoint_url", "scope", "expire_time", "tenant", "rotation_period", "last_vault_rotation",
+    "connector_id", "api_root", "ca_cert", "redirect_hosts", "request_timeout", "exchanges_per_minute",
+    "connector", "ttl", "max_ttl", "min_ttl", "status", "kind", "group_id",
+    "refresh_token_expire_time", "refresh_token_set_time", "refresh_token_origin",
+    "access_token_expire_time", "last_exchange_time", "next_exchange_time",
+    "last_error", "last_error_time", "keys", "key_info",
+  ]
+}
+
+# The shipped policies speak of the mount kaizala and the tenant acme.
+locals {
+  prefix = replace(var.mount, "/", "-")
+
+  policies = merge(
+    {
+      for name in ["connector-owner", "operator", "app-templated"] :
+      "${local.prefix}-${name}" => { file = name, tenant = "acme" }
+    },
+    [
+      for tenant in keys(var.tenants) : {
+        for name in ["tenant-user", "app", "sidecar"] :
+        "${local.prefix}-${name}-${tenant}" => { file = name, tenant = tenant }
+      }
+    ]...
+  )
+}
+
+resource "vault_policy" "kaizala" {
+  for_each = local.policies
+
+  name = each.key
+  policy = replace(replace(replace(
+    file("${path.module}/../policies/${each.value.file}.hcl"),
+    "kaizala/", "${var.mount}/"),
+    "/acme\"", "/${each.value.tenant}\""),
+  "/acme/", "/${each.value.tenant}/")
+}
+
+module "connector" {
+  source = "./secret"
+  count  = var.connector_id == null ? 0 : 1
+
+  path           = "${vault_mount.kaizala.path}/config"
+  settings       = merge(var.connector_settings, { connector_id = var.connector_id })
+  field          = "connector_secret"
+  secret         = var.connector_secret
+  secret_version = var.connector_secret_version
+}
+
+module "tenant" {
+  source   = "./secret"
+  for_each = { for name, tenant in var.tenants : name => tenant if tenant.refresh_token_version != null }
+
+  path           = "${vault_mount.kaizala.path}/tenants/${each.key}"
+  settings       = each.value.settings
+  field          = "refresh_token"
+  secret         = lookup(var.refresh_tokens, each.key, null)
+  secret_version = each.value.refresh_token_version
+
+  depends_on = [module.connector]
+}
+
+# An app logs in with its role and a secret ID, which is made outside of
+# Terraform so that it is in no state:
+#
+#   vault write -f -wrap-ttl=5m auth/approle/role/kaizala-acme/secret-id
+resource "vault_approle_auth_backend_role" "app" {
+  for_each = var.approle_mount == null ? {} : var.tenants
+
+  backend   = var.approle_mount
+  role_name = "${local.prefix}-${each.key}"
+  token_policies = [
+    vault_policy.kaizala["${local.prefix}-app-${each.key}"].name,
+    vault_policy.kaizala["${local.prefix}-sidecar-${each.key}"].name,
+  ]
+  token_ttl          = 3600
+  secret_id_num_uses = 0
+}
