@@ -1,11 +1,12 @@
 package vaulttest
 
 import (
+	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
@@ -50,26 +51,11 @@ func TestTerraformAgreesWithConfigure(t *testing.T) {
 		require.NotNil(t, inScript)
 		require.Equal(t, words.FindAllString(inScript[1], -1), words.FindAllString(inTerraform[1], -1))
 	}
-	var shipped []string
-	for _, path := range glob(t, bootstrapFile(t, "policies", "*.hcl")) {
-		shipped = append(shipped, strings.TrimSuffix(filepath.Base(path), ".hcl"))
-	}
-	var inTerraform, inScript []string
-	for _, list := range regexp.MustCompile(`for name in \[([^]]+)]`).FindAllStringSubmatch(main, -1) {
-		inTerraform = append(inTerraform, regexp.MustCompile(`[a-z-]+`).FindAllString(list[1], -1)...)
-	}
-	for _, call := range regexp.MustCompile(`(?m)^ *policy "\S+" (\S+) `).FindAllStringSubmatch(script, -1) {
-		inScript = append(inScript, call[1])
-	}
-	slices.Sort(shipped)
-	slices.Sort(inTerraform)
-	slices.Sort(inScript)
-	require.Equal(t, shipped, inTerraform)
-	require.Equal(t, shipped, inScript)
 }
 
-// The part that handles secrets needs no provider, so it is applied for real.
-func TestTerraformKeepsNoSecret(t *testing.T) {
+// The parts that handle secrets and policies need no provider, so they are
+// applied for real.
+func TestTerraform(t *testing.T) {
 	t.Parallel()
 	needTerraform(t)
 	v := Start(t)
@@ -95,7 +81,7 @@ variable "secret_version" {
   default = 1
 }
 module "connector" {
-  source         = "` + bootstrapFile(t, "terraform", "secret") + `"
+  source         = "./bootstrap/terraform/secret"
   path           = "kaizala/config"
   settings       = { connector_id = "` + id + `", api_root = "` + kaizala.URL + `", exchanges_per_minute = "20" }
   field          = "connector_secret"
@@ -103,7 +89,7 @@ module "connector" {
   secret_version = var.secret_version
 }
 module "tenant" {
-  source         = "` + bootstrapFile(t, "terraform", "secret") + `"
+  source         = "./bootstrap/terraform/secret"
   path           = "kaizala/tenants/acme"
   settings       = { ttl = "15m" }
   field          = "refresh_token"
@@ -111,7 +97,17 @@ module "tenant" {
   secret_version = 1
   depends_on     = [module.connector]
 }
+module "policies" {
+  source  = "./bootstrap/terraform/policies"
+  mount   = "teams/kaizala"
+  tenants = ["acme", "contoso"]
+}
+output "policies" {
+  value = module.policies.policies
+}
 `
+	// Terraform copies a module from an absolute path, and its surroundings not.
+	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(root), 0o600))
 	var output strings.Builder
 	terraform := func(env []string, args ...string) error {
@@ -121,14 +117,19 @@ module "tenant" {
 		out, err := cmd.CombinedOutput()
 		output.Write(out)
 		if err != nil {
-			t.Logf("terraform %s:\n%s", strings.Join(args, " "), out)
+			return fmt.Errorf("terraform %s: %w\n%s", strings.Join(args, " "), err, out)
 		}
-		return err
+		return nil
 	}
 	require.NoError(t, terraform(nil, "init", "-no-color"))
 	secrets := []string{"TF_VAR_connector_secret=" + secret, `TF_VAR_refresh_tokens={acme="` + refresh + `"}`}
 	require.NoError(t, terraform(secrets, "plan", "-no-color", "-out=saved"))
 	require.NoError(t, terraform(secrets, "apply", "-no-color", "-auto-approve"))
+	policies := exec.Command("terraform", "output", "-json", "policies")
+	policies.Dir = dir
+	written, err := policies.Output()
+	require.NoError(t, err)
+	sameAsConfigures(t, v, written)
 	read, err := v.Client.Logical().Read("kaizala/tenants/acme")
 	require.NoError(t, err)
 	require.Equal(t, "ok", read.Data["status"])
@@ -157,4 +158,25 @@ module "tenant" {
 		kept++
 	}
 	require.Positive(t, kept)
+}
+
+// sameAsConfigures compares Terraform's policies with those that configure.sh
+// has written, and with what is shipped.
+func sameAsConfigures(t *testing.T, v *Vault, output []byte) {
+	t.Helper()
+	var policies map[string]string
+	require.NoError(t, json.Unmarshal(output, &policies))
+	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme contoso")
+	names, err := v.Client.Sys().ListPolicies()
+	require.NoError(t, err)
+	for _, name := range names {
+		if name == "default" || name == "root" {
+			continue
+		}
+		text, err := v.Client.Sys().GetPolicy(name)
+		require.NoError(t, err)
+		require.Equal(t, text, policies[name], name)
+		delete(policies, name)
+	}
+	require.Empty(t, policies, "policies that configure.sh does not write")
 }

@@ -30,33 +30,17 @@ resource "vault_mount" "kaizala" {
   ]
 }
 
-# The shipped policies speak of the mount kaizala and the tenant acme.
-locals {
-  prefix = replace(var.mount, "/", "-")
-
-  policies = merge(
-    {
-      for name in ["connector-owner", "operator", "app-templated"] :
-      "${local.prefix}-${name}" => { file = name, tenant = "acme" }
-    },
-    [
-      for tenant in keys(var.tenants) : {
-        for name in ["tenant-user", "app", "sidecar"] :
-        "${local.prefix}-${name}-${tenant}" => { file = name, tenant = tenant }
-      }
-    ]...
-  )
+module "policies" {
+  source  = "./policies"
+  mount   = var.mount
+  tenants = keys(var.tenants)
 }
 
 resource "vault_policy" "kaizala" {
-  for_each = local.policies
+  for_each = module.policies.policies
 
-  name = each.key
-  policy = replace(replace(replace(
-    file("${path.module}/../policies/${each.value.file}.hcl"),
-    "kaizala/", "${var.mount}/"),
-    "/acme\"", "/${each.value.tenant}\""),
-  "/acme/", "/${each.value.tenant}/")
+  name   = each.key
+  policy = each.value
 }
 
 module "connector" {
@@ -91,10 +75,10 @@ resource "vault_approle_auth_backend_role" "app" {
   for_each = var.approle_mount == null ? {} : var.tenants
 
   backend   = var.approle_mount
-  role_name = "${local.prefix}-${each.key}"
+  role_name = "${module.policies.prefix}-${each.key}"
   token_policies = [
-    vault_policy.kaizala["${local.prefix}-app-${each.key}"].name,
-    vault_policy.kaizala["${local.prefix}-sidecar-${each.key}"].name,
+    vault_policy.kaizala["${module.policies.prefix}-app-${each.key}"].name,
+    vault_policy.kaizala["${module.policies.prefix}-sidecar-${each.key}"].name,
   ]
   token_ttl          = 3600
   secret_id_num_uses = 0

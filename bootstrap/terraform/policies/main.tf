@@ -1,0 +1,46 @@
+# The shipped policies, which speak of the mount kaizala and the tenant acme, for
+# another mount and other tenants; named as configure.sh names them.
+
+terraform {
+  required_version = ">= 1.10"
+}
+
+variable "mount" {
+  type = string
+}
+
+variable "tenants" {
+  type = set(string)
+}
+
+locals {
+  prefix = replace(var.mount, "/", "-")
+
+  policies = merge(
+    {
+      for name in ["connector-owner", "operator", "app-templated"] :
+      "${local.prefix}-${name}" => { file = name, tenant = "acme" }
+    },
+    [
+      for tenant in var.tenants : {
+        for name in ["tenant-user", "app", "sidecar"] :
+        "${local.prefix}-${name}-${tenant}" => { file = name, tenant = tenant }
+      }
+    ]...
+  )
+}
+
+output "prefix" {
+  value = local.prefix
+}
+
+# replace takes what stands between slashes for a regular expression.
+output "policies" {
+  value = {
+    for name, policy in local.policies :
+    name => replace(replace(
+      file("${path.module}/../../policies/${policy.file}.hcl"),
+      "kaizala/", "${var.mount}/"),
+    "/\\/acme([\"\\/])/", "/${policy.tenant}$1")
+  }
+}
