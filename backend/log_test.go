@@ -270,3 +270,32 @@ func TestEventsAreHarmlessWithoutABus(t *testing.T) {
 		})
 	}
 }
+
+// What is lost when the engine has to stop while storage fails is said only
+// where it matters: an access token can be had anew.
+func TestLostRefreshTokensAreLogged(t *testing.T) {
+	for _, rotated := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEngine(t)
+			e.addTenant("acme")
+			if rotated {
+				e.kaizala.SetRefreshTokenLife(40 * day)
+				e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "verify": false})
+				e.stop()
+				time.Sleep(37 * day)
+				e.start()
+			}
+			e.storage.failWith(func(op, key string) error {
+				if op == "put" && key == "tenants/acme" {
+					return errors.New("the disk is full")
+				}
+				return nil
+			})
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, 503, status)
+			require.Equal(t, 1, e.kaizala.Exchanges("acme"))
+			e.stop()
+			assert.Equal(t, rotated, e.log.count("could not be stored before the engine stopped, and is lost") == 1)
+		})
+	}
+}
