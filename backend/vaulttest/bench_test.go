@@ -1,0 +1,358 @@
+package vaulttest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-cleanhttp"
+	"github.com/hashicorp/vault/api"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// The benchmarks here compare the engine with the floor: see floor/main.go. They
+// run for as long as their rounds take, whatever -benchtime says, so they run with
+// -benchtime=1x, and scripts/bench.sh makes a table of what they report.
+
+const (
+	connections  = 32
+	warmUpRounds = 60
+	blocks       = 20 // of rounds: what spreads are taken from
+)
+
+// benchRounds is how many rounds of reads each side gets.
+func benchRounds(b *testing.B) int {
+	text := os.Getenv("KAIZALA_BENCH_ROUNDS")
+	if text == "" {
+		return 1000
+	}
+	n, err := strconv.Atoi(text)
+	require.NoError(b, err, "KAIZALA_BENCH_ROUNDS")
+	require.GreaterOrEqual(b, n, blocks, "KAIZALA_BENCH_ROUNDS")
+	return n
+}
+
+// A side is one of the plugins that are compared: get reads it once.
+type side struct {
+	get    func() error
+	rounds []time.Duration
+}
+
+// measure lets the sides take turns: in each round every connection reads the one
+// side once, and when all have their answers, the next. Whatever else the machine
+// does hits them alike; the order changes from round to round.
+func measure(b *testing.B, rounds int, sides ...*side) {
+	b.Helper()
+	orders := permutations(len(sides))
+	for i := -warmUpRounds; i < rounds; i++ {
+		for _, n := range orders[(i+warmUpRounds)%len(orders)] {
+			took := sides[n].round(b)
+			if i >= 0 {
+				sides[n].rounds = append(sides[n].rounds, took)
+			}
+		}
+	}
+}
+
+func (s *side) round(b *testing.B) time.Duration {
+	var failed error
+	var once sync.Once
+	var readers sync.WaitGroup
+	begun := time.Now()
+	for range connections {
+		readers.Go(func() {
+			if err := s.get(); err != nil {
+				once.Do(func() { failed = err })
+			}
+		})
+	}
+	readers.Wait()
+	took := time.Since(begun)
+	require.NoError(b, failed)
+	return took
+}
+
+func permutations(n int) (all [][]int) {
+	if n == 0 {
+		return [][]int{nil}
+	}
+	for _, shorter := range permutations(n - 1) {
+		for at := range n {
+			all = append(all, append(append(append([]int{}, shorter[:at]...), n-1), shorter[at:]...))
+		}
+	}
+	return all
+}
+
+func total(rounds []time.Duration) (sum time.Duration) {
+	for _, took := range rounds {
+		sum += took
+	}
+	return sum
+}
+
+func median(rounds []time.Duration) time.Duration {
+	sorted := slices.Sorted(slices.Values(rounds))
+	return sorted[len(sorted)/2]
+}
+
+// block is the n-th of the blocks that the rounds are divided into.
+func (s *side) block(n int) []time.Duration {
+	return s.rounds[n*len(s.rounds)/blocks : (n+1)*len(s.rounds)/blocks]
+}
+
+// speed is how fast s is beside other, by total time, and half the width of the
+// 95 % interval that the blocks give.
+func (s *side) speed(other *side) (ratio, plusMinus float64) {
+	ratio = float64(total(other.rounds)) / float64(total(s.rounds))
+	var squares float64
+	for i := range blocks {
+		d := float64(total(other.block(i)))/float64(total(s.block(i))) - ratio
+		squares += d * d
+	}
+	const t95 = 2.093 // Student's t for 19 degrees of freedom
+	return ratio, t95 * math.Sqrt(squares/(blocks-1)/blocks)
+}
+
+// report measures the engine beside the floor, and the floor beside itself.
+func report(b *testing.B, engine, floor, again func() error) {
+	rounds := benchRounds(b)
+	ours, base, twin := &side{get: engine}, &side{get: floor}, &side{get: again}
+	measure(b, rounds, ours, base, twin)
+	perSecond := func(rounds []time.Duration) float64 {
+		return float64(connections*len(rounds)) / total(rounds).Seconds()
+	}
+	ratio, ratioSpread := ours.speed(base)
+	noise, noiseSpread := twin.speed(base)
+	slowest, fastest := math.Inf(1), 0.0
+	for i := range blocks {
+		slowest, fastest = min(slowest, perSecond(ours.block(i))), max(fastest, perSecond(ours.block(i)))
+	}
+	for _, metric := range []struct {
+		value float64
+		unit  string
+	}{
+		{perSecond(ours.rounds), "reads/s"},
+		{slowest, "slowest-reads/s"},
+		{fastest, "fastest-reads/s"},
+		{perSecond(base.rounds), "floor-reads/s"},
+		{ratio, "ratio"},
+		{ratioSpread, "±ratio"},
+		{noise, "noise"},
+		{noiseSpread, "±noise"},
+		{float64(median(base.rounds)) / float64(median(ours.rounds)), "median-ratio"},
+		{float64(median(base.rounds)) / float64(median(twin.rounds)), "median-noise"},
+		{0, "ns/op"}, // of no use here: leaves it out
+	} {
+		b.ReportMetric(metric.value, metric.unit)
+	}
+}
+
+// buildFloor builds the floor from this tree, in the way the engine is built.
+func buildFloor(b *testing.B) string {
+	b.Helper()
+	root, err := Root()
+	require.NoError(b, err)
+	path := filepath.Join(b.TempDir(), "floor")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", path, "./backend/vaulttest/floor")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
+	require.NoError(b, err, "%s", out)
+	return path
+}
+
+// settings are the configuration and the tenant acme of an engine whose Kaizala is
+// an emulator on loopback.
+func settings(b *testing.B) (config, tenant map[string]any) {
+	b.Helper()
+	kaizala := kaizalatest.NewServer()
+	b.Cleanup(kaizala.Close)
+	id, secret := kaizala.RegisterConnector()
+	return map[string]any{"connector_id": id, "connector_secret": secret, "api_root": kaizala.URL},
+		map[string]any{"refresh_token": kaizala.GenerateUserToken(id, "asha")}
+}
+
+func request(b testing.TB, mount logical.Backend, op logical.Operation, path string, data map[string]any) *logical.Response {
+	b.Helper()
+	resp, err := mount.HandleRequest(context.Background(), &logical.Request{Operation: op, Path: path, Data: data})
+	require.NoError(b, err)
+	require.False(b, resp.IsError(), "%s: %v", path, resp)
+	return resp
+}
+
+// startEngine is the engine over go-plugin, its tenant acme ready to be read.
+func startEngine(b *testing.B, p *Plugin, storage logical.Storage) logical.Backend {
+	b.Helper()
+	config, tenant := settings(b)
+	mount := p.Mount(b, storage, logical.TestSystemView())
+	request(b, mount, logical.CreateOperation, "config", config)
+	request(b, mount, logical.CreateOperation, "tenants/acme", tenant)
+	return mount
+}
+
+// constants are the engine's answers, as the floor takes them.
+func constants(b *testing.B, engine logical.Backend) map[string]string {
+	b.Helper()
+	answers := map[string]string{}
+	for _, path := range []string{"creds/acme", "token/acme"} {
+		text, err := json.Marshal(request(b, engine, logical.ReadOperation, path, nil))
+		require.NoError(b, err)
+		answers[path] = string(text)
+	}
+	return answers
+}
+
+// BenchmarkGoPlugin is the plugin's process with no Vault around it.
+func BenchmarkGoPlugin(b *testing.B) {
+	engine := startEngine(b, StartPlugin(b, PluginBinary(b), nil), &logical.InmemStorage{})
+	binary := buildFloor(b)
+	var floors [2]logical.Backend
+	for i := range floors {
+		floors[i] = Dispense(b, binary, &logical.InmemStorage{}, logical.TestSystemView())
+		for path, answer := range constants(b, engine) {
+			request(b, floors[i], logical.UpdateOperation, path, map[string]any{"response": answer})
+		}
+	}
+	for _, path := range []string{"creds/acme", "token/acme"} {
+		name, _, _ := strings.Cut(path, "/")
+		b.Run(name, func(b *testing.B) {
+			reader := func(mount logical.Backend) func() error {
+				return func() error {
+					resp, err := mount.HandleRequest(context.Background(), &logical.Request{Operation: logical.ReadOperation, Path: path})
+					if err == nil && len(resp.Data) == 0 {
+						err = fmt.Errorf("no secret: %v", resp)
+					}
+					return err
+				}
+			}
+			report(b, reader(engine), reader(floors[0]), reader(floors[1]))
+		})
+	}
+}
+
+// BenchmarkGoPluginIndex starts a mount of 100,000 tenants: how long its index
+// takes across the process boundary, and by how much the process grows.
+func BenchmarkGoPluginIndex(b *testing.B) {
+	const tenants = 100_000
+	ctx := context.Background()
+	storage := &logical.InmemStorage{}
+	p := StartPlugin(b, PluginBinary(b), nil)
+	engine := startEngine(b, p, storage)
+	entry, err := storage.Get(ctx, "tenants/acme")
+	require.NoError(b, err)
+	engine.Cleanup(ctx)
+	for i := range tenants - 1 {
+		entry.Key = fmt.Sprintf("tenants/tenant-%06d", i)
+		require.NoError(b, storage.Put(ctx, entry))
+	}
+	before := residentBytes(b, p)
+	begun := time.Now()
+	engine = p.Mount(b, storage, logical.TestSystemView())
+	request(b, engine, logical.ReadOperation, "creds/acme", nil)
+	first := time.Since(begun)
+	Eventually(b, "the index to be complete", func() bool {
+		resp := request(b, engine, logical.ListOperation, "tenants/", nil)
+		return len(resp.Data["key_info"].(map[string]any)) == tenants
+	})
+	b.ReportMetric(time.Since(begun).Seconds(), "s/index")
+	b.ReportMetric(first.Seconds()*1000, "ms/first-read")
+	begun = time.Now()
+	request(b, engine, logical.ListOperation, "tenants/", nil)
+	b.ReportMetric(time.Since(begun).Seconds(), "s/list")
+	b.ReportMetric(float64(residentBytes(b, p)-before)/(1<<20), "MiB-RSS")
+	b.ReportMetric(0, "ns/op")
+}
+
+// residentBytes is the memory that the plugin's process has of the machine's,
+// with all that its garbage collector has not returned.
+func residentBytes(b *testing.B, p *Plugin) int64 {
+	b.Helper()
+	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.client.ReattachConfig().Pid))
+	if err != nil {
+		b.Skip("no /proc here")
+	}
+	pages, err := strconv.ParseInt(strings.Fields(string(statm))[1], 10, 64)
+	require.NoError(b, err)
+	return pages * int64(os.Getpagesize())
+}
+
+// BenchmarkVault is the whole way: HTTP, Vault with its leases, go-plugin.
+func BenchmarkVault(b *testing.B) {
+	answers := constants(b, startEngine(b, StartPlugin(b, PluginBinary(b), nil), &logical.InmemStorage{}))
+	floor := buildFloor(b)
+	for _, storage := range []string{"inmem", "raft"} {
+		b.Run(storage, func(b *testing.B) {
+			option := map[string]Option{"inmem": InMem(), "raft": Raft()}[storage]
+			v := Start(b, option, WithConfig(func(config map[string]any) { config["log_level"] = "warn" }))
+			v.MountEngine(b, "kaizala")
+			config, tenant := settings(b)
+			write := func(path string, data map[string]any) {
+				_, err := v.Client.Logical().Write(path, data)
+				require.NoError(b, err)
+			}
+			write("kaizala/config", config)
+			write("kaizala/tenants/acme", tenant)
+			// Two names are two processes, as the engine is one of its own; Vault puts
+			// them into its answers, so they are as long as the engine's.
+			for _, mount := range []string{"floor-a", "floor-b"} {
+				plugin := "vault-plugin-secrets-" + mount
+				v.RegisterAs(b, plugin, "v0.0.1", floor)
+				require.NoError(b, v.Client.Sys().Mount(mount, &api.MountInput{Type: plugin}))
+				for path, answer := range answers {
+					write(mount+"/"+path, map[string]any{"response": answer})
+				}
+			}
+			transport := cleanhttp.DefaultPooledTransport()
+			transport.Proxy = nil
+			transport.MaxIdleConnsPerHost, transport.MaxConnsPerHost = connections, connections
+			b.Cleanup(transport.CloseIdleConnections)
+			for _, path := range []string{"token/acme", "creds/acme"} {
+				name, _, _ := strings.Cut(path, "/")
+				b.Run(name, func(b *testing.B) {
+					report(b, v.getter(b, transport, "kaizala/"+path), v.getter(b, transport, "floor-a/"+path), v.getter(b, transport, "floor-b/"+path))
+				})
+			}
+		})
+	}
+}
+
+// getter reads a path through Vault, without the API client's own costs.
+func (v *Vault) getter(b *testing.B, transport http.RoundTripper, path string) func() error {
+	b.Helper()
+	req, err := http.NewRequest(http.MethodGet, v.Addr+"/v1/"+path, nil)
+	require.NoError(b, err)
+	req.Header.Set("X-Vault-Token", v.RootToken)
+	get := func() (string, error) {
+		resp, err := transport.RoundTrip(req.Clone(context.Background()))
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("GET %s: %d\n%s", path, resp.StatusCode, body)
+		}
+		return string(body), err
+	}
+	body, err := get()
+	require.NoError(b, err)
+	require.Contains(b, body, `"access_token"`)
+	b.Logf("an answer of %s has %d bytes", path, len(body))
+	return func() error { _, err := get(); return err }
+}

@@ -1,0 +1,61 @@
+// Command floor is a plugin that does nothing but answer: what a read of a secret
+// costs with Vault, go-plugin and the SDK around it, and nothing inside. make
+// bench compares the engine with it; it is never installed.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"log"
+	"sync/atomic"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/plugin"
+)
+
+func main() {
+	if err := plugin.ServeMultiplex(&plugin.ServeOpts{BackendFactoryFunc: factory}); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+	b := &framework.Backend{
+		BackendType:    logical.TypeLogical,
+		RunningVersion: "v0.0.1",
+		Paths:          []*framework.Path{constant("creds/"), constant("token/")},
+		Secrets: []*framework.Secret{{
+			Type: "kaizala_access_token", // the engine's own, for the sake of the size
+			Revoke: func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+				return nil, nil
+			},
+		}},
+	}
+	return b, b.Setup(ctx, conf)
+}
+
+// constant is a path whose every read has the answer that was last written to it,
+// a logical.Response as JSON. Callbacks, unlike Operations, spare a read the
+// framework's question for the replication state, a round trip to Vault.
+func constant(prefix string) *framework.Path {
+	var answer atomic.Pointer[logical.Response]
+	return &framework.Path{
+		Pattern: prefix + framework.GenericNameRegex("tenant"),
+		Fields: map[string]*framework.FieldSchema{
+			"tenant":   {Type: framework.TypeString},
+			"response": {Type: framework.TypeString},
+		},
+		Callbacks: map[logical.Operation]framework.OperationFunc{
+			logical.ReadOperation: func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+				return answer.Load(), nil
+			},
+			logical.UpdateOperation: func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+				next := &logical.Response{}
+				err := json.Unmarshal([]byte(d.Get("response").(string)), next)
+				answer.Store(next)
+				return nil, err
+			},
+		},
+	}
+}
