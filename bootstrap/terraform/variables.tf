@@ -63,7 +63,7 @@ variable "connector_secret_version" {
 }
 
 variable "connector_settings" {
-  description = "What is the Vault operator's of the connector: api_root, ca_cert, redirect_hosts, request_timeout, exchanges_per_minute."
+  description = "What else is written with it, the Vault operator's to decide: api_root, ca_cert, redirect_hosts, request_timeout, exchanges_per_minute."
   type        = map(string)
   default     = {}
 }
