@@ -137,7 +137,7 @@ func flows() []flow {
 		c.age(inWindow - 13*time.Hour)
 		c.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false, "ttl": "20h"})
 		c.lease = c.engine.lease("acme")
-		c.age(13 * time.Hour)
+		c.age(2 * time.Hour) // the window has begun, and the renewer is not due yet
 	}
 	written := func(c *cell) {
 		if c.stored("acme") == nil {
@@ -496,7 +496,10 @@ func (c *cell) play(t *testing.T) {
 		if token == c.held("acme") {
 			resp, status, text := c.try(logical.ReadOperation, "creds/acme", nil)
 			c.hear(resp, status, text)
-			c.assertf(status == 400 && strings.Contains(text, "write it to tenants/acme"), "nobody is told what to do: %d %s", status, text)
+			if status == 200 {
+				text = strings.Join(resp.Warnings, " ") // an access token from before is still good
+			}
+			c.assertf(strings.Contains(text, "write it to tenants/acme"), "nobody is told what to do: %d %s", status, text)
 			c.assertf(c.engine.status("acme") == statusRejected, "the tenant is %s", c.engine.status("acme"))
 		}
 	}

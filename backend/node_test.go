@@ -1,0 +1,186 @@
+package backend
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// A node that may not write calls nobody: it sends the request to the one that
+// may, before the service has given it what it could not store.
+func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
+	states := map[string]consts.ReplicationState{
+		"performance standby":   consts.ReplicationPerformanceStandby,
+		"performance secondary": consts.ReplicationPerformanceSecondary,
+		"DR secondary":          consts.ReplicationDRSecondary,
+	}
+	for name, state := range states {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("warm")
+				e.addTenant("cold")
+				token := accessTokenOf(e.lease("warm"))
+				e.restart()
+				e.kaizala.ResetCalls()
+				e.system.replication.Store(uint32(state))
+
+				assert.Equal(t, token, accessTokenOf(e.lease("warm")), "what is cached is served")
+				assert.Equal(t, token, e.read("token/warm")["access_token"])
+				for _, request := range []struct {
+					op   logical.Operation
+					path string
+					data map[string]any
+				}{
+					{logical.ReadOperation, "creds/cold", nil},
+					{logical.ReadOperation, "token/cold", nil},
+					{logical.UpdateOperation, "tenants/warm/refresh", nil},
+					{logical.UpdateOperation, "tenants/cold", map[string]any{"refresh_token": e.newToken("writer")}},
+					{logical.UpdateOperation, "tenants/new", map[string]any{"refresh_token": e.newToken("new")}},
+				} {
+					_, err := e.do(context.Background(), request.op, request.path, request.data)
+					assert.True(t, err == logical.ErrReadOnly, "%s %s: %v is not the bare ErrReadOnly", request.op, request.path, err)
+				}
+				ops := e.storage.putsOf(tenantPrefix + "warm")
+				e.pass(30 * time.Hour)
+				assert.Zero(t, e.kaizala.CallCount())
+				assert.Equal(t, ops, e.storage.putsOf(tenantPrefix+"warm"))
+				assert.Zero(t, e.storage.putsOf(probeKey))
+
+				e.system.replication.Store(0) // it is promoted
+				e.read("creds/warm")
+				e.read("creds/cold")
+			})
+		})
+	}
+}
+
+// Once promoted, a node takes up the renewals that the other has left.
+func TestPromotedNodeRenews(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+		e.pass(time.Hour)
+		time.Sleep(350 * day)
+		e.pass(time.Hour)
+		assert.Zero(t, e.kaizala.CallCount())
+		e.system.replication.Store(0)
+		e.pass(3 * time.Minute)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestLocalMountOfASecondaryWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.system.LocalMountVal = true
+		e.system.replication.Store(uint32(consts.ReplicationPerformanceSecondary))
+		e.addTenant("acme")
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+// Storage that turns read-only under an engine that may write is found out before
+// the service is asked, wherever a new refresh token could come.
+func TestReadOnlyStorage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.storage.failWith(func(op, _ string) error {
+			if op == "put" || op == "delete" {
+				// As it arrives from Vault's process: its text, and nothing else.
+				return &strippedError{logical.ErrReadOnly.Error()}
+			}
+			return nil
+		})
+		for _, path := range []string{"creds/acme", "token/acme"} {
+			_, err := e.do(context.Background(), logical.ReadOperation, path, nil)
+			assert.True(t, err == logical.ErrReadOnly, "%s: %v", path, err)
+		}
+		_, err := e.do(context.Background(), logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"})
+		assert.True(t, err == logical.ErrReadOnly, "%v", err)
+		ops := e.storage.ops.Load()
+		e.pass(time.Hour)
+		assert.Zero(t, e.kaizala.CallCount())
+		assert.Less(t, e.storage.ops.Load()-ops, int64(200), "it is not tried all the time")
+	})
+}
+
+type strippedError struct{ text string }
+
+func (e *strippedError) Error() string { return e.text }
+
+// Every key that the engine writes: under seal wrap where it holds a secret, and
+// dropped from memory when another node has written it.
+func TestEveryKeyWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		otherID, otherSecret := e.kaizala.RegisterConnector()
+		e.write("config/hr", map[string]any{"connector_id": otherID, "connector_secret": otherSecret})
+		e.addTenant("acme")
+		e.write("tenants/staff", map[string]any{"refresh_token": e.kaizala.GenerateUserToken(otherID, "staff"), "connector": "hr"})
+		lease := e.lease("acme")
+		e.write("tenants/acme/refresh", nil)
+		require.NoError(t, e.revokeLease(lease))
+		e.write("tenants/gone", map[string]any{"refresh_token": e.newToken("gone")})
+		e.ok(logical.DeleteOperation, "tenants/gone", nil)
+		e.pass(30 * time.Hour)
+		time.Sleep(335 * day)
+		e.pass(time.Hour)
+
+		e.storage.mu.Lock()
+		keys := e.storage.keys
+		e.storage.mu.Unlock()
+		assert.Contains(t, keys, probeKey)
+		assert.Contains(t, keys, "tenants/acme")
+		assert.Contains(t, keys, "config/hr")
+		wrapped := e.SpecialPaths().SealWrapStorage
+		for key := range keys {
+			raw, err := e.storage.InmemStorage.Get(context.Background(), key)
+			require.NoError(t, err)
+			if raw != nil && !strings.Contains(string(raw.Value), "_secret") && !strings.Contains(string(raw.Value), "token") {
+				assert.Equal(t, probeKey, key)
+				assert.Equal(t, "{}", strings.TrimSpace(string(raw.Value)))
+				continue
+			}
+			assert.True(t, slices.ContainsFunc(wrapped, func(prefix string) bool {
+				return strings.HasSuffix(prefix, "/") && strings.HasPrefix(key, prefix)
+			}), "%s is not under seal wrap", key)
+		}
+
+		// Another node changes each entry, and this one is told.
+		for key := range keys {
+			name, isTenant := strings.CutPrefix(key, tenantPrefix)
+			if entry := e.stored(name); isTenant && entry != nil {
+				assert.NotEqual(t, 77*time.Minute, entry.TTL)
+				entry.TTL = 77 * time.Minute
+				require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, entry))
+				e.InvalidateKey(context.Background(), key)
+				assert.EqualValues(t, 77*60, e.read("tenants/" + name)["ttl"])
+			}
+			if name, isConnector := strings.CutPrefix(key, connectorPrefix); isConnector {
+				entry, err := e.storedConnector(context.Background(), name)
+				require.NoError(t, err)
+				before, err := e.connectors.get(context.Background(), name)
+				require.NoError(t, err)
+				entry.ExchangesPerMinute = 7
+				require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, entry))
+				e.InvalidateKey(context.Background(), key)
+				after, err := e.connectors.get(context.Background(), name)
+				require.NoError(t, err)
+				assert.NotEqual(t, 7, before.entry.ExchangesPerMinute)
+				assert.Equal(t, 7, after.entry.ExchangesPerMinute)
+			}
+		}
+	})
+}

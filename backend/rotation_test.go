@@ -1,0 +1,214 @@
+package backend
+
+import (
+	"errors"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// newRotatingEngine starts an engine with the tenant acme, whose refresh token is
+// past 90 % of its life and has not been exchanged.
+func newRotatingEngine(t *testing.T) *engine {
+	e := newConfiguredEngine(t)
+	token := e.newToken("acme")
+	time.Sleep(inWindow)
+	e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+	return e
+}
+
+// during calls f while the tenant's exchange is under way at the service, and
+// returns once that has ended.
+func (e *engine) during(f func()) {
+	e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+	go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+	time.Sleep(2 * time.Second)
+	f()
+	time.Sleep(time.Second)
+	e.quiet("acme")
+}
+
+func TestSettingsWrittenDuringARotationAreMerged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.during(func() { e.write("tenants/acme", map[string]any{"ttl": "1h"}) })
+		entry := e.stored("acme")
+		assert.Equal(t, time.Hour, entry.TTL)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), entry.RefreshToken)
+		e.crash()
+		assert.Equal(t, time.Hour, e.lease("acme").Secret.TTL)
+	})
+}
+
+func TestOperatorWinsOverAnExchange(t *testing.T) {
+	for name, write := range map[string]func(e *engine) map[string]any{
+		"refresh_token": func(e *engine) map[string]any {
+			return map[string]any{"refresh_token": e.newToken("successor"), "verify": false}
+		},
+		"connector": func(e *engine) map[string]any {
+			return map[string]any{"connector": "other", "verify": false}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newRotatingEngine(t)
+				e.kaizala.SetOldTokenDies(false)
+				e.write("config/other", map[string]any{"connector_id": e.connectorID, "connector_secret": e.secret})
+				var written *tenantEntry
+				e.during(func() {
+					e.write("tenants/acme", write(e))
+					written = e.stored("acme")
+				})
+				entry := e.stored("acme")
+				// Its own exchange may have come by now; the old one's result has not.
+				assert.Equal(t, written.Connector, entry.Connector)
+				if name == "refresh_token" {
+					assert.Equal(t, written.RefreshToken, entry.RefreshToken)
+				}
+				assert.Equal(t, "ok", func() string { e.read("creds/acme"); return e.status("acme") }())
+			})
+		})
+	}
+}
+
+func TestDeleteWinsOverAnExchange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.during(func() { e.ok(logical.DeleteOperation, "tenants/acme", nil) })
+		assert.Nil(t, e.stored("acme"))
+		calls := e.kaizala.CallCount()
+		e.pass(time.Hour)
+		assert.Nil(t, e.stored("acme"))
+		assert.Equal(t, calls, e.kaizala.CallCount())
+		assert.Nil(t, e.tenants.named("acme"), "nothing of it stays in memory")
+	})
+}
+
+// Another node's write, or another reason for the state to leave memory, takes
+// nothing from an exchange under way.
+func TestStateThatLeavesMemoryDuringARotation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.during(func() { e.InvalidateKey(t.Context(), tenantPrefix+"acme") })
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, statusOK, e.status("acme"))
+	})
+}
+
+func TestLateVerification(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(inWindow)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 25 * time.Second, Times: 1})
+		begun := time.Now()
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token, "ttl": "1h"})
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		assert.Contains(t, text, "will be stored then")
+		assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+		assert.Nil(t, e.stored("acme"))
+
+		time.Sleep(20 * time.Second)
+		require.NotNil(t, e.stored("acme"), "a late success is stored")
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, time.Hour, e.stored("acme").TTL)
+		assert.Equal(t, 1, e.kaizala.CallCount())
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestVerificationThatRotatesWhileStorageFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(inWindow)
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && key != probeKey {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+		assert.Equal(t, http.StatusServiceUnavailable, status, text)
+		e.pass(10 * time.Minute)
+		assert.Nil(t, e.stored("acme"))
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.held("acme"), "kept in memory")
+		_, status, _ = e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.GreaterOrEqual(t, status, 400, "nothing is handed out before it is stored")
+		assert.Equal(t, 1, e.kaizala.CallCount(), "the write is tried again, not the exchange")
+
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		require.NotNil(t, e.stored("acme"))
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.crash()
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+// While the new tokens wait for storage, the access token from before goes on
+// being handed out, and stopping the engine is a last chance to store.
+func TestUnstoredRotationLeavesTheOlderTokenInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(inWindow - 13*time.Hour)
+		e.write("tenants/acme", map[string]any{"refresh_token": token})
+		older := accessTokenOf(e.lease("acme"))
+		time.Sleep(2 * time.Hour) // the window has begun, and the renewer is not due yet
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && key != probeKey {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		resp := e.lease("acme")
+		assert.Equal(t, older, accessTokenOf(resp))
+		assert.NotEmpty(t, resp.Warnings)
+		assert.Equal(t, statusDegraded, e.status("acme"))
+
+		e.storage.heal()
+		e.restart()
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.NotEqual(t, older, accessTokenOf(e.lease("acme")))
+		assert.Equal(t, 2, e.kaizala.CallCount())
+	})
+}
+
+// A storage that hangs is no storage that fails: the result waits for it.
+func TestRotationBehindAHangingWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		released := make(chan struct{})
+		e.during(func() {
+			e.storage.surround(func(op, _ string, do func() error) error {
+				if op == "put" {
+					<-released
+					return errors.New("too late")
+				}
+				return do()
+			})
+			for range 3 {
+				go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"}) }()
+			}
+			go func() {
+				time.Sleep(2 * time.Minute)
+				e.storage.heal()
+				close(released)
+			}()
+		})
+		e.pass(5 * time.Minute)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}

@@ -1,0 +1,124 @@
+package backend
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// With the service hanging, 500 tenants due and readers waiting, the engine stops
+// within its bounds, and so do its readers.
+func TestStopWhileTheServiceHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		var tokens []string
+		for i := range 500 {
+			tokens = append(tokens, e.newToken(fmt.Sprint("u", i)))
+		}
+		time.Sleep(inWindow)
+		e.kaizala.Inject(kaizalatest.Fault{Hang: true})
+		for i, token := range tokens {
+			e.write(fmt.Sprint("tenants/t", i), map[string]any{"refresh_token": token, "verify": false})
+		}
+		e.minute()
+		var readers sync.WaitGroup
+		for i := range 100 {
+			readers.Go(func() {
+				begun := time.Now()
+				_, status, _ := e.try(logical.ReadOperation, fmt.Sprint("creds/t", i*5), nil)
+				assert.Equal(t, http.StatusServiceUnavailable, status)
+				assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+			})
+		}
+		time.Sleep(2 * time.Second)
+		begun := time.Now()
+		e.stop()
+		assert.LessOrEqual(t, time.Since(begun), 5*time.Second)
+		readers.Wait()
+		assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+
+		calls := e.kaizala.CallCount()
+		_, status, text := e.try(logical.ReadOperation, "creds/t1", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status, text)
+		time.Sleep(time.Hour)
+		assert.Equal(t, calls, e.kaizala.CallCount(), "a stopped engine calls nobody")
+
+		e.kaizala.ClearFaults()
+		e.start()
+		e.pass(15 * time.Minute)
+		for i := range tokens {
+			assert.True(t, e.kaizala.RefreshTokenAlive(e.stored(fmt.Sprint("t", i)).RefreshToken))
+		}
+	})
+}
+
+// An exchange whose answer comes within the grace is stored before the engine is
+// gone.
+func TestStopWaitsForAnExchange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 3 * time.Second, Times: 1})
+		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+		time.Sleep(time.Second)
+		begun := time.Now()
+		e.stop()
+		assert.Equal(t, 2*time.Second, time.Since(begun))
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.start()
+	})
+}
+
+func TestStopDuringALateVerification(t *testing.T) {
+	for name, delay := range map[string]time.Duration{"in time": 13 * time.Second, "too late": 40 * time.Second} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				token := e.newToken("acme")
+				time.Sleep(inWindow)
+				e.kaizala.Inject(kaizalatest.Fault{Delay: delay, Times: 1})
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+				assert.Equal(t, http.StatusServiceUnavailable, status)
+				time.Sleep(time.Second)
+				begun := time.Now()
+				e.stop()
+				assert.LessOrEqual(t, time.Since(begun), 5*time.Second)
+				if stored := e.stored("acme"); name == "in time" {
+					assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), stored.RefreshToken)
+				} else {
+					assert.Nil(t, stored)
+					assert.True(t, e.kaizala.RefreshTokenAlive(token), "the service was not asked in vain")
+				}
+				e.start()
+			})
+		})
+	}
+}
+
+// Storage that hangs holds the stop up no longer than a service that does.
+func TestStopWhileStorageHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		released := make(chan struct{})
+		e.storage.surround(func(_, _ string, do func() error) error {
+			<-released
+			return do()
+		})
+		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+		time.Sleep(time.Second)
+		begun := time.Now()
+		e.stop()
+		assert.LessOrEqual(t, time.Since(begun), 5*time.Second)
+		close(released)
+		e.storage.heal()
+		synctest.Wait()
+		e.start()
+	})
+}
