@@ -29,6 +29,9 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=vault-plugin-secrets-kaizala
 
+# What is read from vault below is read as it prints it by itself.
+unset VAULT_FORMAT
+
 # A secret in the environment goes no further than this shell.
 connector_secret=${KAIZALA_CONNECTOR_SECRET:-}
 unset KAIZALA_CONNECTOR_SECRET
@@ -61,6 +64,11 @@ mount=${KAIZALA_MOUNT%/}
 command -v vault >/dev/null || die "vault is not in PATH"
 [[ -f $plugin ]] || die "no plugin at $plugin: run make build-plugin, or set KAIZALA_PLUGIN"
 vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is not good"
+
+enterprise=no
+if vault status | grep -q '^Version .*+ent'; then
+  enterprise=yes
+fi
 
 # The plugin, by its checksum and version.
 if command -v sha256sum >/dev/null; then
@@ -104,13 +112,13 @@ if type=$(vault read -field=type "sys/mounts/$mount" 2>/dev/null); then
   vault secrets tune "${options[@]}" "$mount" >/dev/null
   if [[ $running != "$version" ]]; then
     say "Upgrading $mount/ from $running: every mount of the plugin is reloaded, with no exchange lost"
-    vault plugin reload -type=secret -plugin="$name" >/dev/null
+    scope=()
+    [[ $enterprise == no ]] || scope=(-scope=global) # other nodes and clusters run the plugin too
+    vault plugin reload -type=secret -plugin="$name" ${scope[@]+"${scope[@]}"} >/dev/null
   fi
 else
   seal_wrap=()
-  if vault status | awk '$1 == "Version" { exit $2 !~ /\+ent/ }'; then
-    seal_wrap=(-seal-wrap) # an Enterprise feature
-  fi
+  [[ $enterprise == no ]] || seal_wrap=(-seal-wrap)
   say "Mounting $mount/"
   vault secrets enable -path="$mount" -description="Kaizala access tokens" \
     "${options[@]}" ${seal_wrap[@]+"${seal_wrap[@]}"} "$name" >/dev/null
