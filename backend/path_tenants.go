@@ -518,7 +518,7 @@ func (b *backend) listTenants(ctx context.Context, _ *logical.Request, _ *framew
 	}
 	resp := logical.ListResponseWithInfo(names, info)
 	if missing := len(names) - len(info); missing > 0 {
-		resp.AddWarning(fmt.Sprintf("The engine is still reading its tenants: key_info of %d of them is missing.", missing))
+		resp.AddWarning(fmt.Sprintf("key_info of %d tenants is missing: the engine is still reading them, or cannot, as its log says then.", missing))
 	}
 	return resp, nil
 }
