@@ -42,9 +42,16 @@ func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
 		c.Nodes = append(c.Nodes, node)
 	}
 	for _, node := range c.Nodes[1:] {
-		// A node takes the key only when it has found the leader to join.
+		// A node takes the key only when it has found the leader to join, and goes
+		// on by itself from there. Given the key twice it runs for leadership
+		// twice over, and never steps down.
+		taken := false
 		Eventually(t, "node "+node.Addr+" to join", func() bool {
-			status, err := node.Client.Sys().Unseal(first.UnsealKey)
+			if !taken {
+				_, err := node.Client.Sys().Unseal(first.UnsealKey)
+				taken = err == nil
+			}
+			status, err := node.Client.Sys().SealStatus()
 			return err == nil && !status.Sealed
 		})
 	}
