@@ -1,0 +1,369 @@
+package backend
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// setShare sets the default connector's share of calls a minute.
+func (e *engine) setShare(n int) { e.write("config", map[string]any{"exchanges_per_minute": n}) }
+
+// addTenants adds tenants named t0, t1 and so on, whose users are named likewise.
+func (e *engine) addTenants(n int) {
+	for i := range n {
+		e.addTenant(fmt.Sprint("t", i))
+	}
+}
+
+// hammer reads creds of all tenants at once, again and again, and returns how
+// many of them have ever been served.
+func (e *engine) hammer(tenants int, every, d time.Duration) int {
+	var mu sync.Mutex
+	served := map[int]bool{}
+	var readers sync.WaitGroup
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(every) {
+		for i := range tenants {
+			readers.Go(func() {
+				begun := time.Now()
+				_, status, _ := e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil)
+				assert.LessOrEqual(e.t, time.Since(begun), 10*time.Second)
+				mu.Lock()
+				defer mu.Unlock()
+				served[i] = served[i] || status == http.StatusOK
+			})
+		}
+	}
+	readers.Wait()
+	return len(served) - func() (n int) {
+		for _, ok := range served {
+			if !ok {
+				n++
+			}
+		}
+		return n
+	}()
+}
+
+func TestShareHoldsInEachMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		e.addTenants(60)
+		served := e.hammer(60, 7*time.Second, 15*time.Minute)
+		assert.Equal(t, 60, served, "all get there")
+		assert.Equal(t, 10, e.kaizala.MaxPerMinute(e.connectorID), "the share is used, and not passed")
+	})
+}
+
+// Retried calls and the hops of a redirect count as well.
+func TestShareCountsHops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		e.addTenants(20)
+		for i := range 20 {
+			e.kaizala.MoveUser(fmt.Sprint("t", i), "https://inc-001.osi.office.net")
+		}
+		e.hammer(20, 3*time.Second, 10*time.Minute)
+		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 10)
+		assert.Equal(t, 20, e.kaizala.TotalExchanges())
+	})
+}
+
+func TestReaderOfAUsedUpShareIsToldWhenToComeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(3)
+		e.addTenants(4)
+		for i := range 3 {
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		begun := time.Now()
+		_, status, text := e.try(logical.ReadOperation, "creds/t3", nil)
+		assert.Equal(t, http.StatusTooManyRequests, status)
+		assert.Zero(t, time.Since(begun), "at once, since it would be more than 5 seconds")
+		assert.Contains(t, text, "come back in 1m0s")
+		assert.Equal(t, statusUnverified, e.status("t3"), "nobody has failed")
+		time.Sleep(57 * time.Second)
+		e.read("creds/t3")
+		assert.Equal(t, time.Minute, time.Since(begun), "a place within 5 seconds is waited for")
+	})
+}
+
+func TestRetryAfter(t *testing.T) {
+	for name, c := range map[string]struct {
+		header func(time.Time) string
+		rest   time.Duration
+	}{
+		"in seconds": {func(time.Time) string { return "300" }, 300 * time.Second},
+		"as a date":  {func(now time.Time) string { return now.Add(300 * time.Second).UTC().Format(http.TimeFormat) }, 300 * time.Second},
+		"not at all": {func(time.Time) string { return "" }, time.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(20)
+				id, secret := e.kaizala.RegisterConnector()
+				e.write("config/other", map[string]any{"connector_id": id, "connector_secret": secret})
+				e.write("tenants/x", map[string]any{"refresh_token": e.kaizala.GenerateUserToken(id, "x"), "connector": "other", "verify": false})
+				header := http.Header{}
+				if value := c.header(time.Now()); value != "" {
+					header.Set("Retry-After", value)
+				}
+				e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusTooManyRequests, Header: header, Times: 1})
+				_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+				assert.Equal(t, http.StatusTooManyRequests, status)
+				first := e.kaizala.Calls()[0]
+
+				for time.Since(first.End) < c.rest-2*time.Second {
+					for i := range 20 {
+						_, status, _ := e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil)
+						require.Equal(t, http.StatusTooManyRequests, status)
+					}
+					_, status, _ := e.try(logical.UpdateOperation, "tenants/t1/refresh", nil)
+					require.Equal(t, http.StatusTooManyRequests, status)
+					_, status, _ = e.try(logical.UpdateOperation, "tenants/t2", map[string]any{"refresh_token": e.newToken("t2")})
+					require.Equal(t, http.StatusTooManyRequests, status)
+					e.minute()
+					require.Equal(t, 1, e.kaizala.CallCount())
+					time.Sleep(time.Second)
+					if time.Since(first.End) > c.rest-7*time.Second {
+						break // a reader would wait for the rest of it
+					}
+				}
+				e.read("creds/x") // another connector is not concerned
+				require.Equal(t, 2, e.kaizala.CallCount())
+				time.Sleep(time.Until(first.End.Add(c.rest + time.Second)))
+				e.read("creds/t1")
+				e.read("creds/t0")
+			})
+		})
+	}
+}
+
+// Failures are tried again after seconds at first, a minute at most, and not in
+// step with one another; a write of config forgets them.
+func TestBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(5)
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError})
+		e.hammer(5, time.Second, 30*time.Minute)
+		gaps := map[string][]time.Duration{}
+		last := map[string]time.Time{}
+		for _, call := range e.kaizala.Calls() {
+			if at, ok := last[call.User]; ok {
+				gaps[call.User] = append(gaps[call.User], call.Start.Sub(at))
+			}
+			last[call.User] = call.Start
+		}
+		distinct := map[time.Duration]bool{}
+		for user, some := range gaps {
+			assert.Less(t, len(some), 60, "%s: half an hour of a reader each second", user)
+			assert.Greater(t, len(some), 25, user)
+			assert.LessOrEqual(t, some[0], 3*time.Second)
+			for _, gap := range some {
+				assert.LessOrEqual(t, gap, 62*time.Second)
+			}
+			for _, gap := range some[10:] {
+				assert.GreaterOrEqual(t, gap, 30*time.Second)
+				distinct[gap.Truncate(time.Second)] = true
+			}
+		}
+		assert.Greater(t, len(distinct), 10, "there is jitter")
+
+		e.kaizala.ClearFaults()
+		time.Sleep(time.Second)
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		if status == http.StatusServiceUnavailable {
+			e.write("config", map[string]any{"request_timeout": "50s"})
+			e.read("creds/t0")
+		}
+		e.read("creds/t0")
+		assert.Equal(t, statusOK, e.status("t0"))
+	})
+}
+
+func TestConfigWrittenForgetsTheBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(1)
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError})
+		e.hammer(1, time.Second, 10*time.Minute)
+		e.kaizala.ClearFaults()
+		calls := e.kaizala.CallCount()
+		for e.kaizala.CallCount() == calls { // right behind a failure, with a minute's rest ahead
+			e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError, Times: 1})
+			time.Sleep(time.Second)
+			_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		}
+		e.kaizala.ClearFaults()
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.write("config", map[string]any{"request_timeout": "50s"})
+		e.read("creds/t0")
+	})
+}
+
+// A rejected tenant makes no call until it is refreshed by hand or rewritten.
+func TestRejectedTenantIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(1)
+		e.newToken("t0") // generating another one kills the first
+		_, status, text := e.try(logical.ReadOperation, "creds/t0", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "tenants/t0")
+		assert.Equal(t, statusRejected, e.status("t0"))
+		for range 3 {
+			e.hammer(1, time.Minute, time.Hour)
+			time.Sleep(100 * day)
+			e.pass(time.Hour)
+			e.restart()
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Equal(t, 2, e.kaizala.CallCount(), "by hand it is asked once more")
+		e.write("tenants/t0", map[string]any{"refresh_token": e.newToken("t0")})
+		e.read("creds/t0")
+		assert.Equal(t, statusOK, e.status("t0"))
+	})
+}
+
+// Only an answer that names the refresh token rejects it.
+func TestOnlyInvalidTokenRejects(t *testing.T) {
+	for name, fault := range map[string]kaizalatest.Fault{
+		"403 without errorCode": {Status: 403, Body: `{"message": "InvalidToken"}`},
+		"403 HTML":              {Status: 403, Body: "<html>InvalidToken</html>"},
+		"401 empty":             {Status: 401},
+		"Unauthenticated":       {Status: 401, Body: `{"message": "no", "errorCode": "Unauthenticated"}`},
+		"InvalidParameters":     {Status: 400, Body: `{"message": "no", "errorCode": "InvalidParameters"}`},
+		"404":                   {Status: 404, Body: `{"message": "no"}`},
+		"500":                   {Status: 500, Body: `{"errorCode": ""}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(1)
+				e.kaizala.Inject(fault)
+				_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+				assert.GreaterOrEqual(t, status, 400)
+				assert.Equal(t, statusDegraded, e.status("t0"))
+				assert.True(t, e.stored("t0").Rejected.IsZero())
+				e.kaizala.ClearFaults()
+				time.Sleep(2 * time.Minute)
+				e.read("creds/t0")
+			})
+		})
+	}
+}
+
+// A wrong connector secret costs one call, and no refresh token.
+func TestRefusedConnectorCostsNoTenant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(50)
+		e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+		_, status, text := e.try(logical.ReadOperation, "creds/t0", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "connector_secret")
+		e.hammer(50, time.Minute, 30*time.Minute)
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/t1/refresh", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		e.pass(day / 4)
+		assert.Equal(t, 1, e.kaizala.CallCount())
+		for i := range 50 {
+			assert.NotEqual(t, statusRejected, e.status(fmt.Sprint("t", i)))
+		}
+		e.write("config", map[string]any{"connector_secret": "NEWSECRET1"})
+		for i := range 50 {
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		assert.Equal(t, 51, e.kaizala.CallCount())
+	})
+}
+
+// 500 tenants due at once leave the readers their part of the share.
+func TestReadersGoBeforeBackgroundWork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		var tokens []string
+		for i := range 200 {
+			tokens = append(tokens, e.newToken(fmt.Sprint("b", i)))
+		}
+		time.Sleep(inWindow)
+		for i, token := range tokens {
+			e.write(fmt.Sprint("tenants/b", i), map[string]any{"refresh_token": token, "verify": false})
+		}
+		e.addTenants(30)
+		for i := range 30 {
+			e.pass(31 * time.Second) // two a minute
+			begun := time.Now()
+			e.read(fmt.Sprint("creds/t", i))
+			assert.LessOrEqual(t, time.Since(begun), patience)
+		}
+		e.pass(15 * time.Minute)
+		for i := range tokens {
+			assert.Equal(t, originService, e.stored(fmt.Sprint("b", i)).RefreshTokenOrigin)
+		}
+		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 10)
+	})
+}
+
+// A loop of read and revoke on one tenant gets a fifth of the share, and leaves
+// the others theirs.
+func TestOneTenantCannotStarveTheRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(20)
+		e.addTenant("greedy")
+		e.addTenants(40)
+		stop := make(chan struct{})
+		var loops sync.WaitGroup
+		for range 3 {
+			loops.Go(func() {
+				for {
+					select {
+					case <-stop:
+						return
+					case <-time.After(50 * time.Millisecond):
+					}
+					if resp, status, _ := e.try(logical.ReadOperation, "creds/greedy", nil); status == http.StatusOK {
+						resp.Secret.IssueTime = time.Now()
+						resp.Secret.TTL = resp.Secret.MaxTTL
+						assert.NoError(t, e.revokeLease(resp))
+					}
+				}
+			})
+		}
+		for i := range 40 {
+			time.Sleep(10 * time.Second)
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		close(stop)
+		loops.Wait()
+		perMinute := map[int]int{}
+		for _, call := range e.kaizala.Calls() {
+			if call.User == "greedy" {
+				perMinute[call.Start.Minute()]++
+			}
+		}
+		assert.NotEmpty(t, perMinute)
+		for minute, n := range perMinute {
+			assert.LessOrEqual(t, n, 4, "minute %d", minute)
+		}
+	})
+}
