@@ -124,6 +124,7 @@ func TestAgentNoticesRevocation(t *testing.T) {
 	t.Parallel()
 	s := agentSite(t, map[string]any{"ttl": "4s"})
 	rendering := s.startAgent(t, "creds.hcl", "app")
+	s.firstToken(t, rendering)
 	dir := s.startAgent(t, "proxy.hcl", "app")
 	socket := filepath.Join(dir, "agent.sock")
 	through := &http.Client{Transport: &http.Transport{
