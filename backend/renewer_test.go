@@ -1,0 +1,237 @@
+package backend
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// altered is a service that is other than the emulator in one respect.
+type altered struct {
+	http.RoundTripper
+	request func(*http.Request)
+	answer  func(map[string]any)
+}
+
+func (a altered) RoundTrip(r *http.Request) (*http.Response, error) {
+	if a.request != nil {
+		r = r.Clone(r.Context())
+		a.request(r)
+	}
+	resp, err := a.RoundTripper.RoundTrip(r)
+	if err != nil || a.answer == nil {
+		return resp, err
+	}
+	var body map[string]any
+	if err := json.NewDecoder(resp.Body).Decode(&body); err != nil {
+		return nil, err
+	}
+	a.answer(body)
+	raw, err := json.Marshal(body)
+	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(raw)), int64(len(raw))
+	return resp, err
+}
+
+// alter puts a service that is altered in the emulator's place.
+func (e *engine) alter(a altered) {
+	a.RoundTripper = e.kaizala.Transport()
+	e.connectors.transport = a
+	e.write("config", map[string]any{"request_timeout": "60s"})
+}
+
+func TestThousandTenantsDoNotComeDueTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(1000)
+		time.Sleep(inWindow - day)
+		assert.Zero(t, e.kaizala.CallCount(), "before the window there is no need")
+		e.restart()
+		time.Sleep(9 * day)
+		assert.Equal(t, 1000, e.kaizala.CallCount())
+		t.Logf("%d exchanges in the busiest minute", e.kaizala.MaxPerMinute(e.connectorID))
+		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 10)
+		for i := range 1000 {
+			assert.Equal(t, originService, e.stored(fmt.Sprint("t", i)).RefreshTokenOrigin)
+		}
+	})
+}
+
+func TestTenantPastItsTimeGoesAtTheNextTick(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.pass(time.Minute)
+		assert.Equal(t, 1, e.kaizala.CallCount())
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+	synctest.Test(t, func(t *testing.T) { // Vault was down when its time came
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.stop()
+		time.Sleep(360 * day)
+		e.start()
+		assert.Zero(t, e.kaizala.CallCount(), "not in initialization")
+		e.pass(time.Minute)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}
+
+// A mount whose process was replaced without a word has no timer of its own: the
+// periodic function alone has to do.
+func TestPeriodicFunctionAloneRenews(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.renewer.mu.Lock()
+		e.renewer.timer.Stop()
+		e.renewer.armed = time.Unix(0, 0)
+		e.renewer.mu.Unlock()
+		time.Sleep(340 * day)
+		require.Zero(t, e.kaizala.CallCount())
+		e.minute()
+		e.quiet("acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestOpaqueTokenIsExchangedEachMonth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		genuine := e.newToken("acme")
+		e.alter(altered{request: func(r *http.Request) {
+			if r.Header.Get("refreshToken") == "opaque" {
+				r.Header.Set("refreshToken", genuine)
+			}
+		}})
+		e.write("tenants/acme", map[string]any{"refresh_token": "opaque", "verify": false})
+		assert.NotContains(t, e.read("tenants/acme"), "refresh_token_expire_time")
+		time.Sleep(320 * day)
+		calls := e.kaizala.Calls()
+		require.NotEmpty(t, calls)
+		last := e.stored("acme").RefreshTokenSet
+		for _, call := range calls {
+			assert.LessOrEqual(t, call.Start.Sub(last), unknownLife)
+			last = call.Start
+		}
+		assert.LessOrEqual(t, time.Since(last), unknownLife)
+		assert.LessOrEqual(t, len(calls), 16, "and not much more often")
+		time.Sleep(40 * day) // the window comes, and with it a token that says when it ends
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}
+
+func TestIdleTickReadsNoStorage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2000)
+		e.read("creds/t1")
+		e.restart()
+		e.pass(time.Minute)
+		ops := e.storage.ops.Load()
+		e.pass(3 * time.Hour)
+		assert.Equal(t, ops, e.storage.ops.Load())
+	})
+}
+
+func TestAccessTokensInUseAreRenewedAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("busy")
+		e.addTenant("idle")
+		e.read("creds/idle")
+		for range 10 * 24 {
+			e.read("token/busy")
+			calls := e.kaizala.CallCount()
+			e.pass(time.Hour)
+			before := e.kaizala.CallCount()
+			e.read("creds/busy")
+			assert.Equal(t, before, e.kaizala.CallCount(), "no reader waits for Kaizala (%d calls before)", calls)
+		}
+		assert.LessOrEqual(t, e.kaizala.Exchanges("busy"), 11)
+		assert.LessOrEqual(t, e.kaizala.Exchanges("idle"), 2, "nobody uses it any more")
+	})
+}
+
+// Where the service goes on without replacing a refresh token, people are told
+// from 30 days ahead of its end: readers, whoever looks, and the log once a day.
+func TestWarningThirtyDaysAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.kaizala.SetOldTokenDies(false)
+		e.alter(altered{answer: func(body map[string]any) { body["refreshToken"] = nil }})
+		e.addTenant("acme")
+		const line = "a tenant's refresh token is at its end"
+		told := func() []string {
+			resp := e.ok(logical.ReadOperation, "creds/acme", nil)
+			return append(resp.Warnings, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings...)
+		}
+		time.Sleep(334 * day)
+		assert.Empty(t, told())
+		assert.Zero(t, e.log.count(line))
+		time.Sleep(2 * day)
+		for range 5 {
+			warnings := told()
+			require.Len(t, warnings, 2)
+			for _, warning := range warnings {
+				assert.Contains(t, warning, "tenant user has to generate a new one")
+				assert.Contains(t, warning, "tenants/acme")
+			}
+			e.pass(time.Hour)
+		}
+		lines := e.log.count(line)
+		e.pass(10 * day)
+		assert.InDelta(t, 10, e.log.count(line)-lines, 1, "once a day")
+		assert.Equal(t, e.log.count(line), strings.Count(strings.Join(e.events.all(), "\n"), eventExpiring+" acme"))
+		// From 90 % on it is exchanged about once a day in the hope of a new one.
+		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 2)
+
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		assert.Empty(t, told())
+		lines = e.log.count(line)
+		e.pass(3 * day)
+		assert.Equal(t, lines, e.log.count(line))
+	})
+}
+
+func TestExpiredTenant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.kaizala.SetRefreshTokenLife(10 * day)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Status: 500})
+		time.Sleep(11 * day)
+		assert.Equal(t, statusExpired, e.status("acme"))
+		e.kaizala.ClearFaults()
+		e.kaizala.ResetCalls()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "tenant user has to generate a new one")
+		e.pass(time.Hour)
+		assert.Zero(t, e.kaizala.CallCount())
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		assert.Equal(t, statusOK, e.status("acme"))
+	})
+}
+
+func TestEventsAreSentOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.read("creds/acme")
+		assert.Equal(t, []string{eventRotated + " acme"}, e.events.all())
+		e.newToken("acme") // kills the one that is stored
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, []string{eventRotated + " acme", eventRejected + " acme"}, e.events.all())
+	})
+}
