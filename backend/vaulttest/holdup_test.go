@@ -1,0 +1,176 @@
+package vaulttest
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+const (
+	dueTenants = 500
+	// promptly is what seal, step-down and reload have: 10 seconds for a reader, 5
+	// for the engine to stop, and some for Vault.
+	promptly = 20 * time.Second
+)
+
+// writeDueTenants writes tenants that somebody uses, on a Kaizala whose access
+// tokens live so shortly that they soon come due.
+func writeDueTenants(m mount, service *kaizalatest.Service, connectorID string) {
+	m.t.Helper()
+	service.SetAccessTokenLife(12 * time.Second)
+	eachTenant(m, func(name string) {
+		a := m.write("tenants/"+name, fields{"refresh_token": service.GenerateUserToken(connectorID, name), "verify": false})
+		if a.status != 204 {
+			m.t.Errorf("%s: %d %s", a.request, a.status, a.body)
+		}
+	})
+}
+
+// hang reads every tenant once, lets Kaizala hang, and returns once hundreds of
+// exchanges that nobody asked for hang there, and so do readers.
+func hang(m mount, service *kaizalatest.Service) (readers *sync.WaitGroup) {
+	m.t.Helper()
+	service.ClearFaults()
+	m.write("config", fields{"request_timeout": "60s"}).ok(m.t) // whoever failed before may try again
+	eachTenant(m, func(name string) {
+		if a := m.read("token/" + name); a.status != 200 {
+			m.t.Errorf("%s: %d %s", a.request, a.status, a.body)
+		}
+	})
+	service.Inject(kaizalatest.Fault{Hang: true})
+	hanging := func() (n int) {
+		for _, call := range service.Calls() {
+			if call.End.IsZero() {
+				n++
+			}
+		}
+		return n
+	}
+	Eventually(m.t, "the tenants to come due", func() bool { return hanging() > dueTenants*9/10 })
+	// Their access tokens may be usable still: these readers ask for more.
+	readers = &sync.WaitGroup{}
+	var waiting atomic.Int64
+	for i := range 100 {
+		readers.Go(func() {
+			waiting.Add(1)
+			_, _ = m.send(http.MethodGet, fmt.Sprintf("%s/token/due-%03d?min_ttl=6", m.path, i), "", nil)
+		})
+	}
+	Eventually(m.t, "readers to wait", func() bool { return waiting.Load() == 100 })
+	return readers
+}
+
+func eachTenant(m mount, do func(name string)) {
+	var workers sync.WaitGroup
+	names := make(chan string)
+	for range 16 {
+		workers.Go(func() {
+			for name := range names {
+				do(name)
+			}
+		})
+	}
+	for i := range dueTenants {
+		names <- fmt.Sprintf("due-%03d", i)
+	}
+	close(names)
+	workers.Wait()
+}
+
+// otherMount reads another mount over and over. Its stop says how long the
+// longest read took, and how many did not succeed.
+func otherMount(m mount) (stop func() (longest time.Duration, failed int)) {
+	done := make(chan struct{})
+	var reading sync.WaitGroup
+	var longest time.Duration
+	failed := 0
+	reading.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+			began := time.Now()
+			a, err := m.send(http.MethodGet, "cubbyhole/none", "", nil)
+			longest = max(longest, time.Since(began))
+			if err != nil || a.status != 404 {
+				failed++
+			}
+		}
+	})
+	return func() (time.Duration, int) {
+		close(done)
+		reading.Wait()
+		return longest, failed
+	}
+}
+
+// A hanging Kaizala, with hundreds of tenants due and readers waiting, holds up
+// neither a reload nor a seal, nor anybody else's mount.
+func TestVaultIsNeverHeldUp(t *testing.T) {
+	v := Start(t)
+	v.RegisterEngine(t)
+	m := mountEngine(t, v, "held")
+	m.kaizala.SetLimits(0, 0)
+	config := m.connector()
+	config["exchanges_per_minute"] = 100000
+	m.write("config", config).ok(t)
+	writeDueTenants(m, m.kaizala.Service, m.connectorID)
+
+	t.Run("reload", func(t *testing.T) {
+		m := m.in(t)
+		readers := hang(m, m.kaizala.Service)
+		stop := otherMount(m)
+		began := time.Now()
+		out, exit := v.CLI(t, v.RootToken, "plugin", "reload", "-type=secret", "-plugin="+PluginName)
+		took := time.Since(began)
+		require.Zero(t, exit, out)
+		require.Less(t, took, promptly)
+		readers.Wait()
+		require.Less(t, time.Since(began), promptly, "a reader has an answer within 10 seconds")
+		longest, failed := stop()
+		t.Logf("the reload took %s, another mount's longest read %s", took.Round(time.Millisecond), longest.Round(time.Millisecond))
+		require.Zero(t, failed, "reads of another mount")
+		require.Less(t, longest, 5*time.Second, "a read of another mount")
+	})
+
+	t.Run("seal", func(t *testing.T) {
+		m := m.in(t)
+		readers := hang(m, m.kaizala.Service)
+		began := time.Now()
+		v.Seal(t)
+		took := time.Since(began)
+		t.Logf("the seal took %s", took.Round(time.Millisecond))
+		require.Less(t, took, promptly)
+		readers.Wait()
+		m.kaizala.ClearFaults()
+		v.Unseal(t)
+		// Nothing was lost by it.
+		Eventually(t, "the engine to serve again", func() bool { return m.read("token/due-000").status == 200 })
+	})
+}
+
+// stepDownWhileHanging is the same for a leader that steps down.
+func stepDownWhileHanging(t *testing.T, c *Cluster, service *kaizalatest.Service, at func(*Vault) mount) {
+	leader := c.Leader(t)
+	m := at(leader).in(t)
+	id := m.read("config").ok(t).text("connector_id")
+	writeDueTenants(m, service, id)
+	readers := hang(m, service)
+	took := stepDown(t, c)
+	next := c.Leader(t)
+	t.Logf("the step-down took %s", took.Round(time.Millisecond))
+	require.Less(t, took, promptly)
+	service.ClearFaults()
+	readers.Wait()
+	Eventually(t, "the next leader to serve", func() bool { return at(next).in(t).read("token/due-000").status == 200 })
+	require.Equal(t, 404, at(next).in(t).read("tenants/none").status)
+}
