@@ -1,0 +1,328 @@
+package backend
+
+import (
+	"context"
+	"net/http"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"pgregory.net/rapid"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+// rapidTB lets an engine run under rapid, which has a T of its own.
+type rapidTB struct {
+	testing.TB // nil: whatever is not below is not used
+	rt         *rapid.T
+	cleanups   []func()
+}
+
+func (t *rapidTB) Cleanup(f func())                  { t.cleanups = append(t.cleanups, f) }
+func (t *rapidTB) Helper()                           {}
+func (t *rapidTB) Error(args ...any)                 { t.rt.Error(args...) }
+func (t *rapidTB) Errorf(format string, args ...any) { t.rt.Errorf(format, args...) }
+func (t *rapidTB) FailNow()                          { t.rt.FailNow() }
+
+// model is what somebody knows of the engine who has only seen its answers.
+type model struct {
+	*engine
+	rt      *rapid.T
+	tenants map[string]*modelTenant
+	broken  bool // storage takes no writes
+	failing bool // the service does
+	share   int
+}
+
+type modelTenant struct {
+	leases []*logical.Response
+	// retired are access tokens that must not be handed out again.
+	retired []string
+	// exists and ttl are nil where a write has failed: it may have been done.
+	exists *bool
+	ttl    *time.Duration
+	// lost: the process has ended with a refresh token that storage had refused.
+	lost bool
+}
+
+func known[T any](v T) *T { return &v }
+
+func (m *model) pick() (string, *modelTenant) {
+	name := rapid.SampledFrom([]string{"a", "b", "c"}).Draw(m.rt, "tenant")
+	return name, m.tenants[name]
+}
+
+func (m *model) request(op logical.Operation, path string, data map[string]any) (*logical.Response, int) {
+	begun := time.Now()
+	resp, status, text := m.try(op, path, data)
+	if d := time.Since(begun); d > 10*time.Second {
+		m.rt.Fatalf("%s %s took %s", op, path, d)
+	}
+	m.rt.Logf("%s %s: %d %s", op, path, status, text)
+	if resp != nil && resp.Data["access_token"] != nil {
+		name := resp.Data["tenant"].(string)
+		token := accessTokenOf(resp)
+		if !m.kaizala.AccessTokenAlive(token) || slices.Contains(m.tenants[name].retired, token) {
+			m.rt.Fatalf("%s: a dead or retired access token was handed out", path)
+		}
+	}
+	return resp, status
+}
+
+func (m *model) writeToken(*rapid.T) {
+	name, tenant := m.pick()
+	verify := rapid.Bool().Draw(m.rt, "verify")
+	token := m.newToken(name) // and the one before is dead
+	_, status := m.request(logical.UpdateOperation, "tenants/"+name, map[string]any{"refresh_token": token, "verify": verify})
+	if tenant.leases = nil; status < 300 {
+		tenant.exists, tenant.lost = known(true), false
+		if tenant.ttl == nil {
+			tenant.ttl = known(m.storedTTL(name))
+		}
+		return
+	}
+	// The service has been told to give out a new token, and the engine has it not:
+	// until it is written again, the tenant's user has cut himself off.
+	tenant.exists, tenant.ttl, tenant.lost = nil, nil, true
+}
+
+func (m *model) storedTTL(name string) time.Duration {
+	if entry := m.stored(name); entry != nil {
+		return entry.TTL
+	}
+	return 0
+}
+
+func (m *model) writeTTL(*rapid.T) {
+	name, tenant := m.pick()
+	ttl := time.Duration(rapid.IntRange(1, 20).Draw(m.rt, "hours")) * time.Hour
+	_, status := m.request(logical.UpdateOperation, "tenants/"+name, map[string]any{"ttl": ttl.String()})
+	switch {
+	case status < 300:
+		tenant.ttl = known(ttl)
+	case status >= 500:
+		tenant.ttl = nil
+	}
+}
+
+func (m *model) remove(*rapid.T) {
+	name, tenant := m.pick()
+	_, status := m.request(logical.DeleteOperation, "tenants/"+name, nil)
+	tenant.exists = nil
+	if status < 300 {
+		*tenant = modelTenant{exists: known(false), ttl: known(time.Duration(0)), retired: tenant.retired}
+	}
+}
+
+func (m *model) readCreds(*rapid.T) {
+	name, tenant := m.pick()
+	resp, status := m.request(logical.ReadOperation, "creds/"+name, nil)
+	if status != http.StatusOK {
+		return
+	}
+	resp.Secret.IssueTime = time.Now()
+	if resp.Secret.TTL == 0 {
+		resp.Secret.TTL = resp.Secret.MaxTTL
+	}
+	tenant.leases = append(tenant.leases, resp)
+}
+
+func (m *model) readToken(*rapid.T) {
+	name, _ := m.pick()
+	m.request(logical.ReadOperation, "token/"+name, nil)
+}
+
+func (m *model) refresh(*rapid.T) {
+	name, tenant := m.pick()
+	var before string
+	if entry := m.stored(name); entry != nil && entry.Access != nil {
+		before = entry.Access.Token
+	}
+	if _, status := m.request(logical.UpdateOperation, "tenants/"+name+"/refresh", nil); status < 300 && before != "" {
+		tenant.retired = append(tenant.retired, before)
+	}
+}
+
+// revokeAll revokes all leases of a tenant, and before their time where some of
+// it is left.
+func (m *model) revokeAll(*rapid.T) {
+	_, tenant := m.pick()
+	for _, lease := range tenant.leases {
+		early := time.Now().Before(lease.Secret.IssueTime.Add(lease.Secret.TTL))
+		if err := m.revokeLease(lease); err != nil && !m.broken {
+			m.rt.Fatalf("a lease cannot be revoked: %s", err)
+		} else if token := accessTokenOf(lease); err == nil && early && tenant.leases[len(tenant.leases)-1] == lease {
+			tenant.retired = append(tenant.retired, token)
+		}
+	}
+	tenant.leases = nil
+}
+
+func (m *model) clockJumps(*rapid.T) {
+	d := time.Duration(rapid.SampledFrom([]int{1, 30, 60, 25 * 60, 10 * 24 * 60, 40 * 24 * 60}).Draw(m.rt, "minutes")) * time.Minute
+	if m.failing || m.broken {
+		d = min(d, 3*time.Hour) // a failure is tried again each minute, which takes real time here
+	}
+	time.Sleep(d)
+	m.minute()
+}
+
+func (m *model) serviceFails(*rapid.T) {
+	m.failing = true
+	m.kaizala.Inject(rapid.SampledFrom([]kaizalatest.Fault{
+		{Status: 500}, {Status: 503, Body: "<html>"}, {Status: 429, Header: http.Header{"Retry-After": {"90"}}},
+		{Hang: true}, {Delay: 20 * time.Second}, {Reset: true}, {Status: 200, Body: "junk"},
+	}).Draw(m.rt, "fault"))
+}
+
+func (m *model) serviceHeals(*rapid.T) {
+	m.kaizala.ClearFaults()
+	m.failing = false
+}
+
+func (m *model) storageFails(*rapid.T) {
+	once := rapid.Bool().Draw(m.rt, "once")
+	spares := rapid.SampledFrom([]string{"", probeKey}).Draw(m.rt, "spares")
+	m.broken = true
+	m.engine.storage.surround(func(op, key string, do func() error) error {
+		if op != "put" && op != "delete" || key == spares {
+			return do()
+		}
+		if once {
+			m.engine.storage.surround(nil)
+		}
+		return errStorage
+	})
+}
+
+func (m *model) storageHeals(*rapid.T) {
+	m.engine.storage.heal()
+	m.broken = false
+}
+
+// processEnds with or without a word; what storage has refused goes with it.
+func (m *model) processEnds(*rapid.T) {
+	crash := rapid.Bool().Draw(m.rt, "crash")
+	for name := range m.tenants {
+		m.quiet(name)
+	}
+	held := map[string]string{}
+	for name := range m.tenants {
+		held[name] = m.held(name)
+	}
+	if crash {
+		m.crash()
+		m.broken = false // a crash comes with storage of its own
+	} else {
+		m.restart()
+	}
+	for name, tenant := range m.tenants {
+		if entry := m.stored(name); m.broken || crash {
+			tenant.lost = tenant.lost || held[name] != "" && (entry == nil || entry.RefreshToken != held[name])
+		} else if held[name] != "" && (entry == nil || entry.RefreshToken != held[name]) {
+			m.rt.Fatalf("%s: a restart has lost a refresh token", name)
+		}
+	}
+	synctest.Wait()
+}
+
+// check is what holds after each step.
+func (m *model) check(*rapid.T) {
+	synctest.Wait()
+	for name, tenant := range m.tenants {
+		t := m.engine.tenants.named(name)
+		busy := false
+		if t != nil {
+			t.mu.Lock()
+			busy = t.flight != nil
+			t.mu.Unlock()
+		}
+		entry, held := m.stored(name), m.held(name)
+		switch {
+		case tenant.exists == nil, busy:
+		case !*tenant.exists:
+			if entry != nil {
+				m.rt.Fatalf("%s: deleted, and there again", name)
+			}
+		case held == "":
+			m.rt.Fatalf("%s: has vanished", name)
+		case !tenant.lost && !m.kaizala.RefreshTokenAlive(held) && time.Now().Before(m.expires(held)):
+			m.rt.Fatalf("%s: its refresh token is lost", name)
+		case tenant.ttl != nil && entry != nil && entry.TTL != *tenant.ttl:
+			m.rt.Fatalf("%s: ttl is %s, and was written as %s", name, entry.TTL, *tenant.ttl)
+		}
+	}
+	if most := m.kaizala.MaxPerMinute(m.connectorID); most > m.share {
+		m.rt.Fatalf("%d calls in a minute", most)
+	}
+}
+
+func (m *model) expires(token string) time.Time {
+	via, err := m.connectors.get(context.Background(), defaultConnector)
+	if err != nil || via == nil {
+		return time.Time{}
+	}
+	facts, _ := via.service.check(token)
+	return facts.Expires
+}
+
+// heals: with all well again, each tenant that was not lost can be read.
+func (m *model) heals() {
+	m.kaizala.ClearFaults()
+	m.storageHeals(nil)
+	m.pass(5 * time.Minute)
+	m.check(nil)
+	for name, tenant := range m.tenants {
+		if tenant.exists == nil || !*tenant.exists || tenant.lost || !time.Now().Before(m.expires(m.held(name))) {
+			continue
+		}
+		if _, status := m.request(logical.ReadOperation, "creds/"+name, nil); status != http.StatusOK {
+			m.rt.Fatalf("%s cannot be read when all is well: %d", name, status)
+		}
+		if status := m.engine.status(name); status != statusOK {
+			m.rt.Fatalf("%s is %s when all is well", name, status)
+		}
+	}
+}
+
+func TestProperties(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		rapid.SyncTest(rt, func(rt *rapid.T) {
+			tb := &rapidTB{rt: rt}
+			defer func() {
+				for _, f := range slices.Backward(tb.cleanups) {
+					f()
+				}
+			}()
+			m := &model{engine: newConfiguredEngine(tb), rt: rt, tenants: map[string]*modelTenant{}, share: 20}
+			m.setShare(m.share)
+			m.kaizala.SetOldTokenDies(rapid.Bool().Draw(rt, "the old refresh token dies"))
+			for _, name := range []string{"a", "b", "c"} {
+				m.tenants[name] = &modelTenant{exists: known(true), ttl: known(time.Duration(0))}
+				m.addTenant(name)
+			}
+			rt.Repeat(map[string]func(*rapid.T){
+				"":             m.check,
+				"writeToken":   m.writeToken,
+				"writeTTL":     m.writeTTL,
+				"delete":       m.remove,
+				"readCreds":    m.readCreds,
+				"readAgain":    m.readCreds,
+				"readToken":    m.readToken,
+				"refresh":      m.refresh,
+				"revokeAll":    m.revokeAll,
+				"clockJumps":   m.clockJumps,
+				"serviceFails": m.serviceFails,
+				"serviceHeals": m.serviceHeals,
+				"storageFails": m.storageFails,
+				"storageHeals": m.storageHeals,
+				"processEnds":  m.processEnds,
+			})
+			m.heals()
+		})
+	})
+}
