@@ -77,7 +77,11 @@ func (m *model) writeToken(*rapid.T) {
 	verify := rapid.Bool().Draw(m.rt, "verify")
 	token := m.newToken(name) // and the one before is dead
 	_, status := m.request(logical.UpdateOperation, "tenants/"+name, map[string]any{"refresh_token": token, "verify": verify})
-	if tenant.leases = nil; status < 300 {
+	if status < 300 {
+		for _, lease := range tenant.leases {
+			tenant.retired = append(tenant.retired, accessTokenOf(lease))
+		}
+		tenant.leases = nil
 		tenant.exists, tenant.lost = known(true), false
 		if tenant.ttl == nil {
 			tenant.ttl = known(m.storedTTL(name))
