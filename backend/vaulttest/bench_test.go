@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -251,7 +252,7 @@ func BenchmarkGoPlugin(b *testing.B) {
 func BenchmarkGoPluginIndex(b *testing.B) {
 	const tenants = 100_000
 	ctx := context.Background()
-	storage := &logical.InmemStorage{}
+	storage := &countingStorage{InmemStorage: &logical.InmemStorage{}}
 	p := StartPlugin(b, PluginBinary(b), nil)
 	engine := startEngine(b, p, storage)
 	entry, err := storage.Get(ctx, "tenants/acme")
@@ -262,21 +263,30 @@ func BenchmarkGoPluginIndex(b *testing.B) {
 		require.NoError(b, storage.Put(ctx, entry))
 	}
 	before := residentBytes(b, p)
+	storage.gets.Store(0)
 	begun := time.Now()
 	engine = p.Mount(b, storage, logical.TestSystemView())
 	request(b, engine, logical.ReadOperation, "creds/acme", nil)
-	first := time.Since(begun)
-	Eventually(b, "the index to be complete", func() bool {
-		resp := request(b, engine, logical.ListOperation, "tenants/", nil)
-		return len(resp.Data["key_info"].(map[string]any)) == tenants
-	})
+	b.ReportMetric(time.Since(begun).Seconds()*1000, "ms/first-read")
+	Eventually(b, "the index to be complete", func() bool { return storage.gets.Load() >= tenants })
 	b.ReportMetric(time.Since(begun).Seconds(), "s/index")
-	b.ReportMetric(first.Seconds()*1000, "ms/first-read")
+	b.ReportMetric(float64(residentBytes(b, p)-before)/(1<<20), "MiB/index")
 	begun = time.Now()
-	request(b, engine, logical.ListOperation, "tenants/", nil)
+	resp := request(b, engine, logical.ListOperation, "tenants/", nil)
 	b.ReportMetric(time.Since(begun).Seconds(), "s/list")
-	b.ReportMetric(float64(residentBytes(b, p)-before)/(1<<20), "MiB-RSS")
+	b.ReportMetric(float64(residentBytes(b, p)-before)/(1<<20), "MiB/list")
+	require.Len(b, resp.Data["key_info"], tenants)
 	b.ReportMetric(0, "ns/op")
+}
+
+type countingStorage struct {
+	*logical.InmemStorage
+	gets atomic.Int64
+}
+
+func (s *countingStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	defer s.gets.Add(1)
+	return s.InmemStorage.Get(ctx, key)
 }
 
 // residentBytes is the memory that the plugin's process has of the machine's,

@@ -134,8 +134,9 @@ func table(measured results) []string {
 		}{
 			{"first read of a mount of 100000 tenants", "ms/first-read", "%.1f ms"},
 			{"its index", "s/index", "%.1f s"},
+			{"what the plugin's process has grown by then, garbage included", "MiB/index", "%.0f MiB"},
 			{"a LIST of it", "s/list", "%.2f s"},
-			{"growth of the plugin's process, garbage included", "MiB-RSS", "%.0f MiB"},
+			{"what the process has grown by then", "MiB/list", "%.0f MiB"},
 		} {
 			figure, spread := summary(m[r.unit], func(v float64) string { return fmt.Sprintf(r.format, v) })
 			row(r.what, figure, spread, "")
