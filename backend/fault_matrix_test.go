@@ -555,6 +555,7 @@ func (c *cell) checkSecrets() {
 }
 
 func TestFaultMatrix(t *testing.T) {
+	t.Parallel()
 	answers := serviceAnswers(t)
 	var cells, losses, failures atomic.Int64
 	t.Run("flows", func(t *testing.T) {
