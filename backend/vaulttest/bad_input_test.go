@@ -65,10 +65,10 @@ func TestBadInput(t *testing.T) {
 	long := strings.Repeat("n", 200)
 
 	config := func(field string, value any) badInput {
-		return badInput{name: fmt.Sprintf("%s: %.40v", field, value), path: "config", body: fields{field: value}, says: []string{field}}
+		return badInput{name: fmt.Sprintf("%s: %.40s", field, fmt.Sprint(value)), path: "config", body: fields{field: value}, says: []string{field}}
 	}
 	tenant := func(field string, value any) badInput {
-		return badInput{name: fmt.Sprintf("%s: %.40v", field, value), path: "tenants/acme", body: fields{field: value}, says: []string{field}}
+		return badInput{name: fmt.Sprintf("%s: %.40s", field, fmt.Sprint(value)), path: "tenants/acme", body: fields{field: value}, says: []string{field}}
 	}
 	var cases []badInput
 	add := func(more ...badInput) { cases = append(cases, more...) }

@@ -23,9 +23,12 @@ import (
 type eagerKaizala struct {
 	*kaizalatest.Service
 	connectorID string
+	// late is how long the answer with the new token takes to arrive, in
+	// nanoseconds, and onTheirWay how many such answers there are.
+	late, onTheirWay atomic.Int64
 }
 
-func (k eagerKaizala) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (k *eagerKaizala) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Whose token it is: each user has one that is alive.
 	user := ""
 	for i := range rotatingTenants {
@@ -41,6 +44,9 @@ func (k eagerKaizala) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer.Body.Reset()
 		_ = json.NewEncoder(answer.Body).Encode(body)
 		answer.Header().Del("Content-Length")
+		k.onTheirWay.Add(1)
+		time.Sleep(time.Duration(k.late.Load()))
+		k.onTheirWay.Add(-1)
 	}
 	maps.Copy(w.Header(), answer.Header())
 	w.WriteHeader(answer.Code)
@@ -68,7 +74,7 @@ func TestFailover(t *testing.T) {
 
 	service := kaizalatest.New()
 	service.SetLimits(0, 0)
-	kaizala := eagerKaizala{Service: service}
+	kaizala := &eagerKaizala{Service: service}
 	var secret string
 	kaizala.connectorID, secret = service.RegisterConnector()
 	server := httptest.NewServer(kaizala)
@@ -144,6 +150,17 @@ func TestFailover(t *testing.T) {
 	}
 	serving()
 
+	// Step-down, twice, with new refresh tokens on their way: they are stored
+	// before the leader goes.
+	kaizala.late.Store(int64(1500 * time.Millisecond))
+	for range 2 {
+		Eventually(t, "a new refresh token to be on its way", func() bool { return kaizala.onTheirWay.Load() > 0 })
+		took := stepDown(t, c)
+		t.Logf("stepped down in %s", took.Round(time.Millisecond))
+		serving()
+	}
+	kaizala.late.Store(0)
+
 	// inFlight waits for exchanges that have just left and of which none has been
 	// carried out lately: each takes delay to arrive.
 	const delay = 1500 * time.Millisecond
@@ -160,17 +177,10 @@ func TestFailover(t *testing.T) {
 					return false
 				}
 			}
-			return waiting > 0
+			return waiting > 0 && kaizala.onTheirWay.Load() == 0
 		})
 	}
 
-	// Step-down, twice: what is under way is stored before the leader goes.
-	for range 2 {
-		inFlight()
-		took := stepDown(t, c)
-		t.Logf("stepped down in %s", took.Round(time.Millisecond))
-		serving()
-	}
 	// SIGKILL, twice.
 	for range 2 {
 		leader := c.Leader(t)
