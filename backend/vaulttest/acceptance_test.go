@@ -402,29 +402,26 @@ func acceptToken(t *testing.T, v *Vault) {
 func acceptLeaseTTLs(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "ttls")
 	for _, c := range []struct {
-		name      string
-		life      time.Duration
-		tenant    fields
-		tune      api.MountConfigInput
-		most      time.Duration // 0: what the token leaves
-		renewable bool
+		name               string
+		life               time.Duration
+		tenant             fields
+		defaultTTL, maxTTL string        // of the mount
+		most               time.Duration // 0: what the token leaves
+		renewable          bool
 	}{
 		{name: "mount's default", life: time.Minute},
 		{name: "tenant's ttl is longer", life: time.Minute, tenant: fields{"ttl": "10m"}},
 		{name: "tenant's ttl and max_ttl are longer", life: time.Minute, tenant: fields{"ttl": "10m", "max_ttl": "20m"}},
-		{name: "mount tuned longer", life: time.Minute, tune: api.MountConfigInput{DefaultLeaseTTL: "2h", MaxLeaseTTL: "4h"}},
+		{name: "mount tuned longer", life: time.Minute, defaultTTL: "2h", maxTTL: "4h"},
 		{name: "tenant's ttl", life: time.Minute, tenant: fields{"ttl": "10s"}, most: 10 * time.Second, renewable: true},
 		{name: "tenant's max_ttl", life: time.Minute, tenant: fields{"max_ttl": "15s"}, most: 15 * time.Second},
 		{name: "tenant's ttl is its max_ttl", life: time.Minute, tenant: fields{"ttl": "15s", "max_ttl": "15s"}, most: 15 * time.Second},
-		{name: "mount's default is shorter", life: time.Minute, tune: api.MountConfigInput{DefaultLeaseTTL: "20s", MaxLeaseTTL: "4h"}, most: 20 * time.Second, renewable: true},
-		{name: "mount's max is shorter", life: time.Minute, tenant: fields{"ttl": "40s"}, tune: api.MountConfigInput{DefaultLeaseTTL: "10s", MaxLeaseTTL: "30s"}, most: 30 * time.Second},
+		{name: "mount's default is shorter", life: time.Minute, defaultTTL: "20s", maxTTL: "4h", most: 20 * time.Second, renewable: true},
+		{name: "mount's max is shorter", life: time.Minute, tenant: fields{"ttl": "40s"}, defaultTTL: "10s", maxTTL: "30s", most: 30 * time.Second},
 		{name: "shortest life that carries a lease", life: 6 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.tune.DefaultLeaseTTL == "" {
-				c.tune = api.MountConfigInput{DefaultLeaseTTL: "system", MaxLeaseTTL: "system"}
-			}
-			require.NoError(t, v.Client.Sys().TuneMount("ttls", c.tune))
+			tuneMount(t, v, "ttls", c.tune)
 			m := m.in(t)
 			m.kaizala.SetAccessTokenLife(c.life)
 			m.addTenant("acme", c.tenant, fields{"min_ttl": "0s"})
@@ -446,6 +443,21 @@ func acceptLeaseTTLs(t *testing.T, v *Vault) {
 			require.False(t, m.leaseEnd(creds.lease()).After(expires), "the lease ends before its token")
 		})
 	}
+}
+
+// tune sets a mount's lease TTLs; "" is Vault's own.
+func tune(t *testing.T, v *Vault, path, defaultTTL, maxTTL string) {
+	t.Helper()
+	orSystem := func(ttl string) string {
+		if ttl == "" {
+			return "system"
+		}
+		return ttl
+	}
+	_, err := v.Client.Logical().Write("sys/mounts/"+path+"/tune", map[string]any{
+		"default_lease_ttl": orSystem(defaultTTL), "max_lease_ttl": orSystem(maxTTL),
+	})
+	require.NoError(t, err)
 }
 
 // leaseEnd is when Vault will end a lease.
@@ -477,11 +489,11 @@ func acceptRenewal(t *testing.T, v *Vault) {
 		{name: "max_ttl beyond the token", life: time.Minute, tenant: fields{"ttl": "10s", "max_ttl": "12h"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			tune := api.MountConfigInput{DefaultLeaseTTL: "system", MaxLeaseTTL: "system"}
 			if c.max != "" {
-				tune = api.MountConfigInput{DefaultLeaseTTL: "10s", MaxLeaseTTL: c.max}
+				tune(t, v, "renewal", "10s", c.max)
+			} else {
+				tune(t, v, "renewal", "", "")
 			}
-			require.NoError(t, v.Client.Sys().TuneMount("renewal", tune))
 			m := m.in(t)
 			m.kaizala.SetAccessTokenLife(c.life)
 			m.addTenant("acme", c.tenant)
@@ -791,4 +803,14 @@ func acceptInterruptions(t *testing.T, v *Vault) {
 	// enough.
 	m.revoke(kept.lease())
 	require.NotEqual(t, kept.text("access_token"), m.access("kept"))
+}
+
+// tuneMount sets those of a mount's lease TTLs that are given.
+func tuneMount(t *testing.T, v *Vault, mount string, ttls api.MountConfigInput) {
+	t.Helper()
+	tune := api.TuneMountConfigInput{DefaultLeaseTTL: &ttls.DefaultLeaseTTL}
+	if ttls.MaxLeaseTTL != "" {
+		tune.MaxLeaseTTL = &ttls.MaxLeaseTTL
+	}
+	require.NoError(t, v.Client.Sys().TuneMountAllowNil(mount, tune))
 }
