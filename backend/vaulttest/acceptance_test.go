@@ -421,7 +421,7 @@ func acceptLeaseTTLs(t *testing.T, v *Vault) {
 		{name: "shortest life that carries a lease", life: 6 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			tuneMount(t, v, "ttls", c.tune)
+			tune(t, v, "ttls", c.defaultTTL, c.maxTTL)
 			m := m.in(t)
 			m.kaizala.SetAccessTokenLife(c.life)
 			m.addTenant("acme", c.tenant, fields{"min_ttl": "0s"})
@@ -803,14 +803,4 @@ func acceptInterruptions(t *testing.T, v *Vault) {
 	// enough.
 	m.revoke(kept.lease())
 	require.NotEqual(t, kept.text("access_token"), m.access("kept"))
-}
-
-// tuneMount sets those of a mount's lease TTLs that are given.
-func tuneMount(t *testing.T, v *Vault, mount string, ttls api.MountConfigInput) {
-	t.Helper()
-	tune := api.TuneMountConfigInput{DefaultLeaseTTL: &ttls.DefaultLeaseTTL}
-	if ttls.MaxLeaseTTL != "" {
-		tune.MaxLeaseTTL = &ttls.MaxLeaseTTL
-	}
-	require.NoError(t, v.Client.Sys().TuneMountAllowNil(mount, tune))
 }
