@@ -67,7 +67,7 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 		lease := e.lease("acme")
 		expires, err := time.Parse(time.RFC3339, lease.Data["expire_time"].(string))
 		require.NoError(t, err)
-		assert.Equal(t, expires.Sub(time.Now()).Truncate(time.Second)-2*time.Second, lease.Secret.MaxTTL)
+		assert.Equal(t, time.Until(expires).Truncate(time.Second)-2*time.Second, lease.Secret.MaxTTL)
 		assert.False(t, lease.Secret.Renewable, "the mount's TTL leaves no room for a renewal")
 
 		e.write("tenants/acme", map[string]any{"ttl": "1h"})
