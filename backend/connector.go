@@ -83,11 +83,7 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 			return nil, err
 		}
 		if c == nil {
-			cs.mu.Lock()
-			if cs.byName[name] == nil {
-				cs.byName[name] = &connector{name: name}
-			}
-			cs.mu.Unlock()
+			cs.record(name)
 			continue
 		}
 		service, err := newKaizalaService(entry, cs.transport)
@@ -104,6 +100,19 @@ func (cs *connectors) named(name string) *connector {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	return cs.byName[name]
+}
+
+// record returns the connector's record, made where there is none. There are as
+// many as connectors were ever configured or used.
+func (cs *connectors) record(name string) *connector {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	c := cs.byName[name]
+	if c == nil {
+		c = &connector{name: name}
+		cs.byName[name] = c
+	}
+	return c
 }
 
 // publish makes a configuration the connector's present one, unless something
@@ -140,13 +149,9 @@ func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntr
 
 // forget drops what memory holds of a connector's configuration.
 func (cs *connectors) forget(name string) *connector {
+	c := cs.record(name)
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	c := cs.byName[name]
-	if c == nil {
-		c = &connector{name: name}
-		cs.byName[name] = c
-	}
 	c.version.Add(1)
 	if l := c.loaded.Swap(nil); l != nil {
 		l.service.close()

@@ -458,6 +458,7 @@ func (b *backend) settle(a attempt, g *grant, failure error, to *move, asked tim
 	t.used.Store(false)
 	if err := b.tenants.save(ctx, t, &next); err != nil {
 		if a.change != nil && !rotated {
+			t.doubted.Store(true)
 			return storageTrouble(t.name, err) // the writer still has what he wrote
 		}
 		t.mu.Lock()

@@ -319,7 +319,7 @@ func (b *backend) storeTenant(ctx context.Context, name string, change *tenantCh
 			return err
 		}
 		if err := b.tenants.saveDetached(ctx, t, next); err != nil {
-			t.distrust() // storage may have taken it all the same
+			t.doubted.Store(true) // storage may have taken it all the same
 			return err
 		}
 		if change.retiresTokens() {
@@ -435,6 +435,7 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		if err := b.storage.Delete(ctx, tenantPrefix+name); err != nil {
+			t.doubted.Store(true)
 			return err
 		}
 		t.mu.Lock()

@@ -1,6 +1,8 @@
 package backend
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -243,5 +245,54 @@ func TestTokenPathSaysWhenToReadAgain(t *testing.T) {
 
 		time.Sleep(usable + time.Second)
 		assert.NotEqual(t, first["access_token"], e.read("token/acme")["access_token"])
+	})
+}
+
+func TestFailedWriteLeavesReadersAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		token := accessTokenOf(e.lease("acme"))
+		for _, took := range []bool{false, true} { // whether storage took the write all the same
+			e.storage.failWith(func(op, key string) error {
+				if op == "put" && took {
+					entry := *e.stored("acme")
+					entry.TTL = time.Hour
+					require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, &entry))
+				}
+				return errors.New("storage fails")
+			})
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"})
+			assert.Equal(t, 500, status)
+			assert.Equal(t, token, accessTokenOf(e.lease("acme")))
+			e.storage.heal()
+			assert.Equal(t, map[bool]int64{false: 0, true: 3600}[took], e.read("tenants/acme")["ttl"], "what storage has")
+			assert.Equal(t, token, accessTokenOf(e.lease("acme")))
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+func TestNewTenantInMemoryAloneIsNotUnknown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(340 * 24 * time.Hour) // its exchange returns a new one
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && key == "tenants/acme" {
+				return errors.New("storage fails")
+			}
+			return nil
+		})
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "nothing was lost")
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "kept in memory")
+		e.storage.heal()
+		time.Sleep(2 * time.Minute)
+		e.read("creds/acme")
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
 	})
 }

@@ -244,37 +244,42 @@ func (b *backend) later(name string, until time.Time) {
 // for it: the flight's end puts the tenant back into the index.
 func (b *backend) exchangeUnasked(ctx context.Context, t *tenant, s *tenantState, via *loadedConnector) {
 	a := attempt{t: t, entry: s.entry, via: via}
-	if via == nil {
-		_ = b.fail(a, unknownConnector(s.entry.Connector))
-		b.schedule(t, s.entry)
-		return
+	err := unknownConnector(s.entry.Connector)
+	if via != nil {
+		err = b.launchUnasked(ctx, a, s)
 	}
-	permitted, err := via.permit(ctx, t.name, 0, true)
 	limit := (*limitError)(nil)
 	switch {
+	case err == nil:
 	case errors.As(err, &limit):
 		b.later(t.name, limit.until)
-		return
-	case err != nil:
+	case errors.Is(err, errSuperseded):
+		b.schedule(t, s.entry)
+	default:
 		_ = b.fail(a, err)
 		b.schedule(t, s.entry)
-		return
 	}
+}
+
+// launchUnasked launches an attempt that has a place in the share, unless the
+// state has changed since it was read.
+func (b *backend) launchUnasked(ctx context.Context, a attempt, s *tenantState) error {
+	t := a.t
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
 	case t.flight != nil:
-		permitted()
-	case t.unsaved != nil:
-		permitted()
-		_, _ = b.launch(t, func() error { return b.saveUnsaved(t) })
-	default:
-		a.permitted, a.epoch = permitted, t.epoch
-		if t.state.Load() != s {
-			a.epoch-- // somebody wrote meanwhile: the attempt ends as superseded
-		}
-		_, _ = b.launch(t, func() error { return b.exchange(b.ctx, a) })
+		return nil
+	case t.unsaved != nil || t.state.Load() != s:
+		return errSuperseded
 	}
+	permitted, err := a.via.permit(ctx, t.name, 0, true)
+	if err != nil {
+		return err
+	}
+	a.permitted, a.epoch = permitted, t.epoch
+	_, err = b.launch(t, func() error { return b.exchange(b.ctx, a) })
+	return err
 }
 
 // buildIndex reads all tenants into the index, in the background, unless that
@@ -318,7 +323,11 @@ func (b *backend) indexTenants() error {
 			break
 		}
 		readers.Go(func() error {
-			err := b.tenants.index(b.ctx, name)
+			entry, err := b.tenants.index(b.ctx, name)
+			if entry != nil {
+				// What the process before this one asked of Kaizala counts as well.
+				b.connectors.record(entry.Connector).share.past(name, entry.LastExchange)
+			}
 			if errors.Is(err, errUnreadable) {
 				b.Logger().Error("a tenant is left out", "tenant", name, "error", err)
 				err = nil

@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
@@ -132,5 +133,24 @@ func TestPauseHoldsEverybody(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		_, err = s.take(t.Context(), "a", 10, 0, false)
 		assert.NoError(t, err)
+	})
+}
+
+func TestShareOutlivesTheProcess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config", map[string]any{"exchanges_per_minute": 5})
+		for i := range 5 {
+			e.addTenant(fmt.Sprint("t", i))
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		e.addTenant("more")
+		e.crash()
+		e.awaitIndex(context.Background())
+		_, status, _ := e.try(logical.ReadOperation, "creds/more", nil)
+		assert.Equal(t, 429, status)
+		time.Sleep(window)
+		e.read("creds/more")
+		assert.Equal(t, 5, e.kaizala.MaxPerMinute(e.connectorID))
 	})
 }

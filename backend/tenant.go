@@ -78,6 +78,10 @@ type tenant struct {
 	// used: somebody has read the current access token.
 	used atomic.Bool
 
+	// doubted: storage may have something else, after a write that failed. Readers
+	// of a usable token go on; whoever needs more reads storage again.
+	doubted atomic.Bool
+
 	// writing is the right to change the tenant's entry in storage, and is held
 	// for as long as that takes. Readers of a usable token never wait for it. It
 	// is there while somebody holds it or waits: of an idle tenant's memory it
@@ -260,14 +264,6 @@ func (t *tenant) latest() *tenantEntry {
 	return nil
 }
 
-// distrust drops from memory what storage may have otherwise.
-func (t *tenant) distrust() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.version++
-	t.state.Store(nil)
-}
-
 // tenants owns every tenant of the mount.
 type tenants struct {
 	storage logical.Storage
@@ -339,12 +335,15 @@ func (ts *tenants) cached(name string) (*tenant, *tenantState) {
 // load returns a tenant and its state, from storage where memory has it not. The
 // tenant is nil where there is none.
 func (ts *tenants) load(ctx context.Context, name string) (t *tenant, s *tenantState, err error) {
-	if t, s := ts.cached(name); s != nil {
+	if t, s := ts.cached(name); s != nil && !t.doubted.Load() {
 		return t, s, nil
 	}
 	err = ts.with(ctx, name, func(found *tenant, base *tenantEntry) error {
-		if t, s = found, found.state.Load(); s == nil {
-			t = nil
+		switch s = found.state.Load(); {
+		case s != nil:
+			t = found
+		case base != nil:
+			return keptTrouble(name) // a new tenant that storage has not taken yet
 		}
 		return nil
 	})
@@ -385,7 +384,7 @@ func (ts *tenants) locked(ctx context.Context, name string, f func(t *tenant) er
 
 // read loads a tenant's state into memory. The caller holds its lock.
 func (ts *tenants) read(ctx context.Context, t *tenant) error {
-	for t.state.Load() == nil {
+	for t.state.Load() == nil || t.doubted.Load() {
 		t.mu.Lock()
 		version := t.version
 		t.mu.Unlock()
@@ -395,12 +394,18 @@ func (ts *tenants) read(ctx context.Context, t *tenant) error {
 		}
 		t.mu.Lock()
 		fresh := t.version == version
-		t.stored = entry != nil
-		t.mu.Unlock()
-		if entry == nil {
-			return nil
-		}
 		if fresh {
+			t.stored = entry != nil
+			t.doubted.Store(false)
+		}
+		if fresh && entry == nil {
+			t.state.Store(nil)
+		}
+		t.mu.Unlock()
+		switch {
+		case fresh && entry == nil:
+			return nil
+		case fresh:
 			ts.publish(t, entry)
 		}
 	}
@@ -408,13 +413,13 @@ func (ts *tenants) read(ctx context.Context, t *tenant) error {
 }
 
 // index notes what the index needs of a tenant, without taking its tokens into
-// memory.
-func (ts *tenants) index(ctx context.Context, name string) error {
-	return ts.locked(ctx, name, func(t *tenant) error {
+// memory. The entry is nil where there is none, or where memory has it already.
+func (ts *tenants) index(ctx context.Context, name string) (entry *tenantEntry, err error) {
+	err = ts.locked(ctx, name, func(t *tenant) (err error) {
 		if t.state.Load() != nil {
 			return nil
 		}
-		entry, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
+		entry, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
 		if err != nil || entry == nil {
 			return err
 		}
@@ -424,6 +429,7 @@ func (ts *tenants) index(ctx context.Context, name string) error {
 		ts.changed(t, entry)
 		return nil
 	})
+	return entry, err
 }
 
 // save stores an entry and lets readers see it. The caller holds the tenant's
@@ -522,7 +528,10 @@ func (ts *tenants) invalidate(name string) {
 	if t == nil {
 		return
 	}
-	t.distrust()
+	t.mu.Lock()
+	t.version++
+	t.state.Store(nil)
+	t.mu.Unlock()
 	ts.loaded.Remove(name)
 }
 
