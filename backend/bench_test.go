@@ -24,7 +24,7 @@ func (e *engine) fill(n int) {
 	refreshToken := e.newToken("asha")
 	facts, err := via.service.check(refreshToken)
 	require.NoError(e.t, err)
-	now := time.Now().UTC().Truncate(time.Millisecond)
+	now := time.Now().Add(-time.Hour).UTC().Truncate(time.Millisecond) // idle for a while
 	entry := &tenantEntry{
 		Format: entryFormat, Connector: defaultConnector, MinTTL: defaultMinTTL,
 		RefreshToken: refreshToken, RefreshTokenOrigin: originOperator, RefreshTokenSet: now, Facts: facts,

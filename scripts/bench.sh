@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 count=6
 benchtime=300ms
-export KAIZALA_BENCH_ROUNDS=${KAIZALA_BENCH_ROUNDS:-1000}
+export KAIZALA_BENCH_ROUNDS=${KAIZALA_BENCH_ROUNDS:-2000}
 if [[ -n ${KAIZALA_BENCH_QUICK:-} ]]; then
   count=2
   benchtime=50ms
