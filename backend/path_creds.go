@@ -134,14 +134,20 @@ func (b *backend) accessToken(ctx context.Context, d *framework.FieldData, minTT
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	t, s := b.tenants.cached(name)
-	if s != nil {
+	serve := func(t *tenant, s *tenantState) (*accessToken, error) {
 		if err := minTTLFits(s.entry, minTTL); err != nil {
-			return nil, nil, nil, err
+			return nil, err
 		}
-		if token := s.usable(time.Now(), max(minTTL, leastLeft)); token != nil && take(token) {
-			b.markUsed(t, s)
-			return t, s, token, nil
+		token := s.usable(time.Now(), max(minTTL, leastLeft))
+		if token == nil || !take(token) {
+			return nil, nil
+		}
+		b.markUsed(t, s)
+		return token, nil
+	}
+	if t, s := b.tenants.cached(name); s != nil {
+		if token, err := serve(t, s); token != nil || err != nil {
+			return t, s, token, err
 		}
 	}
 
@@ -157,12 +163,8 @@ func (b *backend) accessToken(ctx context.Context, d *framework.FieldData, minTT
 		case t == nil:
 			return nil, nil, nil, unknownTenant(name)
 		}
-		if err := minTTLFits(s.entry, minTTL); err != nil {
-			return nil, nil, nil, err
-		}
-		if token := s.usable(time.Now(), max(minTTL, leastLeft)); token != nil && take(token) {
-			b.markUsed(t, s)
-			return t, s, token, nil
+		if token, err := serve(t, s); token != nil || err != nil {
+			return t, s, token, err
 		}
 		if exchanges == 2 {
 			return nil, nil, nil, tryAgain("tenant %q: Kaizala's new access token was given up, or lives too shortly, before it could be read: compare the clocks of Vault and Kaizala, and try again", name)
