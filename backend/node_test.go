@@ -83,6 +83,7 @@ func TestPromotedNodeRenews(t *testing.T) {
 func TestLocalMountOfASecondaryWrites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
+		synctest.Wait() // the start asks Vault too
 		e.system.LocalMountVal = true
 		e.system.replication.Store(uint32(consts.ReplicationPerformanceSecondary))
 		e.addTenant("acme")

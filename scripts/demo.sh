@@ -119,7 +119,8 @@ cd "$work"
 # alone.
 set -m
 
-kaizala-emulator serve -listen 127.0.0.1:0 >emulator.log 2>&1 &
+: >emulator.log # there to be read before the process in the background has opened it
+kaizala-emulator serve -listen 127.0.0.1:0 >>emulator.log 2>&1 &
 pids+=($!)
 KAIZALA_EMULATOR_URL=
 for _ in {1..100}; do
@@ -142,8 +143,9 @@ started=
 for _ in {1..5}; do
   port=$((20000 + RANDOM % 12000))
   export VAULT_ADDR=http://127.0.0.1:$port
+  : >vault.log
   VAULT_DEV_ROOT_TOKEN_ID=$ROOT_TOKEN vault server -dev -dev-no-store-token \
-    -dev-listen-address="127.0.0.1:$port" -config=vault.hcl >vault.log 2>&1 &
+    -dev-listen-address="127.0.0.1:$port" -config=vault.hcl >>vault.log 2>&1 &
   vault_pid=$!
   pids+=("$vault_pid")
   for _ in {1..300}; do
