@@ -12,6 +12,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
 // A node that may not write calls nobody: it sends the request to the one that
@@ -50,10 +52,11 @@ func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
 					assert.True(t, err == logical.ErrReadOnly, "%s %s: %v is not the bare ErrReadOnly", request.op, request.path, err)
 				}
 				ops := e.storage.putsOf(tenantPrefix + "warm")
+				calls := e.storage.putsOf(callPrefix + "default/0")
 				e.pass(30 * time.Hour)
 				assert.Zero(t, e.kaizala.CallCount())
 				assert.Equal(t, ops, e.storage.putsOf(tenantPrefix+"warm"))
-				assert.Zero(t, e.storage.putsOf(probeKey))
+				assert.Equal(t, calls, e.storage.putsOf(callPrefix+"default/0"), "none is even about to be made")
 
 				e.system.replication.Store(0) // it is promoted
 				e.read("creds/warm")
@@ -135,6 +138,8 @@ func TestEveryKeyWritten(t *testing.T) {
 		require.NoError(t, e.revokeLease(lease))
 		e.write("tenants/gone", map[string]any{"refresh_token": e.newToken("gone")})
 		e.ok(logical.DeleteOperation, "tenants/gone", nil)
+		e.kaizala.Inject(kaizalatest.Fault{Status: 429, Times: 1})
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		e.pass(30 * time.Hour)
 		time.Sleep(335 * day)
 		e.pass(time.Hour)
@@ -142,16 +147,20 @@ func TestEveryKeyWritten(t *testing.T) {
 		e.storage.mu.Lock()
 		keys := e.storage.keys
 		e.storage.mu.Unlock()
-		assert.Contains(t, keys, probeKey)
+		assert.Contains(t, keys, callPrefix+"default/0")
+		assert.Contains(t, keys, callPrefix+"default/"+pausePlace)
 		assert.Contains(t, keys, "tenants/acme")
 		assert.Contains(t, keys, "config/hr")
 		wrapped := e.SpecialPaths().SealWrapStorage
 		for key := range keys {
 			raw, err := e.storage.InmemStorage.Get(context.Background(), key)
 			require.NoError(t, err)
-			if raw != nil && !strings.Contains(string(raw.Value), "_secret") && !strings.Contains(string(raw.Value), "token") {
-				assert.Equal(t, probeKey, key)
-				assert.Equal(t, "{}", strings.TrimSpace(string(raw.Value)))
+			if strings.HasPrefix(key, callPrefix) {
+				entry := map[string]any{}
+				require.NoError(t, raw.DecodeJSON(&entry))
+				for field := range entry {
+					assert.Contains(t, []string{"format", "tenant", "until"}, field, "a call holds no secret")
+				}
 				continue
 			}
 			assert.True(t, slices.ContainsFunc(wrapped, func(prefix string) bool {
@@ -181,6 +190,12 @@ func TestEveryKeyWritten(t *testing.T) {
 				require.NoError(t, err)
 				assert.NotEqual(t, 7, before.entry.ExchangesPerMinute)
 				assert.Equal(t, 7, after.entry.ExchangesPerMinute)
+			}
+			if strings.HasPrefix(key, callPrefix+"default/"+pausePlace) {
+				require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, callEntry{Until: time.Now().Add(time.Hour)}))
+				e.InvalidateKey(context.Background(), key)
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+				assert.Equal(t, 429, status)
 			}
 		}
 	})

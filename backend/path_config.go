@@ -265,10 +265,9 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	if err := b.storage.Delete(ctx, connectorPrefix+name); err != nil {
+	if err := b.connectors.remove(ctx, name); err != nil {
 		return answer(err)
 	}
-	b.connectors.forget(name)
 	return done(d), nil
 }
 

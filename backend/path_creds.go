@@ -290,8 +290,8 @@ func (b *backend) blocked(t *tenant, e *tenantEntry, via *loadedConnector, force
 		return nil
 	case !e.Rejected.IsZero():
 		return &serviceError{kind: refusedRefreshToken}
-	case trouble != nil && trouble.until.After(now) && trouble.revision == via.revision:
-		return trouble.err
+	case trouble != nil && trouble.until.After(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*serviceError)):
+		return trouble.err // what storage alone is to blame for is tried at once
 	}
 	return nil
 }
@@ -332,9 +332,9 @@ type attempt struct {
 	// change is an operator's write that this exchange verifies; nil: none. It
 	// is stored when the exchange succeeds, and nothing of it when it fails.
 	change *tenantChange
-	// permitted is the place in the share of the first call, where it has been
-	// taken already.
-	permitted func()
+	// permitted is the first call, where its place in the share has been taken
+	// already.
+	permitted *call
 }
 
 // exchange turns the tenant's refresh token into an access token, stores what
@@ -343,13 +343,22 @@ func (b *backend) exchange(ctx context.Context, a attempt) error {
 	call := serviceCall{refreshToken: a.entry.RefreshToken}
 	asked := time.Now() // an access token's life is counted from here
 	call.permit = func(ctx context.Context) (func(), error) {
-		if first := a.permitted; first != nil {
-			a.permitted = nil
-			return first, nil
+		c := a.permitted
+		a.permitted = nil
+		if c == nil {
+			var err error
+			if c, err = a.via.permit(ctx, a.t.name, patience, false); err != nil {
+				return nil, err
+			}
 		}
-		done, err := a.via.permit(ctx, a.t.name, patience, false)
+		// A node that cannot write calls nobody: what came back would be lost with
+		// the process, and the next process would not know of the call.
+		if err := b.connectors.note(ctx, a.via, c); err != nil {
+			a.via.share.withdraw(c)
+			return nil, storageTrouble(a.t.name, err)
+		}
 		asked = time.Now()
-		return done, err
+		return func() { a.via.share.end(c) }, nil
 	}
 	to := a.entry.Move
 	if to != nil && to.From == a.via.entry.APIRoot {
@@ -360,41 +369,10 @@ func (b *backend) exchange(ctx context.Context, a attempt) error {
 			to = &move{From: a.via.entry.APIRoot, To: endpoint}
 		}
 	}
-	if err := b.beforeRotation(a); err != nil {
-		if a.permitted != nil {
-			a.permitted()
-		}
-		return err
-	}
 	b.askTTLs()
 	g, err := a.via.service.exchange(ctx, call)
 	return b.settle(a, g, err, to, asked)
 }
-
-// beforeRotation makes sure that storage can be written before the service is
-// asked for what may be a new refresh token: one that cannot be stored is lost
-// with the process.
-func (b *backend) beforeRotation(a attempt) error {
-	if from := a.entry.Facts.RotatesFrom; !from.IsZero() && time.Now().Before(from.Add(-clockSkew)) {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
-	defer cancel()
-	if err := putEntry(ctx, b.storage, probeKey, struct{}{}); err != nil {
-		err = storageTrouble(a.t.name, err)
-		if a.change != nil {
-			return err
-		}
-		return b.fail(a, err)
-	}
-	return nil
-}
-
-// probeKey is written to see whether storage can be, and holds nothing.
-const probeKey = "probe"
-
-// clockSkew is by how much Kaizala's clock may be ahead of Vault's.
-const clockSkew = time.Hour
 
 // settle takes in the result of an exchange. It runs to its end whoever has gone
 // away meanwhile.
@@ -487,12 +465,12 @@ func (b *backend) settleFailure(ctx context.Context, a attempt, base *tenantEntr
 	refusal := (*serviceError)(nil)
 	if errors.As(failure, &refusal) {
 		switch {
-		case refusal.kind == refusedConnector && a.via.loaded.Load() == a.via:
-			if a.via.refused.Swap(refusal) == nil {
+		case refusal.kind == refusedConnector:
+			if b.connectors.refuse(ctx, a.via, refusal) {
 				b.Logger().Error("Kaizala refuses a connector: no calls through it until its owner has written the right connector_id and connector_secret", "connector", a.via.name)
 			}
 		case refusal.kind == limited:
-			a.via.share.pause(retryAfter(refusal))
+			b.connectors.pause(ctx, a.via, retryAfter(refusal))
 		}
 	}
 	if a.change != nil {

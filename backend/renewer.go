@@ -323,11 +323,7 @@ func (b *backend) indexTenants() error {
 			break
 		}
 		readers.Go(func() error {
-			entry, err := b.tenants.index(b.ctx, name)
-			if entry != nil {
-				// What the process before this one asked of Kaizala counts as well.
-				b.connectors.record(entry.Connector).share.past(name, entry.LastExchange)
-			}
+			err := b.tenants.index(b.ctx, name)
 			if errors.Is(err, errUnreadable) {
 				b.Logger().Error("a tenant is left out", "tenant", name, "error", err)
 				err = nil

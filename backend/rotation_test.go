@@ -3,6 +3,7 @@ package backend
 import (
 	"errors"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -131,7 +132,7 @@ func TestVerificationThatRotatesWhileStorageFails(t *testing.T) {
 		token := e.newToken("acme")
 		time.Sleep(inWindow)
 		e.storage.failWith(func(op, key string) error {
-			if op == "put" && key != probeKey {
+			if op == "put" && !strings.HasPrefix(key, callPrefix) {
 				return errStorage
 			}
 			return nil
@@ -166,7 +167,7 @@ func TestUnstoredRotationLeavesTheOlderTokenInUse(t *testing.T) {
 		older := accessTokenOf(e.lease("acme"))
 		time.Sleep(2 * time.Hour) // the window has begun, and the renewer is not due yet
 		e.storage.failWith(func(op, key string) error {
-			if op == "put" && key != probeKey {
+			if op == "put" && !strings.HasPrefix(key, callPrefix) {
 				return errStorage
 			}
 			return nil
@@ -210,5 +211,31 @@ func TestRotationBehindAHangingWrite(t *testing.T) {
 		})
 		e.pass(5 * time.Minute)
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}
+
+// Where storage does not take writes, nobody is called; once it does, readers do
+// not wait for a backoff that was to spare the service.
+func TestNoCallWhileStorageFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.storage.failWith(func(op, _ string) error {
+			if op == "put" {
+				return errStorage
+			}
+			return nil
+		})
+		for range 5 {
+			_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+			assert.Equal(t, http.StatusServiceUnavailable, status)
+			assert.Contains(t, text, "storage")
+		}
+		assert.Equal(t, statusDegraded, e.status("acme"))
+		e.pass(10 * time.Minute)
+		assert.Zero(t, e.kaizala.CallCount())
+		e.storage.heal()
+		e.read("creds/acme")
+		assert.Equal(t, statusOK, e.status("acme"))
 	})
 }

@@ -19,7 +19,8 @@ const (
 // than its limit, and no tenant takes more than a fifth of it. A call counts
 // from its permission until a window after its end, because the service may have
 // counted it at any moment in between. A token bucket would let twice the limit
-// through in some windows.
+// through in some windows. What counts is in storage, too, under the call's
+// place, for the process that comes after this one.
 type share struct {
 	mu      sync.Mutex
 	calls   []*call
@@ -29,6 +30,7 @@ type share struct {
 
 type call struct {
 	tenant string
+	place  int       // no other call that counts has it
 	ended  time.Time // zero while it runs
 }
 
@@ -43,11 +45,11 @@ func (e *limitError) Error() string {
 	return "too many calls; the next is permitted at " + e.until.UTC().Format(time.RFC3339)
 }
 
-// take permits one call of a tenant, waiting for it up to wait. The caller
-// calls done when the call is over. Background work leaves a fifth of the share
-// to readers and gives way to those who wait. Its error is a *limitError, at
-// once where the wait would be too long, or the context's.
-func (s *share) take(ctx context.Context, tenant string, limit int, wait time.Duration, background bool) (done func(), err error) {
+// take permits one call of a tenant, waiting for it up to wait. The caller says
+// when the call has ended. Background work leaves a fifth of the share to
+// readers and gives way to those who wait. Its error is a *limitError, at once
+// where the wait would be too long, or the context's.
+func (s *share) take(ctx context.Context, tenant string, limit int, wait time.Duration, background bool) (_ *call, err error) {
 	deadline := time.Now().Add(wait)
 	c := &call{tenant: tenant}
 	s.mu.Lock()
@@ -64,8 +66,9 @@ func (s *share) take(ctx context.Context, tenant string, limit int, wait time.Du
 			if until.After(deadline) {
 				return nil, &limitError{until: until, byService: until.Equal(s.paused)}
 			}
+			c.place = s.freePlace()
 			s.calls = append(s.calls, c)
-			return func() { s.end(c) }, nil
+			return c, nil
 		}
 		if ahead == len(s.waiting) {
 			s.waiting = append(s.waiting, c)
@@ -141,21 +144,40 @@ func (s *share) end(c *call) {
 	}
 }
 
-// past counts a call that somebody else made.
-func (s *share) past(tenant string, ended time.Time) {
-	if time.Since(ended) >= window {
-		return
-	}
+// withdraw gives back the place of a call that was never made.
+func (s *share) withdraw(c *call) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.calls = append(s.calls, &call{tenant: tenant, ended: ended})
+	s.calls = slices.DeleteFunc(s.calls, func(other *call) bool { return other == c })
 }
 
-// pause permits no call for as long as Kaizala asked for.
-func (s *share) pause(d time.Duration) {
+// freePlace is the least place that no call has.
+func (s *share) freePlace() int {
+	taken := make([]bool, len(s.calls)+1)
+	for _, c := range s.calls {
+		if c.place < len(taken) {
+			taken[c.place] = true
+		}
+	}
+	return slices.Index(taken, false)
+}
+
+// remember counts a call that a process before this one made, until that time,
+// unless it is counted already.
+func (s *share) remember(tenant string, place int, until time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.paused = latest(s.paused, time.Now().Add(d))
+	if !slices.ContainsFunc(s.calls, func(c *call) bool { return c.place == place }) {
+		s.calls = append(s.calls, &call{tenant: tenant, place: place, ended: until.Add(-window)})
+	}
+}
+
+// pause permits no call before that time, and returns when the pause ends.
+func (s *share) pause(until time.Time) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.paused = latest(s.paused, until)
+	return s.paused
 }
 
 // pausedUntil returns the end of Kaizala's own pause, or a time that has passed.

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,13 +13,15 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
 func takeAll(t *testing.T, s *share, n, limit int, background bool) {
 	for i := range n {
-		done, err := s.take(context.Background(), fmt.Sprint(i), limit, 0, background)
+		c, err := s.take(context.Background(), fmt.Sprint(i), limit, 0, background)
 		require.NoError(t, err)
-		done()
+		s.end(c)
 	}
 }
 
@@ -30,14 +33,14 @@ func TestNoMinuteSeesMoreCallsThanTheShare(t *testing.T) {
 			var arrivals []time.Time // anywhere between permission and end
 			for range rapid.IntRange(1, 60).Draw(r, "calls") {
 				time.Sleep(time.Duration(rapid.IntRange(0, 15_000).Draw(r, "pause ms")) * time.Millisecond)
-				done, err := s.take(context.Background(), rapid.SampledFrom([]string{"a", "b", "c"}).Draw(r, "tenant"), limit, patience, rapid.Bool().Draw(r, "background"))
+				c, err := s.take(context.Background(), rapid.SampledFrom([]string{"a", "b", "c"}).Draw(r, "tenant"), limit, patience, rapid.Bool().Draw(r, "background"))
 				if err != nil {
 					continue
 				}
 				before := time.Duration(rapid.IntRange(0, 9_000).Draw(r, "ms to the service")) * time.Millisecond
 				time.Sleep(before)
 				arrivals = append(arrivals, time.Now())
-				done()
+				s.end(c)
 			}
 			for i, from := range arrivals {
 				n := 0
@@ -124,8 +127,8 @@ func TestBackgroundLeavesRoomForReaders(t *testing.T) {
 func TestPauseHoldsEverybody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var s share
-		s.pause(30 * time.Second)
-		s.pause(time.Second)
+		s.pause(time.Now().Add(30 * time.Second))
+		s.pause(time.Now().Add(time.Second))
 		_, err := s.take(t.Context(), "a", 10, patience, false)
 		limit := (*limitError)(nil)
 		require.ErrorAs(t, err, &limit)
@@ -137,20 +140,137 @@ func TestPauseHoldsEverybody(t *testing.T) {
 }
 
 func TestShareOutlivesTheProcess(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault  kaizalatest.Fault
+		status int
+	}{
+		"calls that succeeded":  {kaizalatest.Fault{}, 200},
+		"calls that failed":     {kaizalatest.Fault{Status: 500}, 503},
+		"calls without an end":  {kaizalatest.Fault{Hang: true}, 503},
+		"calls that took long":  {kaizalatest.Fault{Delay: 8 * time.Second}, 200},
+		"calls sent elsewhere":  {kaizalatest.Fault{Status: 308, Header: http.Header{"Location": {"https://inc.osi.office.net/v1/accessToken"}}}, 429},
+		"calls that never came": {kaizalatest.Fault{Reset: true}, 503},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.setShare(5)
+				e.addTenants(8)
+				e.kaizala.Inject(c.fault)
+				var readers sync.WaitGroup
+				for i := range 4 {
+					readers.Go(func() {
+						_, status, text := e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil)
+						assert.Equal(t, c.status, status, text)
+					})
+				}
+				readers.Wait()
+				time.Sleep(time.Second)
+				e.crash()
+				e.kaizala.ClearFaults()
+				// Another process for each moment at which a call could come.
+				for range 90 {
+					for i := range 8 {
+						go func() { _, _, _ = e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil) }()
+					}
+					time.Sleep(2 * time.Second)
+					e.crash()
+				}
+				assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 5)
+				e.pass(10 * time.Minute)
+				for i := range 8 {
+					e.read(fmt.Sprint("creds/t", i))
+				}
+			})
+		})
+	}
+}
+
+func TestFifthOfATenantOutlivesTheProcess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
-		e.write("config", map[string]any{"exchanges_per_minute": 5})
-		for i := range 5 {
-			e.addTenant(fmt.Sprint("t", i))
-			e.read(fmt.Sprint("creds/t", i))
+		e.setShare(10)
+		e.addTenants(2)
+		for range 2 {
+			e.write("tenants/t0/refresh", nil)
+			e.crash()
 		}
-		e.addTenant("more")
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+		assert.Equal(t, http.StatusTooManyRequests, status)
+		e.write("tenants/t1/refresh", nil)
+	})
+}
+
+func TestPauseOutlivesTheProcess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(3)
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"600"}}})
+		_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		e.kaizala.ClearFaults()
+		begun := time.Now()
+		for time.Since(begun) < 590*time.Second {
+			e.crash()
+			_, status, text := e.try(logical.ReadOperation, "creds/t1", nil)
+			assert.Equal(t, http.StatusTooManyRequests, status)
+			assert.Contains(t, text, begun.Add(600*time.Second).UTC().Format(time.RFC3339))
+			e.pass(20 * time.Second)
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+		time.Sleep(20 * time.Second)
+		e.read("creds/t1")
+	})
+}
+
+func TestRefusedConnectorOutlivesTheProcess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(1)
+		e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+		_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		for _, ends := range []func(){e.crash, e.restart, func() { e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector) }} {
+			ends()
+			e.pass(time.Hour)
+			_, status, text := e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+			assert.Equal(t, http.StatusBadRequest, status)
+			assert.Contains(t, text, "connector_secret")
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+		e.write("config", map[string]any{"connector_secret": "NEWSECRET1"})
 		e.crash()
-		e.awaitIndex(context.Background())
-		_, status, _ := e.try(logical.ReadOperation, "creds/more", nil)
-		assert.Equal(t, 429, status)
-		time.Sleep(window)
-		e.read("creds/more")
-		assert.Equal(t, 5, e.kaizala.MaxPerMinute(e.connectorID))
+		e.read("creds/t0")
+	})
+}
+
+// A refusal of what the operator has replaced meanwhile is worth nothing.
+func TestRefusalThatComesLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.write("config", map[string]any{"connector_secret": "WRONGSECRET"})
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 5 * time.Second, Times: 1})
+		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/t0", nil) }()
+		time.Sleep(time.Second)
+		e.write("config", map[string]any{"connector_secret": e.secret})
+		time.Sleep(10 * time.Second)
+		e.read("creds/t1")
+		e.crash()
+		e.read("creds/t1")
+		e.write("tenants/t1/refresh", nil)
+	})
+}
+
+func TestDeletedConnectorLeavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(1)
+		e.read("creds/t0")
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusTooManyRequests, Times: 1})
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+		e.ok(logical.DeleteOperation, "tenants/t0", nil)
+		e.ok(logical.DeleteOperation, "config", nil)
+		left, err := logical.CollectKeys(t.Context(), e.storage.InmemStorage)
+		require.NoError(t, err)
+		assert.Empty(t, left)
 	})
 }

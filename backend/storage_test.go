@@ -87,6 +87,11 @@ func TestEveryFormatLoads(t *testing.T) {
 				assert.Equal(t, "access-token-of-group", e.read("token/group")["access_token"])
 				_, status, text := e.try(logical.ReadOperation, "creds/user", map[string]any{"min_ttl": "13h"})
 				assert.Equal(t, 400, status, "an access token's life is known: %s", text)
+				hr := must(e.connectors.get(context.Background(), "hr"))
+				assert.Equal(t, time.Date(2000, 1, 1, 0, 10, 0, 0, time.UTC), hr.share.pausedUntil().UTC())
+				assert.Len(t, hr.share.calls, 1)
+				assert.Equal(t, "opaque", hr.share.calls[0].tenant)
+				assert.NotNil(t, must(e.connectors.get(context.Background(), "refused")).refused.Load())
 				assert.Zero(t, e.kaizala.CallCount())
 
 				// A write of one setting keeps the rest, and is in today's format.
@@ -128,13 +133,16 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 		}
 	}
 	for key, value := range entriesOfFormat(t, entryFormat) {
-		if strings.HasPrefix(key, connectorPrefix) {
+		switch {
+		case strings.HasPrefix(key, connectorPrefix):
 			roundTrip(key, value, &connectorEntry{})
-		} else {
+		case strings.HasPrefix(key, callPrefix):
+			roundTrip(key, value, &callEntry{})
+		default:
 			roundTrip(key, value, &tenantEntry{})
 		}
 	}
-	assert.Len(t, seen, 8+15, "the fixtures hold every field: %v", seen)
+	assert.Len(t, seen, 9+3+15, "the fixtures hold every field: %v", seen)
 }
 
 // damage is what an engine may find in storage and can make nothing of.
@@ -162,6 +170,8 @@ func TestUnreadableEntries(t *testing.T) {
 			damaged.tenant, damaged.connector = newer.Replace(damaged.tenant), newer.Replace(damaged.connector)
 			e.put("tenants/acme", []byte(damaged.tenant))
 			e.put("config/hr", []byte(damaged.connector))
+			e.put("calls/default/0", []byte(damaged.tenant))
+			e.put("calls/default/pause", []byte(damaged.tenant))
 			e.restart()
 
 			for _, try := range []struct {

@@ -413,13 +413,13 @@ func (ts *tenants) read(ctx context.Context, t *tenant) error {
 }
 
 // index notes what the index needs of a tenant, without taking its tokens into
-// memory. The entry is nil where there is none, or where memory has it already.
-func (ts *tenants) index(ctx context.Context, name string) (entry *tenantEntry, err error) {
-	err = ts.locked(ctx, name, func(t *tenant) (err error) {
+// memory.
+func (ts *tenants) index(ctx context.Context, name string) error {
+	return ts.locked(ctx, name, func(t *tenant) error {
 		if t.state.Load() != nil {
 			return nil
 		}
-		entry, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
+		entry, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
 		if err != nil || entry == nil {
 			return err
 		}
@@ -429,7 +429,6 @@ func (ts *tenants) index(ctx context.Context, name string) (entry *tenantEntry, 
 		ts.changed(t, entry)
 		return nil
 	})
-	return entry, err
 }
 
 // save stores an entry and lets readers see it. The caller holds the tenant's

@@ -18,8 +18,9 @@ type Call struct {
 	Status int
 	// Rotated says that the service issued a new refresh token, whether or not the answer arrived.
 	Rotated bool
-	// RefreshToken is the one that the call brought.
-	RefreshToken string
+	// RefreshToken is the one that the call brought, AccessToken the one that the service issued for it, whether or not the
+	// answer arrived; "" where it issued none.
+	RefreshToken, AccessToken string
 }
 
 // window counts what happened in the last 60 seconds.

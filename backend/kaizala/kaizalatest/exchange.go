@@ -132,6 +132,7 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 
 	access, expires := s.issueAccessToken(token.holder)
 	token.user.granted++
+	c.AccessToken = access
 	endpoint := s.endpoint
 	if endpoint == "" {
 		endpoint = s.url
