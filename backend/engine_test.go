@@ -94,9 +94,11 @@ func (e *engine) restart() {
 
 // crash ends the engine between two steps, as SIGKILL does: what is under way
 // reaches storage no more. Another engine starts on what is stored.
-func (e *engine) crash() {
+func (e *engine) crash() { e.crashOnto(&storage{InmemStorage: e.storage.InmemStorage}) }
+
+func (e *engine) crashOnto(next *storage) {
 	dead := e.storage
-	e.storage = &storage{InmemStorage: dead.InmemStorage}
+	e.storage = next
 	dead.failWith(func(string, string) error { return errors.New("this process is dead") })
 	old := e.backend
 	old.cancel()

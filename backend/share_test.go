@@ -186,6 +186,28 @@ func TestShareOutlivesTheProcess(t *testing.T) {
 	}
 }
 
+// A call under way may have reached the service as late as the process ended.
+func TestCallUnderWayAtACrash(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(1)
+		e.addTenants(1)
+		e.kaizala.Inject(kaizalatest.Fault{Hang: true})
+		_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		time.Sleep(41 * time.Second)
+		e.crash()
+		e.kaizala.ClearFaults()
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		assert.Equal(t, http.StatusTooManyRequests, status, "50 seconds after the call")
+		time.Sleep(54 * time.Second)
+		_, status, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		assert.Equal(t, http.StatusTooManyRequests, status, "54 seconds after the process")
+		time.Sleep(2 * time.Second)
+		e.read("creds/t0") // within a reader's patience
+		assert.Equal(t, 2, e.kaizala.CallCount())
+	})
+}
+
 func TestFifthOfATenantOutlivesTheProcess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
