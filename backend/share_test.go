@@ -170,8 +170,9 @@ func TestShareOutlivesTheProcess(t *testing.T) {
 				e.kaizala.ClearFaults()
 				// Another process for each moment at which a call could come.
 				for range 90 {
+					dying := *e
 					for i := range 8 {
-						go func() { _, _, _ = e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil) }()
+						go func() { _, _, _ = dying.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil) }()
 					}
 					time.Sleep(2 * time.Second)
 					e.crash()
