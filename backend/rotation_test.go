@@ -239,3 +239,31 @@ func TestNoCallWhileStorageFails(t *testing.T) {
 		assert.Equal(t, statusOK, e.status("acme"))
 	})
 }
+
+// Storage may have taken a write and not have been able to say so: whoever looks
+// again sees what it has.
+func TestWriteThatStorageTookUnheard(t *testing.T) {
+	for name, verify := range map[string]bool{"verified": true, "unverified": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				e.read("creds/acme")
+				e.storage.surround(func(op, key string, do func() error) error {
+					if err := do(); err != nil || op != "put" || strings.HasPrefix(key, callPrefix) {
+						return err
+					}
+					return errStorage
+				})
+				token := e.newToken("operator")
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token, "ttl": "1h", "verify": verify})
+				assert.GreaterOrEqual(t, status, 500)
+				e.storage.heal()
+				assert.EqualValues(t, 3600, e.read("tenants/acme")["ttl"])
+				assert.Equal(t, token, e.held("acme"))
+				e.read("creds/acme")
+				assert.Equal(t, statusOK, e.status("acme"))
+			})
+		})
+	}
+}
