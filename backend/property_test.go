@@ -35,6 +35,7 @@ type model struct {
 	tenants map[string]*modelTenant
 	broken  bool // storage takes no writes
 	failing bool // the service does
+	losing  bool // it does so with answers that hold new refresh tokens
 	share   int
 }
 
@@ -45,7 +46,8 @@ type modelTenant struct {
 	// exists and ttl are nil where a write has failed: it may have been done.
 	exists *bool
 	ttl    *time.Duration
-	// lost: the process has ended with a refresh token that storage had refused.
+	// lost: its refresh token is gone, and nobody could have kept it. The process
+	// ended before storage had it, or it never arrived.
 	lost bool
 }
 
@@ -167,7 +169,7 @@ func (m *model) revokeAll(*rapid.T) {
 }
 
 func (m *model) clockJumps(*rapid.T) {
-	d := time.Duration(rapid.SampledFrom([]int{1, 30, 60, 25 * 60, 10 * 24 * 60, 40 * 24 * 60}).Draw(m.rt, "minutes")) * time.Minute
+	d := time.Duration(rapid.SampledFrom([]int{1, 30, 60, 25 * 60, 10 * 24 * 60, 40 * 24 * 60, 329 * 24 * 60}).Draw(m.rt, "minutes")) * time.Minute
 	if m.failing || m.broken {
 		d = min(d, 3*time.Hour) // a failure is tried again each minute, which takes real time here
 	}
@@ -177,15 +179,18 @@ func (m *model) clockJumps(*rapid.T) {
 
 func (m *model) serviceFails(*rapid.T) {
 	m.failing = true
-	m.kaizala.Inject(rapid.SampledFrom([]kaizalatest.Fault{
+	fault := rapid.SampledFrom([]kaizalatest.Fault{
 		{Status: 500}, {Status: 503, Body: "<html>"}, {Status: 429, Header: http.Header{"Retry-After": {"90"}}},
 		{Hang: true}, {Delay: 20 * time.Second}, {Reset: true}, {Status: 200, Body: "junk"},
-	}).Draw(m.rt, "fault"))
+		{Hang: true, Process: true}, {Reset: true, Process: true}, {Truncate: true, TruncateAt: 50},
+	}).Draw(m.rt, "fault")
+	m.losing = m.losing || fault.Process || fault.Truncate
+	m.kaizala.Inject(fault)
 }
 
 func (m *model) serviceHeals(*rapid.T) {
 	m.kaizala.ClearFaults()
-	m.failing = false
+	m.failing, m.losing = false, false
 }
 
 func (m *model) storageFails(*rapid.T) {
@@ -211,8 +216,17 @@ func (m *model) storageHeals(*rapid.T) {
 // processEnds with or without a word; what storage has refused goes with it.
 func (m *model) processEnds(*rapid.T) {
 	crash := rapid.Bool().Draw(m.rt, "crash")
+	busy := crash && rapid.Bool().Draw(m.rt, "in the middle of exchanges")
+	dying := *m.engine
 	for name := range m.tenants {
-		m.quiet(name)
+		if busy {
+			go func() { _, _, _ = dying.try(logical.UpdateOperation, "tenants/"+name+"/refresh", nil) }()
+		} else {
+			m.quiet(name)
+		}
+	}
+	if busy {
+		synctest.Wait()
 	}
 	held := map[string]string{}
 	for name := range m.tenants {
@@ -226,7 +240,7 @@ func (m *model) processEnds(*rapid.T) {
 	}
 	for name, tenant := range m.tenants {
 		if entry := m.stored(name); m.broken || crash {
-			tenant.lost = tenant.lost || held[name] != "" && (entry == nil || entry.RefreshToken != held[name])
+			tenant.lost = tenant.lost || held[name] != "" && (entry == nil || entry.RefreshToken != held[name] || busy && !m.kaizala.RefreshTokenAlive(held[name]))
 		} else if held[name] != "" && (entry == nil || entry.RefreshToken != held[name]) {
 			m.rt.Fatalf("%s: a restart has lost a refresh token", name)
 		}
@@ -246,6 +260,7 @@ func (m *model) check(*rapid.T) {
 			t.mu.Unlock()
 		}
 		entry, held := m.stored(name), m.held(name)
+		tenant.lost = tenant.lost || m.losing && held != "" && !m.kaizala.RefreshTokenAlive(held)
 		switch {
 		case tenant.exists == nil, busy:
 		case !*tenant.exists:
@@ -276,10 +291,11 @@ func (m *model) expires(token string) time.Time {
 
 // heals: with all well again, each tenant that was not lost can be read.
 func (m *model) heals() {
-	m.kaizala.ClearFaults()
+	m.serviceHeals(nil)
 	m.storageHeals(nil)
 	m.pass(5 * time.Minute)
 	m.check(nil)
+	time.Sleep(window) // a tenant's fifth of the share may be a single call
 	for name, tenant := range m.tenants {
 		if tenant.exists == nil || !*tenant.exists || tenant.lost || !time.Now().Before(m.expires(m.held(name))) {
 			continue
@@ -303,7 +319,8 @@ func TestProperties(t *testing.T) {
 					f()
 				}
 			}()
-			m := &model{engine: newConfiguredEngine(tb), rt: rt, tenants: map[string]*modelTenant{}, share: 20}
+			m := &model{engine: newConfiguredEngine(tb), rt: rt, tenants: map[string]*modelTenant{}}
+			m.share = rapid.SampledFrom([]int{5, 20}).Draw(rt, "share")
 			m.setShare(m.share)
 			m.kaizala.SetOldTokenDies(rapid.Bool().Draw(rt, "the old refresh token dies"))
 			for _, name := range []string{"a", "b", "c"} {
