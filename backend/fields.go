@@ -9,6 +9,18 @@ import (
 // operationPrefix begins the operations' names in the OpenAPI document.
 const operationPrefix = "kaizala"
 
+// operation makes an operation of a path, with all that help and the OpenAPI
+// document say of it.
+func operation(verb, suffix, summary, description string, responses map[int][]framework.Response, f framework.OperationFunc) *framework.PathOperation {
+	return &framework.PathOperation{
+		Callback:     f,
+		Summary:      summary,
+		Description:  description,
+		Responses:    responses,
+		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix},
+	}
+}
+
 // responses documents what an operation answers.
 func responses(status int, description string, fields ...map[string]*framework.FieldSchema) map[int][]framework.Response {
 	return map[int][]framework.Response{status: {{Description: description, Fields: merged(fields...)}}}

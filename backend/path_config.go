@@ -22,40 +22,18 @@ const (
 
 func (b *backend) configPaths() []*framework.Path {
 	one := b.configPath("config/?$", "default connector", connectorFields)
-	one.Operations[logical.ListOperation] = &framework.PathOperation{
-		Callback:     b.listConnectors,
-		Summary:      "List the connectors.",
-		Description:  "Names alone, config's own \"default\" among them.",
-		Responses:    responses(http.StatusOK, "The connectors' names.", connectorListFields),
-		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "list", OperationSuffix: "connectors"},
-	}
+	one.Operations[logical.ListOperation] = operation("list", "connectors", "List the connectors.",
+		"Names alone, config's own \"default\" among them.",
+		responses(http.StatusOK, "The connectors' names.", connectorListFields), b.listConnectors)
 	named := b.configPath("config/"+framework.GenericNameRegex("connector"), "connector", namedConnectorFields)
 	return []*framework.Path{one, named}
 }
 
 func (b *backend) configPath(pattern, what string, fields map[string]*framework.FieldSchema) *framework.Path {
 	suffix := strings.ReplaceAll(what, " ", "-")
-	operation := func(verb, summary, description, done string, f framework.OperationFunc) *framework.PathOperation {
-		return &framework.PathOperation{
-			Callback:     f,
-			Summary:      summary,
-			Description:  description,
-			Responses:    noContent(done),
-			DisplayAttrs: &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix},
-		}
-	}
-	write := operation("configure", "Configure the "+what+".",
+	write := operation("configure", suffix, "Configure the "+what+".",
 		"Changes what is named and nothing else. Once it is written, exchanges that were refused or put off are tried again.",
-		"The connector was written.", b.writeConnector)
-	patch := operation("patch", "Change some settings of the "+what+".",
-		"As a write, but of a connector that exists; null sets a field to its default.",
-		"The connector was changed.", b.patchConnector)
-	remove := operation("delete", "Delete the "+what+".",
-		"Refused while tenants use it: move them to another connector, or delete them, first.",
-		"There is no such connector any more.", b.deleteConnector)
-	read := operation("read", "Read the "+what+", without its secret.",
-		"All of its settings but connector_secret, which nobody can read back.", "", b.readConnector)
-	read.Responses = responses(http.StatusOK, "The connector, without its secret.", connectorReadFields)
+		noContent("The connector was written."), b.writeConnector)
 	return &framework.Path{
 		Pattern:        pattern,
 		Fields:         fields,
@@ -63,9 +41,15 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.CreateOperation: write,
 			logical.UpdateOperation: write,
-			logical.PatchOperation:  patch,
-			logical.ReadOperation:   read,
-			logical.DeleteOperation: remove,
+			logical.PatchOperation: operation("patch", suffix, "Change some settings of the "+what+".",
+				"As a write, but of a connector that exists; null sets a field to its default.",
+				noContent("The connector was changed."), b.patchConnector),
+			logical.ReadOperation: operation("read", suffix, "Read the "+what+", without its secret.",
+				"All of its settings but connector_secret, which nobody can read back.",
+				responses(http.StatusOK, "The connector, without its secret.", connectorReadFields), b.readConnector),
+			logical.DeleteOperation: operation("delete", suffix, "Delete the "+what+".",
+				"Refused while tenants use it: move them to another connector, or delete them, first.",
+				noContent("There is no such connector any more."), b.deleteConnector),
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 		HelpSynopsis:    "The " + what + ": how the engine reaches Kaizala.",

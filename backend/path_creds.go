@@ -34,13 +34,9 @@ func (b *backend) credsPaths() []*framework.Path {
 			Pattern: "creds/" + framework.GenericNameRegex("tenant"),
 			Fields:  fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ReadOperation: &framework.PathOperation{
-					Callback:     b.readCreds,
-					Summary:      "Read a leased access token of a tenant.",
-					Description:  "Every reader gets the tenant's current access token while it is usable. Revoking the last lease on it before its end makes sure that it is never handed out again.",
-					Responses:    responses(http.StatusOK, "A leased access token.", credsFields),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "generate", OperationSuffix: "credentials"},
-				},
+				logical.ReadOperation: operation("generate", "credentials", "Read a leased access token of a tenant.",
+					"Every reader gets the tenant's current access token while it is usable. Revoking the last lease on it before its end makes sure that it is never handed out again.",
+					responses(http.StatusOK, "A leased access token.", credsFields), b.readCreds),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "Read a leased access token of a tenant.",
@@ -50,13 +46,9 @@ func (b *backend) credsPaths() []*framework.Path {
 			Pattern: "token/" + framework.GenericNameRegex("tenant"),
 			Fields:  fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ReadOperation: &framework.PathOperation{
-					Callback:     b.readToken,
-					Summary:      "Read an access token of a tenant without a lease.",
-					Description:  "For sidecars and gateways that read on every request. Nothing is left behind in Vault; the answer says when to read again.",
-					Responses:    responses(http.StatusOK, "An access token without a lease.", credsFields, tokenFields),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read", OperationSuffix: "token"},
-				},
+				logical.ReadOperation: operation("read", "token", "Read an access token of a tenant without a lease.",
+					"For sidecars and gateways that read on every request. Nothing is left behind in Vault; the answer says when to read again.",
+					responses(http.StatusOK, "An access token without a lease.", credsFields, tokenFields), b.readToken),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "Read an access token of a tenant without a lease.",

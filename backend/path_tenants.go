@@ -22,24 +22,16 @@ const (
 const defaultMinTTL = 15 * time.Minute
 
 func (b *backend) tenantPaths() []*framework.Path {
-	write := &framework.PathOperation{
-		Callback:     b.writeTenant,
-		Summary:      "Write a tenant's refresh token or its settings.",
-		Description:  "Changes what is named and nothing else. A refresh token or a connector is tried against Kaizala first, unless verify is false.",
-		Responses:    noContent("The tenant was written."),
-		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "write", OperationSuffix: "tenant"},
-	}
+	write := operation("write", "tenant", "Write a tenant's refresh token or its settings.",
+		"Changes what is named and nothing else. A refresh token or a connector is tried against Kaizala first, unless verify is false.",
+		noContent("The tenant was written."), b.writeTenant)
 	return []*framework.Path{
 		{
 			Pattern: "tenants/?$",
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ListOperation: &framework.PathOperation{
-					Callback:     b.listTenants,
-					Summary:      "List the tenants, with the status of each.",
-					Description:  "A tenant that a newer version of the plugin has written, or that cannot be read, is named without its status.",
-					Responses:    responses(http.StatusOK, "The tenants' names and states.", tenantListFields),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "list", OperationSuffix: "tenants"},
-				},
+				logical.ListOperation: operation("list", "tenants", "List the tenants, with the status of each.",
+					"A tenant that a newer version of the plugin has written, or that cannot be read, is named without its status.",
+					responses(http.StatusOK, "The tenants' names and states.", tenantListFields), b.listTenants),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "List the tenants, with the status of each.",
@@ -52,27 +44,15 @@ func (b *backend) tenantPaths() []*framework.Path {
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.CreateOperation: write,
 				logical.UpdateOperation: write,
-				logical.PatchOperation: &framework.PathOperation{
-					Callback:     b.patchTenant,
-					Summary:      "Change some of a tenant's settings.",
-					Description:  "As a write, but of a tenant that exists; null sets a field to its default.",
-					Responses:    noContent("The tenant was changed."),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "patch", OperationSuffix: "tenant"},
-				},
-				logical.ReadOperation: &framework.PathOperation{
-					Callback:     b.readTenant,
-					Summary:      "Read a tenant's settings and state, without its tokens.",
-					Description:  "Says whether exchanges succeed and, where they don't, who has to do what. Makes no call to Kaizala.",
-					Responses:    responses(http.StatusOK, "The tenant's settings and state.", tenantStatusFields),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read", OperationSuffix: "tenant"},
-				},
-				logical.DeleteOperation: &framework.PathOperation{
-					Callback:     b.deleteTenant,
-					Summary:      "Delete a tenant and its tokens.",
-					Description:  "Its leases can still be revoked. Kaizala is not told: its tokens work there until they expire.",
-					Responses:    noContent("There is no such tenant any more."),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "delete", OperationSuffix: "tenant"},
-				},
+				logical.PatchOperation: operation("patch", "tenant", "Change some of a tenant's settings.",
+					"As a write, but of a tenant that exists; null sets a field to its default.",
+					noContent("The tenant was changed."), b.patchTenant),
+				logical.ReadOperation: operation("read", "tenant", "Read a tenant's settings and state, without its tokens.",
+					"Says whether exchanges succeed and, where they don't, who has to do what. Makes no call to Kaizala.",
+					responses(http.StatusOK, "The tenant's settings and state.", tenantStatusFields), b.readTenant),
+				logical.DeleteOperation: operation("delete", "tenant", "Delete a tenant and its tokens.",
+					"Its leases can still be revoked. Kaizala is not told: its tokens work there until they expire.",
+					noContent("There is no such tenant any more."), b.deleteTenant),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "A tenant's refresh token, which nobody can read back, and its settings.",
@@ -82,13 +62,9 @@ func (b *backend) tenantPaths() []*framework.Path {
 			Pattern: "tenants/" + framework.GenericNameRegex("tenant") + "/refresh",
 			Fields:  map[string]*framework.FieldSchema{"tenant": tenantField},
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.UpdateOperation: &framework.PathOperation{
-					Callback:     b.refreshTenant,
-					Summary:      "Exchange a tenant's refresh token now.",
-					Description:  "From now on the new access token is handed out. Disregards the tenant's backoff and rejection, but neither Kaizala's Retry-After nor the connector's share.",
-					Responses:    responses(http.StatusOK, "The tenant's settings and state after the exchange.", tenantStatusFields),
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "refresh", OperationSuffix: "tenant"},
-				},
+				logical.UpdateOperation: operation("refresh", "tenant", "Exchange a tenant's refresh token now.",
+					"From now on the new access token is handed out. Disregards the tenant's backoff and rejection, but neither Kaizala's Retry-After nor the connector's share.",
+					responses(http.StatusOK, "The tenant's settings and state after the exchange.", tenantStatusFields), b.refreshTenant),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
 			HelpSynopsis:    "Exchange a tenant's refresh token now, and retire its access token.",
