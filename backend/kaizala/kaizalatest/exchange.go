@@ -78,7 +78,7 @@ func (s *Service) exchange(ctx context.Context, r *http.Request, c *Call) reply 
 	}
 	instead := f.Hang || f.Reset || f.Status != 0
 	var a reply
-	if !instead || f.Process || f.Truncate {
+	if !instead || f.Process || f.Truncate || f.Hold {
 		a = s.process(r, c)
 	}
 	switch {
@@ -92,6 +92,13 @@ func (s *Service) exchange(ctx context.Context, r *http.Request, c *Call) reply 
 		return none
 	case f.Status != 0:
 		a = reply{status: f.Status, header: f.Header.Clone(), body: f.Body, cut: -1}
+	}
+	if f.Hold {
+		select {
+		case <-ctx.Done():
+			return none
+		case <-cleared:
+		}
 	}
 	if f.Truncate {
 		a.cut = len(a.body) / 2
@@ -147,7 +154,7 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	}
 	// From 90 % of the life on, every exchange returns a new one (doc).
 	if !time.Now().Before(token.issued.Add(token.expires.Sub(token.issued) / 10 * 9)) {
-		newToken = s.issueRefreshToken(token.holder)
+		newToken = s.issueRefreshToken(token.holder, now())
 		token.dead = !s.oldLives
 		c.Rotated = true
 	}

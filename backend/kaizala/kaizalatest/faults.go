@@ -15,6 +15,8 @@ type Fault struct {
 	Delay time.Duration
 	// Hang waits until the client goes away, or ClearFaults or Close is called; then the connection is reset.
 	Hang bool
+	// Hold carries the exchange out and keeps the answer back until ClearFaults or Close is called, or the client goes away.
+	Hold bool
 	// Process carries the exchange out before the fault answers: an access token is issued, and in the rotation window a new
 	// refresh token, which may kill the old one.
 	Process bool
@@ -38,7 +40,7 @@ func (s *Service) Inject(f Fault) {
 	s.faults = append(s.faults, &f)
 }
 
-// ClearFaults empties the queue, and ends the hangs.
+// ClearFaults empties the queue, ends the hangs, and sends the answers that were held.
 func (s *Service) ClearFaults() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -47,7 +49,7 @@ func (s *Service) ClearFaults() {
 	s.cleared = make(chan struct{})
 }
 
-// fault returns the fault that befalls an exchange of that user, and what ends its hang.
+// fault returns the fault that befalls an exchange of that user, and what ends its hang or hold.
 func (s *Service) fault(name string) (Fault, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

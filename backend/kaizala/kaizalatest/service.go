@@ -45,6 +45,7 @@ type Service struct {
 	pruneAt    int // the size at which access is pruned of what has expired
 
 	accessLife, refreshLife time.Duration
+	refreshAge              time.Duration // of a refresh token that the portal generates
 	oldLives                bool
 	perConnector, perTenant int
 	endpoint                string
@@ -193,7 +194,7 @@ func (s *Service) generate(connectorID, name, group string) string {
 		t.dead = true
 	}
 	s.held[h] = nil
-	return s.issueRefreshToken(h)
+	return s.issueRefreshToken(h, now().Add(-s.refreshAge))
 }
 
 // user returns a user, new where nobody of that name was seen.
@@ -216,8 +217,7 @@ func digits(n int) string {
 	return string(b)
 }
 
-func (s *Service) issueRefreshToken(h holder) string {
-	issued := now()
+func (s *Service) issueRefreshToken(h holder, issued time.Time) string {
 	expires := issued.Add(s.refreshLife)
 	token := s.jwt(h, issued, expires)
 	t := &refreshToken{holder: h, issued: issued, expires: expires}
@@ -243,6 +243,15 @@ func (s *Service) SetRefreshTokenLife(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refreshLife = orDefault(d, DefaultRefreshTokenLife)
+}
+
+// SetRefreshTokenAge sets how old the refresh tokens are, in whole seconds, that the portal generates from now on, as if
+// their users had kept them for so long (ours, for tests that cannot wait: the documented age is 0). It comes off their
+// lives. What exchanges issue is always new.
+func (s *Service) SetRefreshTokenAge(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refreshAge = max(0, d.Truncate(time.Second))
 }
 
 func orDefault(d, otherwise time.Duration) time.Duration {

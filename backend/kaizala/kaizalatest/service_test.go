@@ -158,23 +158,26 @@ func TestAnswer(t *testing.T) {
 	})
 }
 
+// claims reads a token's claims, and the objects that they hold as strings.
+func claims(t *testing.T, token string) (all, credentials, data map[string]any) {
+	t.Helper()
+	parts := strings.Split(token, ".")
+	require.Len(t, parts, 3)
+	raw, err := base64.RawURLEncoding.DecodeString(parts[1])
+	require.NoError(t, err)
+	require.NoError(t, json.Unmarshal(raw, &all))
+	require.NoError(t, json.Unmarshal([]byte(all["urn:microsoft:credentials"].(string)), &credentials))
+	require.NoError(t, json.Unmarshal([]byte(credentials["data"].(string)), &data))
+	return all, credentials, data
+}
+
 func TestClaims(t *testing.T) {
-	claims := func(token string) (all, credentials, data map[string]any) {
-		parts := strings.Split(token, ".")
-		require.Len(t, parts, 3)
-		raw, err := base64.RawURLEncoding.DecodeString(parts[1])
-		require.NoError(t, err)
-		require.NoError(t, json.Unmarshal(raw, &all))
-		require.NoError(t, json.Unmarshal([]byte(all["urn:microsoft:credentials"].(string)), &credentials))
-		require.NoError(t, json.Unmarshal([]byte(credentials["data"].(string)), &data))
-		return all, credentials, data
-	}
 	synctest.Test(t, func(t *testing.T) {
 		s := New()
 		c := inProcess(t, s)
 		user := s.GenerateUserToken(c.id, "ada")
 		for _, token := range []string{user, c.granted(user).text("accessToken")} {
-			all, credentials, data := claims(token)
+			all, credentials, data := claims(t, token)
 			assert.EqualValues(t, time.Now().Unix(), all["iat"])
 			assert.EqualValues(t, time.Now().Unix(), all["nbf"])
 			assert.Equal(t, "urn:microsoft:windows-azure:zumo", all["iss"])
@@ -189,9 +192,9 @@ func TestClaims(t *testing.T) {
 			assert.Contains(t, data, "AppName")
 			assert.NotContains(t, data, "GroupId")
 		}
-		all, _, _ := claims(user)
+		all, _, _ := claims(t, user)
 		assert.EqualValues(t, time.Now().Add(365*day).Unix(), all["exp"])
-		_, credentials, data := claims(s.GenerateGroupToken(c.id, "ada", "g-1"))
+		_, credentials, data := claims(t, s.GenerateGroupToken(c.id, "ada", "g-1"))
 		assert.Equal(t, "g-1", data["GroupId"])
 		assert.EqualValues(t, time.Now().UnixMilli(), credentials["tokenValidFrom"])
 	})
@@ -257,6 +260,38 @@ func TestRotation(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := New()
+		c := inProcess(t, s)
+		s.SetRefreshTokenAge(329 * day)
+		old := s.GenerateUserToken(c.id, "ada")
+		group := s.GenerateGroupToken(c.id, "ada", "g-1")
+		s.SetRefreshTokenAge(0)
+		other := s.GenerateUserToken(c.id, "bob")
+
+		all, _, _ := claims(t, old)
+		assert.EqualValues(t, time.Now().Add(-329*day).Unix(), all["iat"])
+		assert.EqualValues(t, time.Now().Add(36*day).Unix(), all["exp"])
+		assert.Empty(t, c.granted(other).text("refreshToken"))
+		assert.NotEmpty(t, c.granted(group).text("refreshToken"))
+
+		next := c.granted(old).text("refreshToken")
+		require.NotEmpty(t, next)
+		all, _, _ = claims(t, next)
+		assert.EqualValues(t, time.Now().Unix(), all["iat"])
+		assert.EqualValues(t, time.Now().Add(365*day).Unix(), all["exp"])
+		assert.Empty(t, c.granted(next).text("refreshToken"), "a new life")
+
+		s.SetRefreshTokenAge(364*day + 1500*time.Millisecond)
+		old = s.GenerateUserToken(c.id, "ada")
+		time.Sleep(day - time.Second - time.Nanosecond)
+		assert.True(t, s.RefreshTokenAlive(old))
+		time.Sleep(time.Nanosecond)
+		c.refused(old, "InvalidToken")
+	})
 }
 
 func TestLives(t *testing.T) {
@@ -420,6 +455,47 @@ func TestFaults(t *testing.T) {
 			require.ErrorIs(t, c.exchange("any").err, io.ErrUnexpectedEOF)
 		})
 	})
+	t.Run("Hold carries out and answers at ClearFaults", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := New()
+			c := inProcess(t, s)
+			s.SetRefreshTokenAge(330 * day)
+			token := s.GenerateUserToken(c.id, "ada")
+			s.Inject(Fault{Hold: true})
+			time.AfterFunc(time.Minute, func() {
+				call := s.Calls()[0]
+				assert.True(t, call.Rotated)
+				assert.Zero(t, call.End)
+				assert.False(t, s.RefreshTokenAlive(token))
+				s.ClearFaults()
+			})
+			g := c.granted(token)
+			assert.Equal(t, s.CurrentRefreshToken("ada"), g.text("refreshToken"))
+			assert.Equal(t, time.Minute, s.Calls()[0].End.Sub(s.Calls()[0].Start))
+
+			s.Inject(Fault{Hold: true, Status: 503})
+			time.AfterFunc(time.Minute, s.ClearFaults)
+			assert.Equal(t, 503, c.exchange(g.text("refreshToken")).status)
+		})
+	})
+	t.Run("Hold ends with its client", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := New()
+			c := inProcess(t, s)
+			s.SetRefreshTokenAge(330 * day)
+			token := s.GenerateUserToken(c.id, "ada")
+			s.Inject(Fault{Hold: true})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+			defer cancel()
+			g := c.call(ctx, exchangePath, map[string]string{"applicationId": c.id, "applicationSecret": c.secret, "refreshToken": token})
+			require.ErrorIs(t, g.err, context.DeadlineExceeded)
+			call := s.Calls()[0]
+			assert.Equal(t, time.Hour, call.End.Sub(call.Start))
+			assert.Zero(t, call.Status)
+			assert.True(t, call.Rotated)
+			assert.Equal(t, 1, s.Exchanges("ada"))
+		})
+	})
 	t.Run("Delay comes before anything", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := New()
@@ -474,7 +550,7 @@ func TestCalls(t *testing.T) {
 		c.call(t.Context(), mePath, map[string]string{"accessToken": access})
 		at := time.Now()
 		assert.Equal(t, []Call{
-			{Start: at, End: at, ConnectorID: c.id, User: "ada", Path: exchangePath, Status: 200, RefreshToken: token},
+			{Start: at, End: at, ConnectorID: c.id, User: "ada", Path: exchangePath, Status: 200, RefreshToken: token, AccessToken: access},
 			{Start: at, End: at, ConnectorID: c.id, Path: exchangePath, Status: 401, RefreshToken: "unknown"},
 		}, s.Calls())
 		assert.Equal(t, 2, s.CallCount())
