@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 )
 
 // connectorPrefix is where storage keeps connectors, each under its name.
@@ -76,6 +78,7 @@ type loadedConnector struct {
 type connectors struct {
 	storage   logical.Storage
 	transport http.RoundTripper // nil but in tests
+	recalls   singleflight.Group
 
 	mu     sync.Mutex
 	byName map[string]*connector
@@ -120,33 +123,54 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 }
 
 // recall makes a connector's share count the calls of the process before this
-// one, and go on with its pause.
+// one, and go on with its pause. It is done once, for all who wait for it.
 func (cs *connectors) recall(ctx context.Context, c *connector) error {
 	if c.recalled.Load() {
 		return nil
 	}
+	recalled := cs.recalls.DoChan(c.name, func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), storeWithin)
+		defer cancel()
+		return nil, cs.readCalls(ctx, c)
+	})
+	select {
+	case result := <-recalled:
+		return result.Err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (cs *connectors) readCalls(ctx context.Context, c *connector) error {
 	prefix := callPrefix + c.name + "/"
 	places, err := cs.storage.List(ctx, prefix)
 	if err != nil {
 		return storageError(err)
 	}
 	now := time.Now()
+	var readers errgroup.Group
+	readers.SetLimit(storageReaders)
 	for _, place := range places {
-		entry, err := getEntry[callEntry](ctx, cs.storage, prefix+place)
-		switch {
-		case err != nil && !errors.Is(err, errUnreadable):
-			return err
-		case entry == nil || !entry.Until.After(now):
-			continue
-		case place == pausePlace:
-			c.share.pause(entry.Until)
-			continue
-		}
-		if n, err := strconv.Atoi(place); err == nil {
-			// Whoever made it has ended by now.
-			until := slices.MinFunc([]time.Time{entry.Until, now.Add(window)}, time.Time.Compare)
-			c.share.remember(entry.Tenant, n, until)
-		}
+		readers.Go(func() error {
+			entry, err := getEntry[callEntry](ctx, cs.storage, prefix+place)
+			if errors.Is(err, errUnreadable) {
+				return nil
+			}
+			if err != nil || entry == nil || !entry.Until.After(now) {
+				return err
+			}
+			if place == pausePlace {
+				c.share.pause(entry.Until)
+			} else if n, err := strconv.Atoi(place); err == nil {
+				// Whoever made it has ended by now.
+				until := slices.MinFunc([]time.Time{entry.Until, now.Add(window)}, time.Time.Compare)
+				c.share.remember(entry.Tenant, n, until)
+			}
+			return nil
+		})
+	}
+	if err := readers.Wait(); err != nil {
+		return err
 	}
 	c.recalled.Store(true)
 	return nil

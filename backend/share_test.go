@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -296,5 +297,41 @@ func TestDeletedConnectorLeavesNothing(t *testing.T) {
 		left, err := logical.CollectKeys(t.Context(), e.storage.InmemStorage)
 		require.NoError(t, err)
 		assert.Empty(t, left)
+	})
+}
+
+// After a start, all who come at once wait for one reading of what was written
+// down, each no longer than he would anyway.
+func TestCallsAreRecalledOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(40)
+		for i := range 20 {
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		e.crash()
+		var reads sync.Map
+		e.storage.surround(func(op, key string, do func() error) error {
+			if strings.HasPrefix(key, callPrefix) && op != "put" {
+				time.Sleep(time.Second)
+				if _, again := reads.LoadOrStore(op+key, true); again {
+					t.Errorf("%s %s for the second time", op, key)
+				}
+			}
+			return do()
+		})
+		var readers sync.WaitGroup
+		for i := range 40 {
+			readers.Go(func() { e.read(fmt.Sprint("creds/t", i)) })
+		}
+		readers.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			begun := time.Now()
+			_, err := e.do(ctx, logical.ReadOperation, "creds/t30", nil)
+			assert.Error(t, err)
+			assert.Equal(t, time.Second, time.Since(begun))
+		})
+		readers.Wait()
 	})
 }
