@@ -264,6 +264,24 @@ func flows() []flow {
 	}
 }
 
+type caller int
+
+const (
+	callerWaits       caller = iota
+	callerCancels            // while the first call is on its way to the service, or at the first step
+	callerCancelsLate        // while the first call's answer is on its way back
+)
+
+func (c caller) String() string {
+	return [...]string{"waits", "cancels", "cancels as the answer is on its way"}[c]
+}
+
+// answers says whether the service carries an exchange out and answers it.
+func (a serviceAnswer) answers() bool {
+	f := a.fault
+	return !f.Hang && !f.Reset && (f.Status == 0 || f.Process)
+}
+
 type storageFault int
 
 const (
@@ -349,7 +367,7 @@ type cell struct {
 	flow     flow
 	answer   serviceAnswer
 	oldLives bool
-	cancels  bool
+	caller   caller
 	steps    *steps
 
 	operators string // the refresh token that the flow's operator writes
@@ -365,12 +383,9 @@ type cell struct {
 }
 
 func (c *cell) String() string {
-	old, caller, process, at := "dies", "waits", "lives", ""
+	old, process, at := "dies", "lives", ""
 	if c.oldLives {
 		old = "lives on"
-	}
-	if c.cancels {
-		caller = "cancels"
 	}
 	if c.steps.dies > 0 {
 		process = fmt.Sprintf("dies after step %d", c.steps.dies)
@@ -378,7 +393,7 @@ func (c *cell) String() string {
 	if c.steps.fault != storageWorks {
 		at = fmt.Sprintf(" at step %d", c.steps.at)
 	}
-	return fmt.Sprintf("%s | service: %s | storage %s%s | caller %s | process %s | old refresh token %s", c.flow.name, c.answer.name, c.steps.fault, at, caller, process, old)
+	return fmt.Sprintf("%s | service: %s | storage %s%s | caller %s | process %s | old refresh token %s", c.flow.name, c.answer.name, c.steps.fault, at, c.caller, process, old)
 }
 
 func (c *cell) assertf(ok bool, format string, args ...any) {
@@ -490,14 +505,24 @@ func (c *cell) play(t *testing.T) {
 	if c.answer.until > 0 {
 		fault.Header = http.Header{"Retry-After": {time.Now().UTC().Add(callTime + c.answer.until).Format(http.TimeFormat)}}
 	}
-	c.kaizala.Inject(fault)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	if c.cancels && c.flow.calls {
+	switch {
+	case c.caller == callerCancelsLate:
+		held := fault
+		held.Hold, held.Times = true, 1
+		c.kaizala.Inject(held)
+		time.AfterFunc(callTime*3/2, cancel)
+		time.AfterFunc(callTime*2, func() {
+			c.kaizala.ClearFaults()
+			c.kaizala.Inject(fault)
+		})
+	case c.caller == callerCancels && c.flow.calls:
 		time.AfterFunc(callTime/2, cancel)
-	} else if c.cancels {
+	case c.caller == callerCancels:
 		c.steps.onFirst = cancel
 	}
+	c.kaizala.Inject(fault)
 	c.storage.surround(c.steps.around)
 	c.flow.run(c, ctx)
 	c.quiet("acme")
@@ -651,12 +676,12 @@ func eachCell(f flow, answers []serviceAnswer, play func(*cell)) {
 	n := 0
 	for _, a := range answers {
 		for _, oldLives := range []bool{false, true} {
-			for _, cancels := range []bool{false, true} {
-				if oldLives && !a.rotates || cancels && f.unasked {
+			for _, caller := range []caller{callerWaits, callerCancels, callerCancelsLate} {
+				if oldLives && !a.rotates || caller != callerWaits && f.unasked || caller == callerCancelsLate && !(f.calls && a.answers()) {
 					continue
 				}
 				with := func(s *steps) *steps {
-					c := &cell{flow: f, answer: a, oldLives: oldLives, cancels: cancels, steps: s}
+					c := &cell{flow: f, answer: a, oldLives: oldLives, caller: caller, steps: s}
 					if n++; s.fault == storageWorks || !raceDetector || n%thinned == 0 {
 						play(c)
 					}
@@ -673,7 +698,7 @@ func eachCell(f flow, answers []serviceAnswer, play func(*cell)) {
 						switch {
 						case dies == 0 && at > last:
 							continue // of no flow
-						case dies > 0 && at > dies && (cancels || !isWrite(clean.ops[dies-1])):
+						case dies > 0 && at > dies && (caller != callerWaits || !isWrite(clean.ops[dies-1])):
 							continue // the next process finds what it finds in another cell
 						case writes && (dies == 0 || at <= dies):
 							faults = append(faults, storageLies, storageTurnsReadOnly)
