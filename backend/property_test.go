@@ -78,6 +78,7 @@ func (m *model) request(op logical.Operation, path string, data map[string]any) 
 func (m *model) writeToken(*rapid.T) {
 	name, tenant := m.pick()
 	verify := rapid.Bool().Draw(m.rt, "verify")
+	m.kaizala.SetRefreshTokenAge(rapid.SampledFrom([]time.Duration{0, inWindow - time.Hour, inWindow, 364 * day}).Draw(m.rt, "age"))
 	token := m.newToken(name) // and the one before is dead
 	_, status := m.request(logical.UpdateOperation, "tenants/"+name, map[string]any{"refresh_token": token, "verify": verify})
 	if status < 300 {

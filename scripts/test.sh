@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All tests with the race detector, and then the fault matrix without it: only so
-# is there time for all of its cells. The acceptance tests get the plugin and the
-# Vault that they run from here; go test ./... alone finds or builds both too.
-# Arguments go to go test, after its own, and leave the second run out:
-# scripts/test.sh -run Lease ./backend
+# All tests with the race detector, and then the fault matrix and the property
+# tests without it: only so is there time for all cells, and for many sequences.
+# The acceptance tests get the plugin and the Vault that they run from here;
+# go test ./... alone finds or builds both too. Arguments go to go test, after its
+# own, and leave the second run out: scripts/test.sh -run Lease ./backend
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,4 +21,5 @@ if (($# > 0)); then
   CGO_ENABLED=1 exec go test -race -count=1 -timeout 30m "$@"
 fi
 CGO_ENABLED=1 go test -race -count=1 -timeout 30m ./...
-CGO_ENABLED=0 go test -v -count=1 -timeout 30m -run '^TestFaultMatrix$' ./backend | grep -Ev '^=== |^ +--- PASS'
+CGO_ENABLED=0 go test -v -count=1 -timeout 30m -run '^(TestFaultMatrix|TestProperties)$' -rapid.checks=1000 ./backend |
+  grep -Ev '^=== |^ +--- PASS'
