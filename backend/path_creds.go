@@ -343,10 +343,10 @@ func (b *backend) exchange(ctx context.Context, a attempt) error {
 				return nil, err
 			}
 		}
-		// Without this the next process would not know of the call. And what cannot
-		// be stored is lost with this one: no reason to ask for a new refresh token.
-		err := b.connectors.note(ctx, a.via, c)
-		if err != nil && (errors.Is(err, logical.ErrReadOnly) || a.entry.mayRotate()) {
+		// A node that cannot write calls nobody, whatever the reason: what came back
+		// would be lost with the process, and the next one, or another node that
+		// leads already, would not know of the call.
+		if err := b.connectors.note(ctx, a.via, c); err != nil {
 			a.via.share.withdraw(c)
 			return nil, storageTrouble(a.t.name, err)
 		}
@@ -366,15 +366,6 @@ func (b *backend) exchange(ctx context.Context, a attempt) error {
 	g, err := a.via.service.exchange(ctx, call)
 	return b.settle(a, g, err, to, asked)
 }
-
-// mayRotate says whether an exchange may bring a new refresh token.
-func (e *tenantEntry) mayRotate() bool {
-	from := e.Facts.RotatesFrom
-	return from.IsZero() || !time.Now().Before(from.Add(-clockSkew))
-}
-
-// clockSkew is by how much Kaizala's clock may be ahead of Vault's.
-const clockSkew = time.Hour
 
 // settle takes in the result of an exchange. It runs to its end whoever has gone
 // away meanwhile.

@@ -214,11 +214,12 @@ func TestRotationBehindAHangingWrite(t *testing.T) {
 	})
 }
 
-// Where storage does not take writes, nobody is asked for a new refresh token;
-// once it does, readers do not wait for a backoff that was to spare the service.
-func TestNoRotationWhileStorageFails(t *testing.T) {
+// Where storage does not take writes, nobody is called; once it does, readers do
+// not wait for a backoff that was to spare the service.
+func TestNoCallWhileStorageFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := newRotatingEngine(t)
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
 		e.storage.failWith(func(op, _ string) error {
 			if op == "put" {
 				return errStorage
@@ -236,29 +237,6 @@ func TestNoRotationWhileStorageFails(t *testing.T) {
 		e.storage.heal()
 		e.read("creds/acme")
 		assert.Equal(t, statusOK, e.status("acme"))
-	})
-}
-
-// Before the rotation window a single call is made, and its result is kept.
-func TestOneCallWhileStorageFails(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEngine(t)
-		e.addTenant("acme")
-		e.storage.failWith(func(op, _ string) error {
-			if op == "put" {
-				return errStorage
-			}
-			return nil
-		})
-		for range 5 {
-			_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
-			assert.Equal(t, http.StatusServiceUnavailable, status)
-			assert.Contains(t, text, "storage")
-		}
-		e.pass(10 * time.Minute)
-		e.storage.heal()
-		e.read("creds/acme")
-		assert.Equal(t, 1, e.kaizala.CallCount())
 	})
 }
 
