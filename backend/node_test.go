@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -145,7 +146,7 @@ func TestEveryKeyWritten(t *testing.T) {
 		e.pass(time.Hour)
 
 		e.storage.mu.Lock()
-		keys := e.storage.keys
+		keys := maps.Clone(e.storage.keys)
 		e.storage.mu.Unlock()
 		assert.Contains(t, keys, callPrefix+"default/0")
 		assert.Contains(t, keys, callPrefix+"default/"+pausePlace)

@@ -110,18 +110,21 @@ func TestRefreshRetiresTheAccessToken(t *testing.T) {
 }
 
 func TestDeletedTenantIsGone(t *testing.T) {
-	e := newConfiguredEngine(t)
-	e.addTenant("acme")
-	lease := e.lease("acme")
-	for range 2 {
-		_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
-		assert.Equal(t, 204, status)
-	}
-	_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-	assert.Equal(t, 400, status)
-	require.NoError(t, e.revokeLease(lease))
-	assert.Nil(t, e.stored("acme"))
-	assert.Empty(t, e.tenants.byName)
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		lease := e.lease("acme")
+		for range 2 {
+			_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+			assert.Equal(t, 204, status)
+		}
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 400, status)
+		require.NoError(t, e.revokeLease(lease))
+		assert.Nil(t, e.stored("acme"))
+		synctest.Wait() // for the index that is built since the start
+		assert.Empty(t, e.tenants.byName)
+	})
 }
 
 func TestTenantsAreListedWithTheirState(t *testing.T) {

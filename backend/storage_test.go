@@ -89,6 +89,7 @@ func TestEveryFormatLoads(t *testing.T) {
 				assert.Equal(t, 400, status, "an access token's life is known: %s", text)
 				hr := must(e.connectors.get(context.Background(), "hr"))
 				assert.Equal(t, time.Date(2000, 1, 1, 0, 10, 0, 0, time.UTC), hr.share.pausedUntil().UTC())
+				synctest.Wait()
 				assert.Len(t, hr.share.calls, 1)
 				assert.Equal(t, "opaque", hr.share.calls[0].tenant)
 				assert.NotNil(t, must(e.connectors.get(context.Background(), "refused")).refused.Load())
