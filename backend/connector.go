@@ -28,6 +28,9 @@ const (
 	pausePlace = "pause"
 )
 
+// callsOf is the prefix of what is written down of a connector's calls.
+func callsOf(connector string) string { return callPrefix + connector + "/" }
+
 // callEntry is a call, written down before it is made, or a pause.
 type callEntry struct {
 	Format int       `json:"format"`
@@ -142,8 +145,7 @@ func (cs *connectors) recall(ctx context.Context, c *connector) error {
 }
 
 func (cs *connectors) readCalls(ctx context.Context, c *connector) error {
-	prefix := callPrefix + c.name + "/"
-	places, err := cs.storage.List(ctx, prefix)
+	places, err := cs.storage.List(ctx, callsOf(c.name))
 	if err != nil {
 		return storageError(err)
 	}
@@ -152,7 +154,7 @@ func (cs *connectors) readCalls(ctx context.Context, c *connector) error {
 	readers.SetLimit(storageReaders)
 	for _, place := range places {
 		readers.Go(func() error {
-			entry, err := getEntry[callEntry](ctx, cs.storage, prefix+place)
+			entry, err := getEntry[callEntry](ctx, cs.storage, callsOf(c.name)+place)
 			if errors.Is(err, errUnreadable) {
 				return nil
 			}
@@ -198,7 +200,7 @@ func (cs *connectors) putCall(ctx context.Context, l *loadedConnector, place str
 	ctx, cancel := context.WithTimeout(ctx, storeWithin)
 	defer cancel()
 	entry.Format = entryFormat
-	return putEntry(ctx, cs.storage, callPrefix+l.name+"/"+place, entry)
+	return putEntry(ctx, cs.storage, callsOf(l.name)+place, entry)
 }
 
 // refuse notes that the service refuses a connector as it is configured, and
@@ -244,10 +246,11 @@ func (cs *connectors) publish(c *connector, version uint64, entry *connectorEntr
 		service.close()
 		return
 	}
-	c.refused.Store(nil)
+	var refusal *serviceError
 	if !entry.Refused.IsZero() {
-		c.refused.Store(&serviceError{kind: refusedConnector})
+		refusal = &serviceError{kind: refusedConnector}
 	}
+	c.refused.Store(refusal) // in one step: a reload lets no call through
 	c.loaded.Store(&loadedConnector{connector: c, entry: entry, service: service, revision: version})
 }
 
@@ -278,12 +281,12 @@ func (cs *connectors) remove(ctx context.Context, name string) error {
 	c := cs.record(name)
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	places, err := cs.storage.List(ctx, callPrefix+name+"/")
+	places, err := cs.storage.List(ctx, callsOf(name))
 	if err != nil {
 		return err
 	}
 	for _, place := range places {
-		if err := cs.storage.Delete(ctx, callPrefix+name+"/"+place); err != nil {
+		if err := cs.storage.Delete(ctx, callsOf(name)+place); err != nil {
 			return err
 		}
 	}
