@@ -1,0 +1,248 @@
+package tokenservice
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-cleanhttp"
+)
+
+const (
+	// MaxAnswerBytes bounds an answer's body after decompression, in bytes.
+	MaxAnswerBytes = 256 << 10
+	// maxHeaderBytes bounds an answer's header.
+	maxHeaderBytes = 64 << 10
+	// maxRetryAfter bounds how long an answer can silence a connector.
+	maxRetryAfter = 24 * time.Hour
+)
+
+// NewTransport returns a transport that makes one request of one, whatever happens: with connections kept open, HTTP/1
+// repeats a request whose connection broke, and HTTP/2 one whose stream was refused; the first may have rotated the
+// refresh token. roots are the only certificates that are trusted; nil means the system's.
+//
+// https goes through the proxy of the environment. Plain http never does, for it is meant for this machine alone, and
+// Go's own exception for loopback addresses knows neither LOCALHOST nor "localhost.".
+func NewTransport(roots *x509.CertPool) *http.Transport {
+	t := cleanhttp.DefaultTransport() // which keeps no connections
+	t.Proxy = httpsOnly(http.ProxyFromEnvironment)
+	t.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	t.MaxResponseHeaderBytes = maxHeaderBytes
+	t.ForceAttemptHTTP2 = false
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	return t
+}
+
+func httpsOnly(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
+	return func(r *http.Request) (*url.URL, error) {
+		if r.URL.Scheme != "https" {
+			return nil, nil
+		}
+		return proxy(r)
+	}
+}
+
+// ParseCA returns the certificates of a PEM text, nil for "". All of it must be good: a certificate that is left out in
+// silence is found much later. The second result says what is wrong otherwise, as the end of a sentence that begins with
+// the field's name.
+func ParseCA(text string) (*x509.CertPool, string) {
+	if text == "" {
+		return nil, ""
+	}
+	const right = "must hold certificates in PEM, and nothing else"
+	pool, rest, blocks := x509.NewCertPool(), []byte(text), 0
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if block.Type != "CERTIFICATE" || err != nil {
+			return nil, right
+		}
+		pool.AddCert(cert)
+		blocks++
+	}
+	if blocks == 0 || blocks != strings.Count(text, "-----BEGIN") {
+		return nil, right
+	}
+	return pool, ""
+}
+
+// Call is one HTTP request for one permission.
+type Call struct {
+	// Transport makes the request; redirects are not followed.
+	Transport http.RoundTripper
+	// Request is sent with the context of Do.
+	Request *http.Request
+	Permit  Permit
+	// Left is what the request may take, waiting for Permit not counted.
+	Left time.Duration
+	// Service begins the sentences about the network, and is nowhere else: "Kaizala's token service at api.kaiza.la".
+	Service string
+	// Field is the field of config to check where the service is not at its URL: "api_root".
+	Field string
+	// Timeout is what request_timeout is set to, for the text.
+	Timeout time.Duration
+}
+
+// Format prints no secret, whatever the verb.
+func (Call) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Call{…}") }
+
+// Answer is one HTTP answer, as far as it arrived.
+type Answer struct {
+	// Status is 0 where nothing arrived.
+	Status int
+	Header http.Header
+	// Body holds at most MaxAnswerBytes and a byte. It is not read with a 307 or 308.
+	Body []byte
+	// Broken says in a whole sentence why Body is not all that was sent; "" when it is.
+	Broken string
+	// Sent is when the request began; zero where it did not.
+	Sent time.Time
+	// Lost: the request may have reached the service, and no complete answer came.
+	Lost bool
+}
+
+// Format prints no secret, whatever the verb.
+func (Answer) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Answer{…}") }
+
+// Do makes the request. Its error is Permit's as it is, or one that wraps ctx's, or a [*Failure] of the kind Unavailable
+// whose Lost is the answer's. With an error the answer holds what had arrived. An answer that breaks off in its body is no
+// error, but has Broken and Lost set.
+func (c Call) Do(ctx context.Context) (a Answer, err error) {
+	if ctx.Err() != nil {
+		return a, givenUp(ctx)
+	}
+	if c.Permit != nil {
+		done, err := c.Permit(ctx)
+		if err != nil {
+			return a, err
+		}
+		if done != nil {
+			defer done()
+		}
+	}
+	a.Sent = time.Now()
+	attempt, cancel := context.WithTimeout(ctx, c.Left)
+	defer cancel()
+
+	// Go's transport tells when it begins to look for a connection, and when it has one, TLS included. Of a transport that
+	// tells nothing it is assumed that all is sent at once.
+	var connecting atomic.Bool
+	traced := httptrace.WithClientTrace(attempt, &httptrace.ClientTrace{
+		GetConn: func(string) { connecting.Store(true) },
+		GotConn: func(httptrace.GotConnInfo) { connecting.Store(false) },
+	})
+	// http.Client is not used: it would follow redirects, headers and all.
+	resp, err := c.Transport.RoundTrip(c.Request.WithContext(traced))
+	if err != nil {
+		a.Lost = !connecting.Load()
+		if ctx.Err() != nil {
+			return a, givenUp(ctx)
+		}
+		return a, &Failure{Kind: Unavailable, Lost: a.Lost, Text: c.networkText(attempt, err)}
+	}
+	defer func() { _ = resp.Body.Close() }()
+	a.Status, a.Header = resp.StatusCode, resp.Header
+	if a.Status == http.StatusPermanentRedirect || a.Status == http.StatusTemporaryRedirect {
+		return a, nil
+	}
+	a.Body, err = io.ReadAll(io.LimitReader(resp.Body, MaxAnswerBytes+1))
+	switch {
+	case err != nil && ctx.Err() != nil:
+		a.Lost = true
+		return a, givenUp(ctx)
+	case err != nil:
+		a.Broken = c.networkText(attempt, err)
+	case len(a.Body) > MaxAnswerBytes:
+		a.Broken = fmt.Sprintf("%s did not make sense: its answer is longer than %d KiB.", c.Service, MaxAnswerBytes>>10)
+	}
+	a.Lost = a.Broken != ""
+	return a, nil
+}
+
+func givenUp(ctx context.Context) error {
+	return fmt.Errorf("the request was given up: %w", ctx.Err())
+}
+
+// networkText says which kind of failure it was, in words of its own: net/http's errors quote URLs, and what a server
+// sent in place of HTTP.
+func (c Call) networkText(attempt context.Context, err error) string {
+	var (
+		certErr *tls.CertificateVerificationError
+		nameErr x509.HostnameError
+		tlsErr  tls.RecordHeaderError
+		alert   tls.AlertError
+		dnsErr  *net.DNSError
+		opErr   *net.OpError
+		netErr  net.Error
+	)
+	switch {
+	case attempt.Err() != nil:
+		return fmt.Sprintf("%s timed out after request_timeout (%v). Try again later.", c.Service, c.Timeout)
+	case errors.As(err, &nameErr):
+		return fmt.Sprintf("%s has a certificate for another name. The operator has to check %s.", c.Service, c.Field)
+	case errors.As(err, &certErr):
+		return c.Service + " has a certificate that is not trusted. The operator has to set ca_cert to the CA that signed it, or have it renewed."
+	case errors.As(err, &tlsErr), errors.As(err, &alert), strings.Contains(err.Error(), "HTTP response to HTTPS client"):
+		return fmt.Sprintf("%s does not speak TLS as it should. The operator has to check %s.", c.Service, c.Field)
+	case errors.As(err, &dnsErr):
+		return fmt.Sprintf("%s is unreachable: its name does not resolve. The operator has to check %s and DNS.", c.Service, c.Field)
+	case errors.As(err, &opErr) && opErr.Op == "proxyconnect":
+		return c.Service + " is unreachable: the proxy of this machine's environment does not answer. The operator has to check it."
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return c.Service + " is unreachable: it refuses connections. Try again later."
+	case errors.As(err, &netErr) && netErr.Timeout():
+		return c.Service + " is unreachable: connecting timed out. Try again later."
+	case errors.As(err, &opErr) && opErr.Op == "dial":
+		return c.Service + " is unreachable. Try again later."
+	}
+	return c.Service + " broke the connection off, or answered with something that is not HTTP. Try again later."
+}
+
+// RetryAfter reads the header of that name, seconds or a date (RFC 9110), as a duration from now: 24 hours at most, and 0
+// for anything else.
+func RetryAfter(h http.Header, now time.Time) time.Duration {
+	value := strings.TrimSpace(h.Get("Retry-After"))
+	if seconds, ok := digits(value); ok {
+		return time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
+	}
+	if at, err := http.ParseTime(value); err == nil {
+		return min(max(at.Sub(now), 0), maxRetryAfter)
+	}
+	return 0
+}
+
+// RateLimitReset reads X-Rate-Limit-Reset, seconds since the epoch, which some authorization servers send in place of
+// Retry-After, as a duration from now: 24 hours at most, and 0 for anything else.
+func RateLimitReset(h http.Header, now time.Time) time.Duration {
+	seconds, ok := digits(strings.TrimSpace(h.Get("X-Rate-Limit-Reset")))
+	if !ok || seconds > maxUnix {
+		return 0
+	}
+	return min(max(time.Unix(seconds, 0).Sub(now), 0), maxRetryAfter)
+}
+
+// digits reads a whole number, the largest one where it is too large.
+func digits(s string) (int64, bool) {
+	if s == "" || strings.Trim(s, "0123456789") != "" {
+		return 0, false
+	}
+	n, _ := strconv.ParseInt(s, 10, 64) // which returns the largest number where it is out of range
+	return n, true
+}

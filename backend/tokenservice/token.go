@@ -1,0 +1,55 @@
+package tokenservice
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/net/http/httpguts"
+)
+
+const (
+	// MaxTokenBytes is the longest token that is stored or sent, in bytes (guess): servers commonly refuse headers of more
+	// than 16 KiB.
+	MaxTokenBytes = 16 << 10
+	// MaxScopeBytes is the longest scope that is kept, in bytes (guess). A longer one is left out.
+	MaxScopeBytes = 4 << 10
+)
+
+// CheckToken says what is wrong with a token that the caller has trimmed, or returns nil when it can be sent in a header
+// as it is. Non-ASCII is refused though a header could carry it: no service issues such tokens, and a zero-width space
+// that came with a paste is found best when it is written. The error never quotes the token.
+func CheckToken(token string) error {
+	switch {
+	case token == "":
+		return errors.New("the token is empty")
+	case len(token) > MaxTokenBytes:
+		return fmt.Errorf("the token is longer than %d bytes", MaxTokenBytes)
+	case !Sendable(token):
+		return errors.New("the token holds a character that no HTTP header may hold, such as a line break or a letter that is not ASCII")
+	}
+	return nil
+}
+
+// CheckPasted does what [CheckToken] does for a token that a person has written, and finds what is easily copied along
+// with one.
+func CheckPasted(token string) error {
+	const bearer = "bearer "
+	switch {
+	case token != "" && strings.ContainsRune("\"'`", rune(token[0])), token != "" && strings.ContainsRune("\"'`", rune(token[len(token)-1])):
+		return errors.New("the token stands in quotes; write it without the quotes")
+	case len(token) >= len(bearer) && strings.EqualFold(token[:len(bearer)], bearer):
+		return errors.New("the token has the word Bearer before it; write it without Bearer")
+	}
+	return CheckToken(token)
+}
+
+// Sendable says whether a header brings s to the other side unchanged.
+func Sendable(s string) bool {
+	for i := range len(s) {
+		if s[i] >= 0x80 {
+			return false
+		}
+	}
+	return strings.TrimSpace(s) == s && httpguts.ValidHeaderFieldValue(s)
+}
