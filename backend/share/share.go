@@ -1,0 +1,476 @@
+// Package share limits the calls that an engine makes to a token service through one connector, and keeps in storage what
+// the next process has to know of them.
+package share
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"golang.org/x/sync/singleflight"
+)
+
+// Window is the time over which calls are counted. No Window sees more calls than the limit.
+const Window = time.Minute
+
+// Class says who waits for a call. A lower class goes first.
+type Class int
+
+const (
+	// Reader: a reader, a writer or a person at a browser waits for the call.
+	Reader Class = iota
+	// RevocationWait: a revocation waits for the call.
+	RevocationWait
+	// Background: an exchange that nobody waits for. It leaves a fifth of the limit free, rounded down.
+	Background
+	// Housekeeping: polls, and revocations that nobody waits for. It leaves free what Background does, and takes no more than
+	// a fifth of the limit (but at least one call).
+	Housekeeping
+)
+
+// Want describes a call that somebody wants to make.
+type Want struct {
+	// Tenant is set for a call that begins an exchange: no tenant begins more of them within a [Window] than a fifth of the
+	// limit (but at least one). It is "" for all other calls: revocations, polls, codes, PINs.
+	Tenant string
+	Class  Class
+	// Hop: the call is a further request of work that has begun, such as a redirect that is followed. It counts against the
+	// limit alone, not against the tenant's fifth, and goes before the calls of its class that begin work.
+	Hop bool
+	// Wait is how long the caller waits at most; less than a [Window].
+	Wait time.Duration
+}
+
+// rank is the place of a call in the queue: the least goes first, equal ones go as they came.
+func (w Want) rank() int {
+	if w.Hop {
+		return 2 * int(w.Class)
+	}
+	return 2*int(w.Class) + 1
+}
+
+// beginner is the tenant whose fifth the call counts against; "" for none.
+func (w Want) beginner() string {
+	if w.Hop {
+		return ""
+	}
+	return w.Tenant
+}
+
+// LimitError says when a call would be permitted.
+type LimitError struct {
+	// Until is when to come back, as far as is known.
+	Until time.Time
+	// ByService: the service has asked for the pause. Otherwise this connector's own limit is used up.
+	ByService bool
+}
+
+func (e *LimitError) Error() string {
+	return "too many calls; the next is permitted at " + e.Until.UTC().Format(time.RFC3339)
+}
+
+// Share is one connector's share of a service's limit, and the only user of what storage holds about its calls. A call
+// counts from its permission until a [Window] after its end, because the service may have counted it at any moment in
+// between.
+type Share struct {
+	storage logical.Storage
+	prefix  string // of the keys in storage
+	reads   singleflight.Group
+	// pausing is held, by a value in it, while the pause is stored.
+	pausing chan struct{}
+
+	mu      sync.Mutex
+	limit   int
+	timeout time.Duration // of one request to the service
+
+	all          tally
+	housekeeping tally
+	tenants      map[string]*tally // none without a call that counts
+	queue        []*waiter         // by rank, then first come, first served
+	paused       time.Time         // the service wants no call before
+
+	places places
+	// noted is, for each place, the latest time that this process has stored.
+	noted   map[int]time.Time
+	stored  time.Time // the pause in storage that this process has stored
+	loaded  bool      // the calls in storage are counted
+	version uint64    // counts what makes a load out of date
+	removed bool      // storage has to stay without entries
+}
+
+// New returns the share of a connector. [Share.Configure] and [Share.Load] come before the first call.
+func New(storage logical.Storage, connector string) *Share {
+	return &Share{
+		storage: storage,
+		prefix:  callPrefix + connector + "/",
+		pausing: make(chan struct{}, 1),
+		limit:   1,
+		tenants: map[string]*tally{},
+		places:  places{taken: map[int]bool{}},
+		noted:   map[int]time.Time{},
+	}
+}
+
+// Configure sets how many calls a [Window] may see, 1 or more, and how long one request to the service takes at most. It
+// applies to those who wait already, and ends what [Share.Remove] began.
+func (s *Share) Configure(limit int, requestTimeout time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limit, s.timeout, s.removed = limit, requestTimeout, false
+	s.arrange()
+}
+
+// Call is a call that is permitted. Its user calls Note, then makes the call, then calls End; or Withdraw, where the call
+// is not made after all.
+type Call struct {
+	share        *Share
+	tenant       string // whose fifth it counts against; "" for none
+	housekeeping bool
+	place        int // no other call that counts has it
+	running      bool
+	foreign      bool      // another process made it
+	frees        time.Time // from when on it does not count, once it has ended
+}
+
+// waiter is somebody who waits for a call.
+type waiter struct {
+	Want
+	deadline time.Time
+	until    time.Time     // when the call is permitted, as far as is known
+	changed  chan struct{} // has a value where call or err is set or until is earlier than it was
+	call     *Call
+	err      error
+}
+
+func (w *waiter) settled() bool { return w.call != nil || w.err != nil }
+
+// Take permits one call, and waits for that up to want.Wait. It touches memory alone. Its error is a [*LimitError], as
+// soon as it is known that the wait is too long, or the context's.
+func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := &waiter{Want: want, deadline: time.Now().Add(want.Wait)}
+	s.queue = slices.Insert(s.queue, s.position(want), w)
+	s.arrange()
+	if w.settled() {
+		return w.call, w.err
+	}
+	w.changed = make(chan struct{}, 1)
+	timer := time.NewTimer(time.Until(w.until))
+	defer timer.Stop()
+	for !w.settled() {
+		s.mu.Unlock()
+		select {
+		case <-w.changed:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		s.mu.Lock()
+		if err := ctx.Err(); err != nil {
+			s.leave(w)
+			return nil, err
+		}
+		s.arrange()
+		timer.Reset(time.Until(w.until))
+	}
+	return w.call, w.err
+}
+
+// leave takes a waiter who has given up out of the queue, or gives back his call.
+func (s *Share) leave(w *waiter) {
+	s.queue = slices.DeleteFunc(s.queue, func(other *waiter) bool { return other == w })
+	if w.call != nil {
+		s.withdraw(w.call)
+	}
+	s.arrange()
+}
+
+// position is where the queue takes a call in.
+func (s *Share) position(want Want) int {
+	rank := want.rank()
+	i := slices.IndexFunc(s.queue, func(w *waiter) bool { return w.rank() > rank })
+	if i < 0 {
+		return len(s.queue)
+	}
+	return i
+}
+
+// FreeAt says when such a call would be permitted, as far as is known now: not after [time.Now] where it would be at once.
+func (s *Share) FreeAt(want Want) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.plan()
+	for _, w := range s.queue[:s.position(want)] {
+		p.hold(p.slot(w.Want))
+	}
+	return latest(p.slot(want).at, s.paused)
+}
+
+// arrange goes through the queue: it permits what can be permitted now, and sends away who would wait too long.
+func (s *Share) arrange() {
+	p := s.plan()
+	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
+		slot := p.slot(w.Want)
+		until := latest(slot.at, s.paused)
+		earlier := until.Before(w.until)
+		w.until = until
+		if until.After(w.deadline) {
+			w.err = &LimitError{Until: until, ByService: until.Equal(s.paused)}
+		} else {
+			p.hold(slot)
+			if !until.After(p.now) {
+				w.call = s.permit(w.Want)
+			}
+		}
+		if earlier || w.settled() {
+			select {
+			case w.changed <- struct{}{}:
+			default:
+			}
+		}
+		return w.settled()
+	})
+}
+
+// permit begins a call.
+func (s *Share) permit(want Want) *Call {
+	c := &Call{
+		share:        s,
+		tenant:       want.beginner(),
+		housekeeping: want.Class == Housekeeping,
+		place:        s.places.take(),
+		running:      true,
+	}
+	s.tallies(c, func(t *tally) { t.running++ })
+	return c
+}
+
+// End says that the call has been answered, or has failed. Only the first of End and Withdraw counts.
+func (c *Call) End() {
+	s := c.share
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !c.running {
+		return
+	}
+	c.running = false
+	c.frees = time.Now().Add(Window)
+	s.tallies(c, func(t *tally) {
+		t.running--
+		t.ended = append(t.ended, c)
+	})
+}
+
+// Withdraw gives back the place of a call that was never made.
+func (c *Call) Withdraw() {
+	s := c.share
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.withdraw(c)
+	s.arrange()
+}
+
+func (s *Share) withdraw(c *Call) {
+	if !c.running {
+		return
+	}
+	c.running = false
+	s.tallies(c, func(t *tally) { t.running-- })
+	s.places.give(c.place)
+}
+
+// PausedUntil returns the end of the pause that the service has asked for: a time that has passed, or zero, where there
+// is none.
+func (s *Share) PausedUntil() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.paused
+}
+
+// tally counts calls.
+type tally struct {
+	running int
+	ended   []*Call // that still count, by when they stop
+}
+
+func (t *tally) count() int { return t.running + len(t.ended) }
+
+// tallies has f change every tally that a call counts in.
+func (s *Share) tallies(c *Call, f func(*tally)) {
+	f(&s.all)
+	if c.housekeeping {
+		f(&s.housekeeping)
+	}
+	if c.tenant == "" {
+		return
+	}
+	t := s.tenants[c.tenant]
+	if t == nil {
+		t = &tally{}
+		s.tenants[c.tenant] = t
+	}
+	f(t)
+	if t.count() == 0 {
+		delete(s.tenants, c.tenant)
+	}
+}
+
+// prune drops the calls that have stopped counting.
+func (s *Share) prune(now time.Time) {
+	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
+		c := s.all.ended[0]
+		s.tallies(c, func(t *tally) {
+			t.ended[0] = nil // frees the memory
+			t.ended = t.ended[1:]
+		})
+		s.places.give(c.place)
+	}
+}
+
+// plan says, for one call after the other in the order of the queue, when it is permitted. Within a pass through the
+// queue, each call takes what the calls before it have left.
+type plan struct {
+	share *Share
+	now   time.Time
+	// next is the call in all.ended whose end frees the next place; below 0, a place is free.
+	next     int
+	reserved bool // next leaves the readers' fifth free
+	// own is next among the calls of a tenant.
+	own map[string]int
+	// used are calls whose end frees a place for their own tenant.
+	used         map[*Call]bool
+	housekeeping int // next among the calls of that class
+}
+
+// slot is when a call is permitted, and what it takes.
+type slot struct {
+	Want
+	at time.Time
+	// byTenant: the call waits for one of its own tenant to stop counting, freed (nil: one that still runs), and takes its
+	// place.
+	byTenant bool
+	freed    *Call
+}
+
+func (s *Share) plan() *plan {
+	now := time.Now()
+	s.prune(now)
+	return &plan{
+		share:        s,
+		now:          now,
+		next:         s.all.count() - s.limit,
+		own:          map[string]int{},
+		used:         map[*Call]bool{},
+		housekeeping: s.housekeeping.count() - s.fifth(),
+	}
+}
+
+// fifth is what one tenant, or housekeeping, may have of the limit.
+func (s *Share) fifth() int { return max(1, s.limit/5) }
+
+// slot looks for the first time at which a call is permitted.
+func (p *plan) slot(want Want) slot {
+	s := p.share
+	if want.Class >= Background && !p.reserved {
+		p.reserved = true // nor does any call behind it go before
+		p.next += s.limit / 5
+	}
+	for p.next >= 0 && p.next < len(s.all.ended) && p.used[s.all.ended[p.next]] {
+		p.next++
+	}
+	found := slot{Want: want, at: p.frees(&s.all, p.next)}
+	if want.Class == Housekeeping {
+		found.at = latest(found.at, p.frees(&s.housekeeping, p.housekeeping))
+	}
+	if tenant := s.tenants[want.beginner()]; tenant != nil {
+		i := p.ownNext(want)
+		if at := p.frees(tenant, i); at.After(found.at) {
+			found.at, found.byTenant = at, true
+			if i < len(tenant.ended) {
+				found.freed = tenant.ended[i]
+			}
+		}
+	}
+	return found
+}
+
+// ownNext is next among the calls of the tenant that begins an exchange.
+func (p *plan) ownNext(want Want) int {
+	if next, ok := p.own[want.beginner()]; ok {
+		return next
+	}
+	next := -p.share.fifth()
+	if t := p.share.tenants[want.beginner()]; t != nil {
+		next += t.count()
+	}
+	return next
+}
+
+// hold leaves a slot to the call that it was found for.
+func (p *plan) hold(taken slot) {
+	if taken.beginner() != "" {
+		p.own[taken.beginner()] = p.ownNext(taken.Want) + 1
+	}
+	if taken.Class == Housekeeping {
+		p.housekeeping++
+	}
+	switch {
+	case !taken.byTenant:
+		p.next++
+	case taken.freed != nil:
+		p.used[taken.freed] = true
+	}
+}
+
+// frees says when the end of the k-th call, counted from 0, frees a place. The end of a call that runs is not known, nor
+// that of one that waits: they count for a [Window] at least.
+func (p *plan) frees(t *tally, k int) time.Time {
+	switch {
+	case k < 0:
+		return p.now
+	case k < len(t.ended):
+		return t.ended[k].frees
+	}
+	return p.now.Add(Window)
+}
+
+// places numbers the calls that count. A number is used again, so that storage holds few entries.
+type places struct {
+	taken map[int]bool
+	free  []int // given back; one that is taken again since is left out
+	next  int   // all below were taken once
+}
+
+func (p *places) take() int {
+	for len(p.free) > 0 {
+		n := p.free[len(p.free)-1]
+		p.free = p.free[:len(p.free)-1]
+		if !p.taken[n] {
+			p.taken[n] = true
+			return n
+		}
+	}
+	for p.taken[p.next] {
+		p.next++
+	}
+	p.taken[p.next] = true
+	p.next++
+	return p.next - 1
+}
+
+func (p *places) give(n int) {
+	delete(p.taken, n)
+	p.free = append(p.free, n)
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
