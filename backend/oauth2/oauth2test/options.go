@@ -1,0 +1,266 @@
+package oauth2test
+
+import (
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// The values that zero Options stand for.
+const (
+	DefaultAccessTokenLife = time.Hour
+	DefaultCodeLife        = time.Minute
+	DefaultDeviceLife      = 10 * time.Minute
+	DefaultDeviceInterval  = 5 * time.Second // RFC 8628, section 3.2
+)
+
+// Options are the server's switches. Zero Options are a server that rotates refresh tokens at each exchange, refuses
+// replaced ones, lets all access tokens of a grant live side by side, revokes one alone, and does what the RFCs say.
+// They count for the requests from now on; a token keeps the life that it was issued with.
+type Options struct {
+	// Rotation says what an exchange does to the refresh token.
+	Rotation Rotation
+	// Grace is how long a replaced refresh token goes on working after it was first exchanged. It then gives a new pair or,
+	// with GraceSame, the pair that it gave before, as long as the new refresh token was not used (Box).
+	Grace     time.Duration
+	GraceSame bool
+	// ReuseKillsFamily ends the whole grant when a replaced refresh token comes after its grace (oidc-provider, fosite,
+	// Hydra, Okta, Auth0). Without it that token is refused and the grant lives on (zitadel).
+	ReuseKillsFamily bool
+	// RefreshTokenLife is how long a refresh token lives, from its issue or last use, or with RefreshTokenAbsolute from the
+	// consent. 0 is for ever.
+	RefreshTokenLife     time.Duration
+	RefreshTokenAbsolute bool
+	// RefreshTokenLifeField names the field of the answer that tells what is left of that life, in seconds: 0 where it is
+	// for ever. Seen: refresh_token_expires_in, x_refresh_token_expires_in, refresh_expires_in. "" is none.
+	RefreshTokenLifeField string
+	// RefreshTokenJWT makes refresh tokens JWTs, whose exp tells their end where they have one.
+	RefreshTokenJWT bool
+
+	// AccessTokenLife is how long access tokens live; 0 is DefaultAccessTokenLife.
+	AccessTokenLife time.Duration
+	// ExpiresIn is how the answer spells that life.
+	ExpiresIn ExpiresIn
+	// TokenType is the answer's token_type; "" is Bearer.
+	TokenType string
+	// ExchangeInvalidates ends the access tokens before an exchange (class D).
+	ExchangeInvalidates bool
+	// JWT makes access tokens JWTs, which nothing but their own end and ExchangeInvalidates ends, and whose revocation is
+	// refused with unsupported_token_type (class C).
+	JWT bool
+	// Scope says what a narrower scope in an exchange does.
+	Scope ScopeRule
+
+	// RevokeEnds is what revoking an access token ends. A refresh token always takes its grant with it.
+	RevokeEnds RevokeEnds
+	// RevokeExpiredEndsGrant ends the grant when an access token is revoked that has expired (oidc-provider, fosite, Hydra).
+	RevokeExpiredEndsGrant bool
+	// RevokeRefreshEndsAll ends all grants that the user has of the client when one refresh token is revoked (Keycloak).
+	RevokeRefreshEndsAll bool
+	// RevokeDead answers the revocation of a token that is not alive; zero is 200. Google answers InvalidToken.
+	RevokeDead Answer
+
+	// RefusedToken answers an exchange of a refresh token that is not alive, zero is InvalidGrant; RefusedClient a wrong
+	// authentication, zero is InvalidClient; UnknownClient one that names an unknown client, zero is RefusedClient (zitadel:
+	// ServerError).
+	RefusedToken, RefusedClient, UnknownClient Answer
+	// Echo quotes the request's parameters in error_description, which a client must not pass on.
+	Echo bool
+	// Format is that of all answers of the token and device authorization endpoints, canned ones apart.
+	Format Format
+	// Edit, where it is not nil, changes the fields of a successful answer of the token, device, metadata and userinfo
+	// endpoints before it is encoded: adds instance_url, say. It must not call the server.
+	Edit func(e Endpoint, fields map[string]any)
+
+	// LimitPerMinute is how many calls of the token, revocation and device authorization endpoints a client may make in 60
+	// seconds, 0 is no limit. More are answered with TooManyRequests or, with LimitReset, RateLimitReset.
+	LimitPerMinute int
+	LimitReset     bool
+
+	// Metadata says which documents are served.
+	Metadata Metadata
+	// MetadataIssuer is the issuer that they name; "" is Issuer().
+	MetadataIssuer string
+	// AuthMethods are those that they list; nil is all three, and an empty list leaves the field out.
+	AuthMethods []string
+
+	// OddSecrets gives clients that are registered from now on an ID and a secret with ':', '+', '/', ' ', '%', '~', '&'
+	// and '=', which a client has to encode before Basic (RFC 6749, section 2.3.1).
+	OddSecrets bool
+	// RequirePKCE refuses an authorization request without a code challenge. A challenge is always checked, and its method
+	// must be S256.
+	RequirePKCE bool
+	// RequireOffline gives a refresh token only where the scope has offline_access or the authorization request
+	// access_type=offline.
+	RequireOffline bool
+	// CodeLife is how long a code lives; 0 is DefaultCodeLife.
+	CodeLife time.Duration
+	// PromiseIss promises iss in the metadata, SendIss sends it with the redirect (RFC 9207), and WrongIss is sent instead
+	// of the right one.
+	PromiseIss, SendIss bool
+	WrongIss            string
+
+	// DeviceLife and DeviceInterval are RFC 8628's expires_in and interval; 0 is DefaultDeviceLife and
+	// DefaultDeviceInterval.
+	DeviceLife, DeviceInterval time.Duration
+	// VerificationURL spells verification_uri as verification_url (Google).
+	VerificationURL bool
+}
+
+// Rotation is what an exchange does to the refresh token.
+type Rotation string
+
+const (
+	RotateEach  Rotation = ""      // a new one, the old one is replaced
+	RotateNever Rotation = "never" // the answer has none
+	RotateSame  Rotation = "same"  // the answer repeats it
+	RotateEmpty Rotation = "empty" // the answer has ""
+)
+
+// ExpiresIn is how the answer spells an access token's life of an hour.
+type ExpiresIn string
+
+const (
+	ExpiresInNumber  ExpiresIn = ""        // 3600, whole seconds rounded down
+	ExpiresInDecimal ExpiresIn = "decimal" // 3600.0
+	ExpiresInString  ExpiresIn = "string"  // "3600"
+	ExpiresInMissing ExpiresIn = "missing"
+	ExpiresInNull    ExpiresIn = "null"
+	ExpiresInEmpty   ExpiresIn = "empty" // ""
+)
+
+// RevokeEnds is what revoking an access token ends.
+type RevokeEnds string
+
+const (
+	RevokeToken   RevokeEnds = ""        // that token alone (class A)
+	RevokeGrant   RevokeEnds = "grant"   // the refresh token and all access tokens (class B)
+	RevokeNothing RevokeEnds = "nothing" // nothing, though the answer is 200
+)
+
+// ScopeRule is what a scope in an exchange does.
+type ScopeRule string
+
+const (
+	ScopeOnce    ScopeRule = ""        // holds for this exchange's access token (oidc-provider)
+	ScopeNarrows ScopeRule = "narrows" // holds for the refresh token too (zitadel, go-oauth2)
+	ScopeIgnored ScopeRule = "ignored" // is not looked at (fosite, Hydra)
+)
+
+// Format is how an answer is encoded.
+type Format string
+
+const (
+	FormatJSON   Format = ""
+	FormatBOM    Format = "bom"    // JSON after a UTF-8 byte-order mark
+	FormatForm   Format = "form"   // application/x-www-form-urlencoded
+	FormatAccept Format = "accept" // a form, unless Accept asks for application/json (GitHub)
+)
+
+// Metadata says which metadata documents are served.
+type Metadata string
+
+const (
+	MetadataBoth   Metadata = ""
+	MetadataOAuth  Metadata = "oauth"  // RFC 8414's alone
+	MetadataOpenID Metadata = "openid" // OpenID Connect's alone (zitadel, Hydra)
+	MetadataNone   Metadata = "none"   // (fosite)
+)
+
+// ClassA to ClassD set all options to one of OAUTH.md's four classes, with rotation at each exchange and families that die
+// of reuse. A: access tokens are independent.
+func ClassA(o *Options) { *o = Options{ReuseKillsFamily: true} }
+
+// ClassB: revoking an access token, an expired one included, ends the grant.
+func ClassB(o *Options) {
+	*o = Options{ReuseKillsFamily: true, RevokeEnds: RevokeGrant, RevokeExpiredEndsGrant: true}
+}
+
+// ClassC: access tokens are JWTs, which cannot be revoked.
+func ClassC(o *Options) { *o = Options{ReuseKillsFamily: true, JWT: true} }
+
+// ClassD: an exchange ends the access tokens before it.
+func ClassD(o *Options) { *o = Options{ReuseKillsFamily: true, ExchangeInvalidates: true} }
+
+// OIDCProvider sets all options to what npm's oidc-provider 9.13.3 was measured to do with rotation on.
+func OIDCProvider(o *Options) {
+	ClassB(o)
+	o.AuthMethods = []string{"client_secret_basic", "client_secret_post", "none"}
+	o.RequireOffline, o.RequirePKCE, o.SendIss, o.PromiseIss = true, true, true, true
+}
+
+// Zitadel sets all options to what zitadel/oidc v3.51.17's example server was measured to do.
+func Zitadel(o *Options) {
+	*o = Options{
+		ExchangeInvalidates: true, AccessTokenLife: 5 * time.Minute, Scope: ScopeNarrows, Metadata: MetadataOpenID,
+		UnknownClient: ServerError, RequireOffline: true,
+	}
+}
+
+// Fosite sets all options to what ory/fosite v0.49.0 was measured to do.
+func Fosite(o *Options) {
+	*o = Options{
+		ExchangeInvalidates: true, ReuseKillsFamily: true, RevokeEnds: RevokeGrant, RevokeExpiredEndsGrant: true,
+		Scope: ScopeIgnored, Metadata: MetadataNone,
+	}
+}
+
+// Answer is a canned answer. Its zero value is none.
+type Answer struct {
+	Status int
+	Header http.Header
+	Body   string
+}
+
+func canned(status int, contentType, body string) Answer {
+	return Answer{Status: status, Header: http.Header{"Content-Type": {contentType}}, Body: body}
+}
+
+const (
+	typeJSON = "application/json"
+	typeForm = "application/x-www-form-urlencoded"
+	typeHTML = "text/html; charset=utf-8"
+)
+
+// The answers of OAUTH.md, section 3, for Options and Faults. They must not be changed.
+var (
+	InvalidGrant        = canned(400, typeJSON, `{"error":"invalid_grant"}`)
+	InvalidGrant401     = canned(401, typeJSON, `{"error":"invalid_grant"}`)                                           // go-oauth2
+	InvalidGrant403     = canned(403, typeJSON, `{"error":"invalid_grant"}`)                                           // Atlassian
+	BadRefreshToken     = canned(200, typeJSON, `{"error":"bad_refresh_token","error_description":"It has expired."}`) // GitHub
+	BadRefreshTokenForm = canned(200, typeForm, `error=bad_refresh_token&error_description=It+has+expired.`)           // GitHub
+	InvalidRefreshToken = canned(200, typeJSON, `{"ok":false,"error":"invalid_refresh_token"}`)                        // Slack
+	InvalidClient       = Answer{
+		Status: 401,
+		Header: http.Header{"Content-Type": {typeJSON}, "Www-Authenticate": {`Basic realm="oauth2test", error="invalid_client"`}},
+		Body:   `{"error":"invalid_client"}`,
+	}
+	ServerError          = canned(500, typeJSON, `{"error":"server_error"}`) // zitadel, Hydra
+	InvalidScope         = canned(400, typeJSON, `{"error":"invalid_scope"}`)
+	UnauthorizedClient   = canned(400, typeJSON, `{"error":"unauthorized_client"}`)
+	UnsupportedTokenType = canned(400, typeJSON, `{"error":"unsupported_token_type"}`)
+	InvalidToken         = canned(400, typeJSON, `{"error":"invalid_token"}`)                            // Google's revocation
+	Conflict             = Answer{Status: 409}                                                           // Box
+	HTML                 = canned(200, typeHTML, "<!DOCTYPE html><title>Sign in to the network</title>") // a proxy
+	BadGateway           = canned(502, typeHTML, "<html><body><h1>502 Bad Gateway</h1></body></html>")
+)
+
+// TooManyRequests is HTTP 429 with Retry-After, in whole seconds.
+func TooManyRequests(retryAfter time.Duration) Answer {
+	return Answer{Status: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {seconds(retryAfter)}}}
+}
+
+// RateLimitReset is HTTP 429 with X-Rate-Limit-Reset, in epoch seconds (Okta).
+func RateLimitReset(at time.Time) Answer {
+	return Answer{
+		Status: http.StatusTooManyRequests,
+		Header: http.Header{"X-Rate-Limit-Reset": {strconv.FormatInt(at.Add(time.Second-1).Unix(), 10)}},
+	}
+}
+
+// Unavailable is HTTP 503 with Retry-After, in whole seconds (RFC 7009, section 2.2.1).
+func Unavailable(retryAfter time.Duration) Answer {
+	return Answer{Status: http.StatusServiceUnavailable, Header: http.Header{"Retry-After": {seconds(retryAfter)}}}
+}
+
+func seconds(d time.Duration) string { return strconv.Itoa(int((d + time.Second - 1) / time.Second)) }
