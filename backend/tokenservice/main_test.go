@@ -1,9 +1,19 @@
 package tokenservice
 
 import (
+	"os"
 	"testing"
 
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// environmentProxy is the proxy of the tests' environment, which nobody listens at. Go reads the environment once.
+const environmentProxy = "http://127.0.0.1:1"
+
+func TestMain(m *testing.M) {
+	for _, name := range []string{"HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"} {
+		_ = os.Setenv(name, environmentProxy)
+	}
+	_, _ = os.Unsetenv("NO_PROXY"), os.Unsetenv("no_proxy")
+	goleak.VerifyTestMain(m)
+}

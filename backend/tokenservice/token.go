@@ -34,11 +34,12 @@ func CheckToken(token string) error {
 // CheckPasted does what [CheckToken] does for a token that a person has written, and finds what is easily copied along
 // with one.
 func CheckPasted(token string) error {
-	const bearer = "bearer "
+	const quotes, bearer = "\"'`", "bearer "
+	n := len(token)
 	switch {
-	case token != "" && strings.ContainsRune("\"'`", rune(token[0])), token != "" && strings.ContainsRune("\"'`", rune(token[len(token)-1])):
+	case n >= 2 && token[0] == token[n-1] && strings.IndexByte(quotes, token[0]) >= 0:
 		return errors.New("the token stands in quotes; write it without the quotes")
-	case len(token) >= len(bearer) && strings.EqualFold(token[:len(bearer)], bearer):
+	case n >= len(bearer) && strings.EqualFold(token[:len(bearer)], bearer):
 		return errors.New("the token has the word Bearer before it; write it without Bearer")
 	}
 	return CheckToken(token)

@@ -1,0 +1,80 @@
+package tokenservice
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const canary = "canary-token"
+
+func TestCheckToken(t *testing.T) {
+	for _, token := range []string{canary, "opaque, with spaces\tand a tab", strings.Repeat("a", MaxTokenBytes), "~", "\"x\""} {
+		assert.NoError(t, CheckToken(token))
+	}
+	for name, token := range map[string]string{
+		"empty":                   "",
+		"too long":                strings.Repeat("a", MaxTokenBytes+1),
+		"CR":                      canary + "\rx",
+		"LF":                      canary + "\nx",
+		"NUL":                     canary + "\x00x",
+		"DEL":                     canary + "\x7fx",
+		"the first non-ASCII":     canary + "\x80",
+		"not ASCII":               canary + "\u200bx",
+		"not UTF-8":               canary + "\xff",
+		"space that Go trims":     canary + " ",
+		"a line break at the end": canary + "\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, err := range []error{CheckToken(token), CheckPasted(token)} {
+				require.Error(t, err)
+				assert.NotContains(t, err.Error(), canary)
+			}
+		})
+	}
+	assert.EqualError(t, CheckToken(""), "the token is empty")
+	assert.EqualError(t, CheckToken(strings.Repeat("a", MaxTokenBytes+1)), "the token is longer than 16384 bytes")
+}
+
+func TestCheckPasted(t *testing.T) {
+	for token, says := range map[string]string{
+		`"` + canary + `"`:        "write it without the quotes",
+		`'` + canary + `'`:        "write it without the quotes",
+		"`" + canary + "`":        "write it without the quotes",
+		`""`:                      "write it without the quotes",
+		"Bearer " + canary:        "write it without Bearer",
+		"bearer " + canary:        "write it without Bearer",
+		"bearer  " + canary:       "write it without Bearer",
+		`"Bearer ` + canary + `"`: "write it without the quotes",
+	} {
+		err := CheckPasted(token)
+		require.ErrorContains(t, err, says)
+		assert.NotContains(t, err.Error(), canary)
+	}
+	for _, token := range []string{canary, `"`, `"` + canary, canary + `'`, `'` + canary + `"`, "Bearer", "bearer-" + canary, "bearers" + canary, "a" + canary + "a"} {
+		assert.NoError(t, CheckPasted(token), token)
+	}
+}
+
+func TestNothingPrintsASecret(t *testing.T) {
+	for _, v := range []any{
+		Exchange{RefreshToken: canary}, &Exchange{RefreshToken: canary},
+		Result{RefreshToken: canary}, &Result{RefreshToken: canary},
+		AccessToken{Token: canary}, &AccessToken{Token: canary},
+		CodeRedemption{Code: canary}, &CodeRedemption{Code: canary},
+		DeviceStart{DeviceCode: canary}, &DeviceStart{DeviceCode: canary},
+		Call{Request: &http.Request{Header: http.Header{"X": {canary}}}}, &Call{Request: &http.Request{Header: http.Header{"X": {canary}}}},
+		Answer{Body: []byte(canary)}, &Answer{Body: []byte(canary)},
+		ReadObject([]byte(`{"a":"` + canary + `"}`)),
+	} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
+			text := fmt.Sprintf(verb, v)
+			assert.NotContains(t, text, canary)
+			assert.Contains(t, text, "tokenservice.")
+		}
+	}
+}
