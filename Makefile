@@ -15,7 +15,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-plugin build-emulator vault demo dev test lint bench release generate fuzz clean
+.PHONY: help build build-plugin build-emulator vault authserver demo dev test lint bench release generate fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ build-emulator:
 
 vault: ## Build the pinned Vault where it is missing, and print its path
 	@scripts/vault.sh
+
+authserver: ## Build zitadel's authorization server where it is missing, and print its path
+	@scripts/authserver.sh zitadel
 
 demo: ## Walk through Kaizala's four steps on a real Vault, against the emulator
 	@scripts/demo.sh
@@ -56,4 +59,4 @@ fuzz: ## Fuzz each fuzz target for FUZZTIME (30s)
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
 
 clean: ## Remove what was built, but for the two Vaults that take minutes
-	rm -rf $(BIN)/$(PLUGIN) $(BIN)/kaizala-emulator $(BIN)/test dist
+	rm -rf $(BIN)/$(PLUGIN) $(BIN)/kaizala-emulator $(BIN)/authserver-* $(BIN)/test dist
