@@ -3,6 +3,7 @@ package share
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -70,8 +71,12 @@ func (s *Share) Pause(ctx context.Context, until time.Time) error {
 	s.pause(until)
 	s.arrange()
 	s.mu.Unlock()
+	return s.storePause(ctx)
+}
 
-	// One write at a time, so that the longest pause is written last.
+// storePause stores the present pause, unless that has been done. One write runs at a time, so that the longest pause is
+// written last.
+func (s *Share) storePause(ctx context.Context) error {
 	select {
 	case s.pausing <- struct{}{}:
 	case <-ctx.Done():
@@ -89,13 +94,17 @@ func (s *Share) Pause(ctx context.Context, until time.Time) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.stored = longest
+	if !s.removed {
+		s.stored = longest
+	}
 	return nil
 }
 
-// pause permits no call before that time.
-func (s *Share) pause(until time.Time) {
-	s.paused = latest(s.paused, bounded(until, longestPause))
+// pause permits no call before that time, or for a day. It says whether that is less.
+func (s *Share) pause(until time.Time) (cut bool) {
+	end := bounded(until, longestPause)
+	s.paused = latest(s.paused, end)
+	return end.Before(until)
 }
 
 // bounded returns a time that is no further ahead than it could be. It passes as the process's own clock does, whatever
@@ -117,15 +126,13 @@ func (s *Share) put(ctx context.Context, place string, e entry) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, storeWithin)
 	defer cancel()
-	if err := s.storage.Put(ctx, raw); err != nil {
-		return err
-	}
-	if s.isRemoved() {
+	err = s.storage.Put(ctx, raw)
+	if s.isRemoved() { // also where the write has failed: it may have arrived
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		return errors.Join(ErrRemoved, s.storage.Delete(ctx, raw.Key))
 	}
-	return nil
+	return err
 }
 
 func (s *Share) isRemoved() bool {
@@ -179,11 +186,11 @@ func (s *Share) read(ctx context.Context) error {
 		return err
 	}
 	entries := make([]*entry, len(places))
-	readers, ctx := errgroup.WithContext(ctx)
+	readers, reading := errgroup.WithContext(ctx)
 	readers.SetLimit(storageReaders)
 	for i, place := range places {
 		readers.Go(func() error {
-			raw, err := s.storage.Get(ctx, s.prefix+place)
+			raw, err := s.storage.Get(reading, s.prefix+place)
 			if err != nil || raw == nil {
 				return err
 			}
@@ -198,14 +205,18 @@ func (s *Share) read(ctx context.Context) error {
 		return err
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.recall(places, entries)
+	cut := s.recall(places, entries)
 	s.loaded = s.version == version
+	s.mu.Unlock()
+	if cut {
+		// Otherwise each restart would begin the day anew. A node that may not write goes on without.
+		_ = s.storePause(ctx)
+	}
 	return nil
 }
 
-// recall counts what storage holds at each place; nil stands for nothing.
-func (s *Share) recall(at []string, entries []*entry) {
+// recall counts what storage holds at each place; nil stands for nothing. It says whether the pause lay too far ahead.
+func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 	now := time.Now()
 	var calls []*Call
 	for _, c := range s.all.ended {
@@ -220,7 +231,7 @@ func (s *Share) recall(at []string, entries []*entry) {
 			continue
 		}
 		if at[i] == pausePlace {
-			s.pause(e.Until)
+			cut = s.pause(e.Until)
 			continue
 		}
 		place, err := strconv.Atoi(at[i])
@@ -241,7 +252,9 @@ func (s *Share) recall(at []string, entries []*entry) {
 	for _, c := range calls {
 		s.tallies(c, func(t *tally) { t.ended = append(t.ended, c) })
 	}
+	maps.DeleteFunc(s.tenants, func(_ string, t *tally) bool { return t.count() == 0 })
 	s.arrange()
+	return cut
 }
 
 // Remove deletes what storage holds of the connector's calls, for when the connector is deleted. From then on nothing is

@@ -1,0 +1,623 @@
+package share
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const (
+	patience = 5 * time.Second
+	timeout  = 10 * time.Second // of a request
+)
+
+// limited returns a share of that limit.
+func limited(limit int) *Share {
+	s := New(&logical.InmemStorage{}, "default")
+	s.Configure(limit, timeout)
+	return s
+}
+
+// reader is a reader's exchange for a tenant.
+func reader(tenant string) Want { return Want{Tenant: tenant, Wait: patience} }
+
+// take takes a call that must be permitted at once.
+func take(t *testing.T, s *Share, want Want) *Call {
+	t.Helper()
+	want.Wait = 0
+	c, err := s.Take(t.Context(), want)
+	require.NoError(t, err)
+	return c
+}
+
+// spend makes n calls that end at once.
+func spend(t *testing.T, s *Share, n int) {
+	t.Helper()
+	for range n {
+		take(t, s, Want{}).End()
+	}
+}
+
+// refused expects that a call is refused at once, until that time from now.
+func refused(t *testing.T, s *Share, want Want, until time.Duration) {
+	t.Helper()
+	begun := time.Now()
+	_, err := s.Take(t.Context(), want)
+	assert.Equal(t, &LimitError{Until: begun.Add(until)}, err)
+	assert.Equal(t, begun, time.Now(), "at once")
+}
+
+// answer is how a Take ended, and when.
+type answer struct {
+	*Call
+	err   error
+	after time.Duration
+}
+
+// ask has somebody ask for a call, who waits in the queue when ask returns.
+func ask(t *testing.T, s *Share, ctx context.Context, want Want) *answer {
+	t.Helper()
+	a := &answer{}
+	begun := time.Now()
+	go func() {
+		a.Call, a.err = s.Take(ctx, want)
+		a.after = time.Since(begun)
+	}()
+	synctest.Wait()
+	return a
+}
+
+// idle expects that nothing is left of what has happened, once all calls have stopped counting.
+func idle(t *testing.T, s *Share) {
+	t.Helper()
+	time.Sleep(Window)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.prune(time.Now())
+	assert.Empty(t, s.queue)
+	assert.Zero(t, s.all.count())
+	assert.Zero(t, s.housekeeping.count())
+	assert.Empty(t, s.tenants)
+	assert.Empty(t, s.places.taken)
+}
+
+func TestLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(3)
+		c := take(t, s, Want{})
+		time.Sleep(time.Second)
+		spend(t, s, 2)
+		time.Sleep(time.Second)
+		c.End()
+		c.End() // counts once
+		c.Withdraw()
+		time.Sleep(Window - time.Second - 1)
+		refused(t, s, Want{}, 1)
+		time.Sleep(1)
+		spend(t, s, 2)
+		refused(t, s, Want{}, time.Second)
+		time.Sleep(time.Second)
+		spend(t, s, 1)
+		refused(t, s, Want{}, Window-time.Second)
+		idle(t, s)
+	})
+}
+
+func TestCallThatRunsCountsForAWindowAtLeast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(2)
+		c := take(t, s, Want{})
+		time.Sleep(10 * time.Minute)
+		spend(t, s, 1)
+		time.Sleep(time.Second)
+		refused(t, s, Want{}, Window-time.Second)
+		a := ask(t, s, t.Context(), Want{Wait: patience})
+		assert.Equal(t, &LimitError{Until: time.Now().Add(Window - time.Second)}, a.err)
+		time.Sleep(Window - time.Second)
+		spend(t, s, 1)
+		refused(t, s, Want{}, Window)
+		c.End()
+		refused(t, s, Want{}, Window)
+		idle(t, s)
+	})
+}
+
+func TestErrorSaysWhenToComeBack(t *testing.T) {
+	err := &LimitError{Until: time.Date(2026, 11, 27, 3, 4, 5, 6, time.FixedZone("", 3600))}
+	assert.EqualError(t, err, "too many calls; the next is permitted at 2026-11-27T02:04:05Z")
+}
+
+func TestTenantBeginsAFifthOfTheExchanges(t *testing.T) {
+	for limit, fifth := range map[int]int{1: 1, 4: 1, 9: 1, 10: 2, 14: 2, 15: 3} {
+		for _, class := range []Class{Reader, RevocationWait, Background} {
+			synctest.Test(t, func(t *testing.T) {
+				s := limited(limit)
+				greedy := Want{Tenant: "greedy", Class: class}
+				for range fifth {
+					take(t, s, greedy).End()
+				}
+				refused(t, s, greedy, Window)
+				if limit > fifth {
+					take(t, s, Want{Tenant: "modest", Class: class}).End()
+				}
+				time.Sleep(Window)
+				c := take(t, s, greedy)
+				c.Withdraw()
+				c.Withdraw() // gives back one place
+				for range fifth {
+					take(t, s, greedy).End()
+				}
+				refused(t, s, greedy, Window)
+				idle(t, s)
+			})
+		}
+	}
+}
+
+// A tenant behind a redirect is served, however small the share: its hops, and what begins no exchange, do not count
+// against its fifth.
+func TestHopsCountAgainstTheShareAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(4)
+		take(t, s, Want{Tenant: "moved"}).End()
+		take(t, s, Want{Tenant: "moved", Hop: true}).End()
+		refused(t, s, Want{Tenant: "moved"}, Window)
+		take(t, s, Want{}).End()
+		take(t, s, Want{Tenant: "moved", Hop: true}).End()
+		refused(t, s, Want{Tenant: "moved", Hop: true}, Window)
+		time.Sleep(Window)
+
+		take(t, s, Want{Tenant: "moved", Hop: true}).End()
+		take(t, s, Want{Tenant: "moved"}).End() // no hop took its place
+		idle(t, s)
+	})
+}
+
+func TestBackgroundLeavesAFifthToReaders(t *testing.T) {
+	for limit, fifth := range map[int]int{1: 0, 4: 0, 5: 1, 9: 1, 10: 2, 50: 10} {
+		for _, hop := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				s := limited(limit)
+				background := Want{Class: Background, Hop: hop}
+				for range limit - fifth {
+					take(t, s, background).End()
+				}
+				refused(t, s, background, Window)
+				refused(t, s, Want{Class: Housekeeping, Hop: hop}, Window)
+				assert.Equal(t, time.Now().Add(Window), s.FreeAt(background))
+				for i := range fifth {
+					take(t, s, Want{Class: Class(i % 2), Hop: hop}).End() // a revocation waits, too
+				}
+				refused(t, s, Want{Hop: hop}, Window)
+				idle(t, s)
+			})
+		}
+	}
+}
+
+func TestHousekeepingTakesAFifthAtMost(t *testing.T) {
+	for limit, fifth := range map[int]int{1: 1, 4: 1, 9: 1, 10: 2, 50: 10} {
+		synctest.Test(t, func(t *testing.T) {
+			s := limited(limit)
+			housekeeping := Want{Class: Housekeeping}
+			for range fifth {
+				take(t, s, housekeeping).End()
+			}
+			refused(t, s, housekeeping, Window)
+			if limit > 1 {
+				take(t, s, Want{Class: Background}).End()
+			}
+			time.Sleep(Window)
+			take(t, s, housekeeping).Withdraw()
+			for range fifth {
+				take(t, s, housekeeping).End()
+			}
+			refused(t, s, housekeeping, Window)
+			idle(t, s)
+		})
+	}
+}
+
+// Who comes into the queue late goes before all of a higher class.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		for i := range 10 { // a place comes free each 100 ms, from 3 s on
+			spend(t, s, 1)
+			if i < 9 {
+				time.Sleep(100 * time.Millisecond)
+			}
+		}
+		time.Sleep(Window - 3900*time.Millisecond)
+		wants := []Want{
+			{Class: Housekeeping}, {Class: Background}, {Class: Background, Hop: true}, {Class: RevocationWait},
+			{Tenant: "a"}, {Tenant: "b"}, {Hop: true}, {Tenant: "c", Hop: true},
+		}
+		var answers []*answer
+		for _, want := range wants {
+			want.Wait = patience
+			answers = append(answers, ask(t, s, t.Context(), want))
+		}
+		time.Sleep(patience)
+		var order []time.Duration
+		for _, a := range answers {
+			require.NoError(t, a.err)
+			order = append(order, a.after/time.Millisecond)
+		}
+		// Two places stay free for readers in front of each of the last three.
+		assert.Equal(t, []time.Duration{3900, 3800, 3700, 3400, 3200, 3300, 3000, 3100}, order)
+	})
+}
+
+// Of many who wait for few places, those who can be served are, and the others know at once.
+func TestScarcityIsNoLottery(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(5)
+		spend(t, s, 2)
+		time.Sleep(10 * time.Second)
+		spend(t, s, 2)
+		running := take(t, s, Want{})
+		time.Sleep(Window - 14*time.Second) // 4 s before two places come free
+		var answers []*answer
+		for i := range 100 {
+			answers = append(answers, ask(t, s, t.Context(), reader(fmt.Sprint(i))))
+		}
+		begun := time.Now()
+		time.Sleep(4 * time.Second)
+		synctest.Wait()
+		for i, a := range answers {
+			switch {
+			case i < 2:
+				require.NoError(t, a.err)
+				assert.Equal(t, 4*time.Second, a.after)
+			default:
+				until := begun.Add(14 * time.Second)
+				assert.Equal(t, &LimitError{Until: until}, a.err)
+				assert.Zero(t, a.after)
+			}
+		}
+		running.End()
+		answers[0].End()
+		answers[1].End()
+		idle(t, s)
+	})
+}
+
+func TestReadersBehindAllThatIsKnown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(1)
+		spend(t, s, 1)
+		time.Sleep(Window - 2*time.Second)
+		first := ask(t, s, t.Context(), reader("a"))
+		refused(t, s, reader("b"), Window)
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		require.NoError(t, first.err)
+	})
+}
+
+// A place that comes free earlier than thought goes to the first in the queue.
+func TestWithdrawnCallMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(4)
+		spend(t, s, 3)
+		unused := take(t, s, Want{})
+		time.Sleep(Window - 4*time.Second)
+		var answers []*answer
+		for range 2 {
+			answers = append(answers, ask(t, s, t.Context(), Want{Wait: patience}))
+		}
+		time.Sleep(time.Second)
+		unused.Withdraw()
+		unused.End()
+		synctest.Wait()
+		assert.Equal(t, time.Second, answers[0].after)
+		assert.Nil(t, answers[1].Call)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		assert.Equal(t, 4*time.Second, answers[1].after)
+		for _, a := range answers {
+			a.End()
+		}
+		idle(t, s)
+	})
+}
+
+func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(2)
+		spend(t, s, 1)
+		time.Sleep(2 * time.Second)
+		spend(t, s, 1)
+		time.Sleep(Window - 4*time.Second) // places come free in 2 s and in 4 s
+		ctx, cancel := context.WithCancel(t.Context())
+		gone := ask(t, s, ctx, reader("a"))
+		next := ask(t, s, t.Context(), reader("a2"))
+		refused(t, s, reader("b"), Window)
+		time.Sleep(time.Second)
+		cancel()
+		synctest.Wait()
+		assert.Equal(t, context.Canceled, gone.err)
+		assert.Equal(t, time.Second, gone.after)
+		last := ask(t, s, t.Context(), reader("b"))
+		time.Sleep(patience)
+		synctest.Wait()
+		assert.Equal(t, 2*time.Second, next.after, "moved up")
+		require.NoError(t, next.err)
+		assert.Equal(t, 3*time.Second, last.after)
+		require.NoError(t, last.err)
+
+		_, err := s.Take(ctx, Want{})
+		assert.Equal(t, context.Canceled, err)
+		next.End()
+		last.End()
+		idle(t, s)
+	})
+}
+
+// A call that comes at the moment at which its reader gives up is given back.
+func TestCancelledAtItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(1)
+		unused := take(t, s, Want{})
+		unused.End()
+		time.Sleep(Window - time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		a := ask(t, s, ctx, reader("a"))
+		s.Configure(2, timeout) // permits it
+		cancel()
+		synctest.Wait()
+		if a.err == nil { // it was faster
+			a.Withdraw()
+		}
+		spend(t, s, 1)
+
+		s.Configure(1, timeout)
+		ctx, cancel = context.WithCancel(t.Context())
+		cancel()
+		w := &waiter{call: s.permit(Want{Tenant: "b"})}
+		s.leave(w)
+		idle(t, s)
+	})
+}
+
+// A tenant that waits for its own fifth holds up nobody behind it, and takes the place that its own call frees.
+func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(5)
+		spend(t, s, 2)
+		time.Sleep(time.Second)
+		take(t, s, Want{Tenant: "a"}).End()
+		time.Sleep(time.Second)
+		spend(t, s, 1)
+		time.Sleep(Window - 5*time.Second) // one is free; others come free in 3 s (two), 4 s (a's own) and 5 s
+		a := ask(t, s, t.Context(), reader("a"))
+		again := ask(t, s, t.Context(), reader("a"))
+		_, limit := again.err.(*LimitError)
+		assert.True(t, limit, "its own fifth is taken by the one ahead")
+		take(t, s, Want{Tenant: "b"})
+		var others []*answer
+		for i := range 4 {
+			others = append(others, ask(t, s, t.Context(), reader(fmt.Sprint(i))))
+		}
+		time.Sleep(patience)
+		synctest.Wait()
+		assert.Equal(t, 4*time.Second, a.after)
+		require.NoError(t, a.err)
+		for i, after := range []time.Duration{3 * time.Second, 3 * time.Second, 5 * time.Second, 0} {
+			assert.Equal(t, after, others[i].after, i)
+			assert.Equal(t, i == 3, others[i].err != nil, i)
+		}
+	})
+}
+
+func TestTenantWaitsForTheLaterOfShareAndFifth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		take(t, s, Want{Tenant: "a"}).End()
+		time.Sleep(time.Second)
+		spend(t, s, 8)
+		take(t, s, Want{Tenant: "a"}).End()
+		time.Sleep(time.Second)
+		refused(t, s, Want{Tenant: "a"}, Window-2*time.Second)
+		time.Sleep(Window - 4*time.Second) // places come free in 2 s (a's), in 3 s (nine)
+		first := ask(t, s, t.Context(), reader("b"))
+		second := ask(t, s, t.Context(), reader("a"))
+		third := ask(t, s, t.Context(), reader("a"))
+		time.Sleep(patience)
+		synctest.Wait()
+		assert.Equal(t, 2*time.Second, first.after)
+		assert.Equal(t, 3*time.Second, second.after)
+		assert.Equal(t, 3*time.Second, third.after)
+		require.NoError(t, third.err)
+		for _, a := range []*answer{first, second, third} {
+			a.End()
+		}
+		idle(t, s)
+	})
+}
+
+// A call that its tenant's running call keeps waiting takes no place of others.
+func TestTenantBehindItsRunningCall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(2)
+		running := take(t, s, Want{Tenant: "a"})
+		a := ask(t, s, t.Context(), Want{Tenant: "a", Wait: 2 * Window})
+		spend(t, s, 1)
+		time.Sleep(3 * time.Second)
+		running.End()
+		time.Sleep(3 * Window)
+		synctest.Wait()
+		require.NoError(t, a.err)
+		assert.Equal(t, Window+3*time.Second, a.after)
+	})
+}
+
+func TestBackgroundGivesWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		spend(t, s, 7)
+		time.Sleep(time.Second)
+		spend(t, s, 3)
+		time.Sleep(Window - 4*time.Second) // seven come free in 3 s, three in 4 s
+		begun := time.Now()
+		assert.Equal(t, begun.Add(3*time.Second), s.FreeAt(Want{Class: Background}))
+		assert.Equal(t, begun.Add(3*time.Second), s.FreeAt(Want{Class: Housekeeping}))
+		var readers []*answer
+		for i := range 5 {
+			readers = append(readers, ask(t, s, t.Context(), reader(fmt.Sprint(i))))
+		}
+		assert.Equal(t, begun.Add(4*time.Second), s.FreeAt(Want{Class: Background}), "5 of 7 places are a reader's, 2 stay free")
+		polls := []*answer{
+			ask(t, s, t.Context(), Want{Class: Housekeeping, Wait: patience}),
+			ask(t, s, t.Context(), Want{Class: Housekeeping, Wait: patience}),
+		}
+		refused(t, s, Want{Class: Housekeeping, Wait: patience}, Window)
+		assert.Equal(t, begun.Add(3*time.Second), s.FreeAt(Want{}), "readers do not wait for them")
+		background := ask(t, s, t.Context(), Want{Class: Background, Wait: patience})
+		time.Sleep(patience)
+		synctest.Wait()
+		for _, a := range append(readers, background, polls[0], polls[1]) {
+			require.NoError(t, a.err)
+			a.End()
+		}
+		for _, a := range append(readers[:0:0], background, polls[0], polls[1]) {
+			assert.Equal(t, 4*time.Second, a.after)
+		}
+		idle(t, s)
+	})
+}
+
+// Who waits is sent away as soon as others come before him.
+func TestLowerClassesLearnAtOnceThatTheyAreOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(1)
+		spend(t, s, 1)
+		time.Sleep(Window - 4*time.Second)
+		waits := ask(t, s, t.Context(), Want{Class: RevocationWait, Wait: patience})
+		time.Sleep(time.Second)
+		first := ask(t, s, t.Context(), reader("a"))
+		assert.Equal(t, time.Second, waits.after)
+		assert.Equal(t, &LimitError{Until: time.Now().Add(Window)}, waits.err)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		require.NoError(t, first.err)
+	})
+}
+
+func TestFreeAt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(5)
+		now := time.Now()
+		for _, class := range []Class{Reader, RevocationWait, Background, Housekeeping} {
+			assert.Equal(t, now, s.FreeAt(Want{Class: class, Tenant: "a"}))
+		}
+		take(t, s, Want{Tenant: "a"}).End()
+		assert.Equal(t, now.Add(Window), s.FreeAt(Want{Tenant: "a", Class: Background}))
+		assert.Equal(t, now, s.FreeAt(Want{Tenant: "a", Hop: true}))
+		assert.Equal(t, now, s.FreeAt(Want{Tenant: "b", Class: Background}))
+		_ = s.Pause(t.Context(), now.Add(time.Second))
+		assert.Equal(t, now.Add(time.Second), s.FreeAt(Want{Tenant: "b", Class: Background}))
+		assert.Equal(t, now.Add(Window), s.FreeAt(Want{Tenant: "a", Class: Background}))
+		assert.Empty(t, s.queue)
+		time.Sleep(Window)
+		assert.Equal(t, time.Now(), s.FreeAt(Want{Tenant: "a"}))
+		assert.Empty(t, s.tenants)
+	})
+}
+
+func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(4)
+		spend(t, s, 4)
+		time.Sleep(Window - 4*time.Second)
+		var answers []*answer
+		for range 3 {
+			answers = append(answers, ask(t, s, t.Context(), Want{Wait: patience}))
+		}
+		time.Sleep(time.Second)
+		s.Configure(5, timeout)
+		synctest.Wait()
+		assert.Equal(t, time.Second, answers[0].after)
+		require.NoError(t, answers[0].err)
+		s.Configure(2, timeout)
+		synctest.Wait()
+		assert.Nil(t, answers[1].Call)
+		assert.NoError(t, answers[1].err, "it waits for the one place that is left")
+		assert.Equal(t, &LimitError{Until: time.Now().Add(Window)}, answers[2].err)
+		assert.Equal(t, time.Second, answers[2].after)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		require.NoError(t, answers[1].err)
+		assert.Equal(t, 4*time.Second, answers[1].after)
+	})
+}
+
+func TestWaitEndsExactly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(1)
+		spend(t, s, 1)
+		time.Sleep(Window - patience - 1)
+		refused(t, s, reader("a"), patience+1)
+		time.Sleep(1)
+		a := ask(t, s, t.Context(), reader("a"))
+		time.Sleep(patience)
+		synctest.Wait()
+		require.NoError(t, a.err)
+		assert.Equal(t, patience, a.after)
+	})
+}
+
+// Places are few, so that storage holds few entries.
+func TestPlacesAreUsedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(7)
+		places := map[int]bool{}
+		for range 50 {
+			var calls []*Call
+			counting := map[int]bool{}
+			for range 7 {
+				c := take(t, s, Want{})
+				places[c.place], counting[c.place] = true, true
+				calls = append(calls, c)
+			}
+			assert.Len(t, counting, 7)
+			calls[3].Withdraw()
+			for _, c := range calls {
+				c.End()
+			}
+			time.Sleep(Window)
+		}
+		assert.Len(t, places, 7)
+	})
+}
+
+func TestManyAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(100)
+		spend(t, s, 100)
+		time.Sleep(Window - 3*time.Second)
+		var readers sync.WaitGroup
+		for i := range 100 {
+			readers.Go(func() {
+				c, err := s.Take(context.Background(), reader(fmt.Sprint(i)))
+				if assert.NoError(t, err) {
+					c.End()
+				}
+			})
+		}
+		readers.Wait()
+		refused(t, s, reader("late"), Window)
+		idle(t, s)
+	})
+}
