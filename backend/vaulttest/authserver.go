@@ -19,6 +19,8 @@ import (
 
 	"github.com/hashicorp/go-cleanhttp"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
 // AuthServer is an OAuth 2.0 authorization server that others wrote, running on loopback until the test ends. It has one
@@ -114,11 +116,14 @@ func authServerScript(name string) (string, error) {
 
 func startAuthServer(t testing.TB, name, path string, settings []string) *AuthServer {
 	t.Helper()
+	// No connection is kept, so that no goroutine outlives a test.
+	transport := cleanhttp.DefaultTransport()
+	transport.Proxy = nil
 	s := &AuthServer{
 		Name:    name,
 		LogFile: filepath.Join(t.TempDir(), name+".log"),
 		http: &http.Client{
-			Transport:     loopbackTransport(),
+			Transport:     transport,
 			Timeout:       patience,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
@@ -147,13 +152,6 @@ func startAuthServer(t testing.TB, name, path string, settings []string) *AuthSe
 		t.Fatalf("%s did not start:\n%s", name, tail(contents(s.LogFile), 15))
 	}
 	return s
-}
-
-// loopbackTransport keeps no connection, so that no goroutine outlives a test, and uses no proxy.
-func loopbackTransport() *http.Transport {
-	transport := cleanhttp.DefaultTransport()
-	transport.Proxy = nil
-	return transport
 }
 
 // Mint makes a new grant, as if the user had consented, and returns its refresh token.
@@ -242,4 +240,48 @@ func (s *AuthServer) Post(t testing.TB, to string, form url.Values, answer any) 
 		require.NoError(t, json.Unmarshal(body.Bytes(), answer), "%s: %s", to, cmp.Or(resp.Header.Get("Content-Type"), "no Content-Type"))
 	}
 	return resp.StatusCode
+}
+
+// Consent opens an authorization URL in a browser of its own, logs in and allows what is asked for. It returns the address
+// that the browser is sent back to, with code, state and, from oidc-provider, iss, and does not go there.
+func (s *AuthServer) Consent(t testing.TB, authorizationURL string) string {
+	t.Helper()
+	return s.decide(t, authorizationURL, false)
+}
+
+// Deny is Consent by somebody who refuses. The login page of zitadel's example has no way to.
+func (s *AuthServer) Deny(t testing.TB, authorizationURL string) string {
+	t.Helper()
+	return s.decide(t, authorizationURL, true)
+}
+
+func (s *AuthServer) decide(t testing.TB, authorizationURL string, refuses bool) string {
+	t.Helper()
+	u, err := url.Parse(authorizationURL)
+	require.NoError(t, err)
+	person := browser.Person{User: s.User, Password: s.Password, Refuses: refuses, StopAt: u.Query().Get("redirect_uri")}
+	visit, err := person.Open(authorizationURL)
+	require.NoError(t, err)
+	require.NotEmpty(t, visit.StoppedAt, "%s did not send the browser back; it says: %s", s.Name, visit.Last().Text())
+	return visit.StoppedAt
+}
+
+// DeviceApprove types a device's user code, logs in and allows what is asked for.
+func (s *AuthServer) DeviceApprove(t testing.TB, userCode string) {
+	t.Helper()
+	require.Regexp(t, `Sign-in Success|authorization allowed`, s.device(t, userCode, false))
+}
+
+// DeviceDeny is DeviceApprove by somebody who refuses.
+func (s *AuthServer) DeviceDeny(t testing.TB, userCode string) {
+	t.Helper()
+	require.Regexp(t, `request was interrupted|authorization denied`, s.device(t, userCode, true))
+}
+
+func (s *AuthServer) device(t testing.TB, userCode string, refuses bool) string {
+	t.Helper()
+	person := browser.Person{User: s.User, Password: s.Password, Refuses: refuses}
+	visit, err := person.Open(s.VerificationURL + "?" + url.Values{"user_code": {userCode}}.Encode())
+	require.NoError(t, err)
+	return visit.Last().Text()
 }
