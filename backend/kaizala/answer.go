@@ -1,21 +1,15 @@
 package kaizala
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 const (
-	// maxAnswerBytes bounds an answer's body after decompression, in bytes; the documented answer takes about 2 KiB.
-	maxAnswerBytes = 256 << 10
-	// maxRetryAfter bounds how long a Retry-After can silence a connector. The documented limits are per minute.
-	maxRetryAfter = 24 * time.Hour
 	// maxAccessTokenLife bounds an access token's expiry, which is 24 hours ahead (doc): beyond a refresh token's
 	// life a number is likelier to be in another unit.
 	maxAccessTokenLife = 400 * 24 * time.Hour
@@ -23,256 +17,208 @@ const (
 	clockSkew = 24 * time.Hour
 )
 
-// answer is one HTTP answer, as far as it arrived.
-type answer struct {
-	status int
-	header http.Header
-	body   []byte
-	// broken says why the body is not all that was sent; "" when it is.
-	broken string
+// documentedCodes are the errorCodes that published clients knew (client). Any other is the service's own text, which
+// no error may hold.
+var documentedCodes = []string{"InvalidToken", "Unauthenticated", "InvalidParameters"}
+
+// documentedCode returns the documented spelling of a code, or "".
+func documentedCode(code string) string {
+	for _, known := range documentedCodes {
+		if strings.EqualFold(code, known) {
+			return known
+		}
+	}
+	return ""
 }
 
-// fields are the documented fields of an answer, grant or error.
-type fields struct {
-	accessToken, endpointURL, refreshToken, scope string
-	expiry                                        json.Number
-	message, errorCode                            string
-	mistyped                                      string // the first field whose type is not the documented one
-	whole                                         bool   // one JSON object, and nothing after it
+// operation is what was asked of the service, for what its refusals mean.
+type operation int
+
+const (
+	exchanging operation = iota
+	sendingPIN
+	redeemingPIN
+)
+
+// interpret says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The
+// result lacks Endpoint and Sent.
+func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
+	o := tokenservice.ReadObject(a.Body)
+	r := withRefreshToken(newRefreshToken(a, o, sent))
+	if f := failure(exchanging, a, o, now); f != nil {
+		r.Err = f
+		return r
+	}
+	t, why := accessTokenOf(o, now)
+	if why != "" {
+		r.Err = unavailable(a, senseless(why))
+		return r
+	}
+	r.AccessToken = t
+	return r
 }
 
-// undocumented stands for an errorCode that is there and is no string.
-const undocumented = "(undocumented)"
-
-// decode reads the top-level object token by token, so that a refresh token is found although what comes after it is
-// cut off. As with encoding/json, the last of two equal keys wins, null and a wrong type overwrite nothing, and a
-// key's case does not matter.
-func decode(body []byte) (f fields) {
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return f
+// newRefreshToken returns the new refresh token in an answer, or "". An answer that is broken off may hold one, but only a
+// success can: what an error page shows in such a field must not replace a good one.
+func newRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string) (token string) {
+	if a.Status/100 != 2 {
+		return ""
 	}
-	for dec.More() {
-		key, err := dec.Token()
-		if err != nil {
-			return f
+	for _, t := range o.Texts("refreshToken") {
+		if t != sent && tokenservice.CheckToken(t) == nil {
+			token = t
 		}
-		value, err := dec.Token()
-		if err != nil {
-			return f
-		}
-		if _, nested := value.(json.Delim); nested && !skip(dec) {
-			return f
-		}
-		name, _ := key.(string)
-		f.set(name, value)
 	}
-	if _, err := dec.Token(); err != nil {
-		return f
-	}
-	_, err := dec.Token()
-	f.whole = err == io.EOF
-	return f
+	return token
 }
 
-// skip reads on to the end of the object or list that has just begun.
-func skip(dec *json.Decoder) bool {
-	for depth := 1; depth > 0; {
-		t, err := dec.Token()
-		if err != nil {
-			return false
-		}
-		switch t {
-		case json.Delim('{'), json.Delim('['):
-			depth++
-		case json.Delim('}'), json.Delim(']'):
-			depth--
-		}
+// withRefreshToken is a result that holds a new refresh token alone, if there is one.
+func withRefreshToken(token string) (r tokenservice.Result) {
+	if token != "" {
+		facts := Inspect(token).facts()
+		r.RefreshToken, r.Facts = token, &facts
 	}
-	return true
+	return r
 }
 
-func (f *fields) set(name string, value json.Token) {
-	if value == nil {
-		return
-	}
-	text, isText := value.(string)
-	var into *string
-	switch {
-	case strings.EqualFold(name, "accessToken"):
-		name, into = "accessToken", &f.accessToken
-	case strings.EqualFold(name, "endpointUrl"):
-		name, into = "endpointUrl", &f.endpointURL
-	case strings.EqualFold(name, "refreshToken"):
-		name, into = "refreshToken", &f.refreshToken
-	case strings.EqualFold(name, "scope"):
-		name, into = "scope", &f.scope
-	case strings.EqualFold(name, "accessTokenExpiry"):
-		if number, ok := value.(json.Number); ok {
-			f.expiry = number
-			return
+// failure says what is wrong with an answer as a whole; nil for a success, whatever it holds.
+func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now time.Time) *tokenservice.Failure {
+	retry := tokenservice.RetryAfter(a.Header, now)
+	if a.Status == http.StatusTooManyRequests {
+		again := "later"
+		if retry > 0 {
+			again = fmt.Sprintf("in %v", retry.Round(time.Second))
 		}
-		name, isText = "accessTokenExpiry", false
-	case strings.EqualFold(name, "message"):
-		if isText {
-			f.message = text
+		return &tokenservice.Failure{
+			Kind: tokenservice.Limited, Status: a.Status, RetryAfter: retry,
+			Text: "Kaizala's limit of calls is used up. Try again " + again + ".",
 		}
-		return
-	case strings.EqualFold(name, "errorCode"):
-		switch {
-		case isText:
-			f.errorCode = strings.TrimSpace(text)
-		case value != false && value != json.Number("0"):
-			f.errorCode = undocumented
-		}
-		return
-	default:
-		return
 	}
-	if isText {
-		*into = text
-	} else if f.mistyped == "" {
-		f.mistyped = name
-	}
-}
-
-// interpret says what an answer means. sent is the refresh token that the exchange was made with. Beside an error there
-// is a grant only where the answer holds a new refresh token, and then it holds nothing else.
-func interpret(a answer, sent string, now time.Time) (*Grant, *Error) {
-	if a.status == http.StatusTooManyRequests {
-		e := &Error{Kind: Limited, Status: a.status, RetryAfter: retryAfter(a.header, now)}
-		e.Text = "Kaizala's limit of calls is used up. Try again later."
-		if e.RetryAfter > 0 {
-			e.Text = fmt.Sprintf("Kaizala's limit of calls is used up. Try again in %v.", e.RetryAfter.Round(time.Second))
-		}
-		return nil, e
-	}
-	f := decode(a.body)
-	success := a.status/100 == 2
-
-	// Only a success can hold a new refresh token: an error page that shows one in some field must not replace a good one.
-	var rescued *Grant
-	newToken := strings.TrimSpace(f.refreshToken)
-	if newToken == sent || !success {
-		newToken = ""
-	}
-	badToken := newToken != "" && CheckToken(newToken) != nil
-	if newToken != "" && !badToken {
-		rescued = &Grant{RefreshToken: newToken}
-	}
-
 	// A refusal has consequences, so half of one is not believed.
-	if f.whole && a.broken == "" {
-		if e := refusal(a.status, f); e != nil {
-			if a.status >= 500 {
-				e.RetryAfter = retryAfter(a.header, now)
-			}
-			return rescued, e
+	if o.Whole && a.Broken == "" {
+		if f := refusal(op, a.Status, o); f != nil {
+			f.RetryAfter = retry
+			return f
 		}
 	}
-	unavailable := func(text string) (*Grant, *Error) {
-		return rescued, &Error{Kind: Unavailable, Status: a.status, Text: text}
-	}
 	switch {
-	case a.status >= 500:
-		return nil, failing(a.status, "", retryAfter(a.header, now))
-	case a.broken != "":
-		return unavailable(a.broken)
-	case !success:
-		return unavailable(fmt.Sprintf("Kaizala's token service did not make sense: it answered with HTTP status %d and no errorCode. "+
-			"If that goes on, the operator has to check api_root, and any proxy on the way.", a.status))
-	case !f.whole:
-		return unavailable(senseless("it is not one JSON object"))
-	case f.mistyped != "":
-		return unavailable(senseless(f.mistyped + " has the wrong type"))
-	case badToken:
-		return unavailable(senseless("its refreshToken cannot be sent in a header"))
-	case CheckToken(f.accessToken) != nil:
-		return unavailable(senseless("its accessToken is missing, or cannot be sent in a header"))
+	case a.Status >= 500:
+		f := failing(a.Status, "")
+		f.RetryAfter, f.Lost = retry, a.Lost
+		return f
+	case a.Broken != "":
+		return unavailable(a, a.Broken)
+	case a.Status/100 != 2:
+		f := unavailable(a, fmt.Sprintf("Kaizala's token service did not make sense: it answered with HTTP status %d and no errorCode. "+
+			"If that goes on, the operator has to check api_root, and any proxy on the way.", a.Status))
+		f.RetryAfter = retry
+		return f
+	case !o.Whole && op != sendingPIN:
+		f := unavailable(a, senseless("it is not one JSON object"))
+		f.Lost = true
+		return f
 	}
-	if _, _, problem := parseTarget(f.endpointURL); problem != "" {
-		return unavailable(senseless("its endpointUrl is missing, or no https URL"))
-	}
-	millis, err := strconv.ParseInt(f.expiry.String(), 10, 64)
-	if err != nil {
-		return unavailable(senseless("its accessTokenExpiry is missing, or no whole number of milliseconds"))
-	}
-	expires := time.UnixMilli(millis).UTC()
-	switch {
-	case expires.Before(now.Add(-clockSkew)):
-		return unavailable(senseless("its accessToken has long expired"))
-	case !expires.After(now):
-		return unavailable(senseless("its accessToken has expired already. Perhaps this machine's clock and Kaizala's differ: the operator has to check it"))
-	case expires.After(now.Add(maxAccessTokenLife)):
-		expires = now.Add(maxAccessTokenLife).UTC()
-	}
-	return &Grant{
-		AccessToken:  f.accessToken,
-		EndpointURL:  f.endpointURL,
-		Expires:      expires,
-		RefreshToken: newToken,
-		Scope:        f.scope,
-	}, nil
+	return nil
+}
+
+func unavailable(a tokenservice.Answer, text string) *tokenservice.Failure {
+	return &tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, Lost: a.Lost, Text: text}
 }
 
 func senseless(why string) string {
 	return "Kaizala's answer did not make sense: " + why + "."
 }
 
-// refusal reads an error body (client), or returns nil.
-func refusal(status int, f fields) *Error {
-	e := &Error{Status: status, Code: documentedCode(f.errorCode)}
-	named := e.Code
+// accessTokenOf reads the access token, or says what is wrong with it. An endpointUrl or a scope that is too long is left
+// out; what apps cannot do without must be there.
+func accessTokenOf(o tokenservice.Object, now time.Time) (t *tokenservice.AccessToken, why string) {
+	t = &tokenservice.AccessToken{Token: o.Text("accessToken"), EndpointURL: o.Text("endpointUrl")}
+	if tokenservice.CheckToken(t.Token) != nil {
+		return nil, "its accessToken is missing, or cannot be sent in a header"
+	}
+	if len(t.EndpointURL) > tokenservice.MaxURLBytes {
+		t.EndpointURL = ""
+	} else if _, _, problem := tokenservice.ParseTarget(t.EndpointURL); problem != "" {
+		return nil, "its endpointUrl is missing, or no https URL"
+	}
+	if scope := strings.Join(o.List("scope"), ","); len(scope) <= tokenservice.MaxScopeBytes {
+		t.Scope = scope
+	}
+	millis, ok := o.Millis("accessTokenExpiry", time.Millisecond)
+	if !ok {
+		return nil, "its accessTokenExpiry is missing, or no number of milliseconds"
+	}
+	t.Expires = time.UnixMilli(millis).UTC()
+	switch {
+	case t.Expires.Before(now.Add(-clockSkew)):
+		return nil, "its accessToken has long expired"
+	case !t.Expires.After(now):
+		return nil, "its accessToken has expired already. Perhaps this machine's clock and Kaizala's differ: the operator has to check it"
+	case t.Expires.After(now.Add(maxAccessTokenLife)):
+		t.Expires = now.Add(maxAccessTokenLife).UTC().Truncate(time.Millisecond)
+	}
+	return t, ""
+}
+
+// errorCode returns the code of an error body (client), "" where there is none, and something else that is no documented
+// code where it is no string.
+func errorCode(o tokenservice.Object) string {
+	code := o.Text("errorCode")
+	if v := o.Value("errorCode"); code == "" && len(v) > 0 && v[0] != '"' {
+		code = string(v)
+	}
+	if code == "0" || code == "false" {
+		return ""
+	}
+	return code
+}
+
+// refusal reads an error body (client), or returns nil. What a refused PIN looks like is not documented (guess): any
+// errorCode that does not blame the connector.
+func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Failure {
+	code := errorCode(o)
+	f := &tokenservice.Failure{Status: status, Code: documentedCode(code)}
+	named := f.Code
 	if named == "" {
 		named = "an unknown errorCode"
 	}
-	message := strings.ToLower(f.message)
+	message := strings.ToLower(o.Text("message"))
 	blamesConnector := strings.Contains(message, "applicationid") && strings.Contains(message, "secret")
+	asked := status/100 == 2 || status/100 == 4
 	switch {
-	case blamesConnector && (f.errorCode != "" || status/100 == 4):
-		e.Kind = RefusedConnector
-		e.Text = "Kaizala refuses the connector. Its owner has to check connector_id and connector_secret, and write them anew."
-	case f.errorCode == "":
+	case blamesConnector && (code != "" || status/100 == 4):
+		f.Kind = tokenservice.RefusedConnector
+		f.Text = "Kaizala refuses the connector. Its owner has to check connector_id and connector_secret, and write them anew."
+	case code == "":
 		return nil
-	case e.Code == "InvalidToken":
-		e.Kind = RefusedRefreshToken
-		e.Text = "Kaizala refuses the refresh token (InvalidToken). The tenant user has to generate a new one on Kaizala's portal, and write it."
-	case status/100 == 2 || status/100 == 4:
-		e.Kind = Refused
-		e.Text = "Kaizala refuses the exchange (" + named + ") and blames neither the refresh token nor the connector. " +
+	case op == redeemingPIN && asked:
+		f.Kind = tokenservice.RefusedRefreshToken
+		f.Text = "Kaizala refuses the PIN (" + named + "): it is wrong, has expired or was used already. The tenant user has to ask for a new PIN."
+	case op == sendingPIN && asked:
+		f.Kind = tokenservice.Refused
+		f.Text = "Kaizala refuses to send a PIN (" + named + "). The tenant user has to check the phone number: " +
+			"it must be the one that Kaizala knows the user by, country code included."
+	case op == exchanging && f.Code == "InvalidToken":
+		f.Kind = tokenservice.RefusedRefreshToken
+		f.Text = "Kaizala refuses the refresh token (InvalidToken). The tenant user has to generate a new one on Kaizala's portal, and write it."
+	case asked:
+		f.Kind = tokenservice.Refused
+		f.Text = "Kaizala refuses the exchange (" + named + ") and blames neither the refresh token nor the connector. " +
 			"The connector owner has to check the connector on Kaizala's portal."
 	default:
-		return failing(status, named, 0)
+		return failing(status, named)
 	}
-	return e
+	return f
 }
 
 // failing is a service that fails by its own account.
-func failing(status int, named string, retry time.Duration) *Error {
+func failing(status int, named string) *tokenservice.Failure {
 	with := fmt.Sprintf("HTTP status %d", status)
 	if named != "" {
 		with += ", " + named
 	}
-	return &Error{
-		Kind: Unavailable, Status: status, Code: documentedCode(named), RetryAfter: retry,
+	return &tokenservice.Failure{
+		Kind: tokenservice.Unavailable, Status: status, Code: documentedCode(named),
 		Text: "Kaizala's token service is failing (" + with + "). Try again later.",
 	}
-}
-
-// retryAfter reads the header of that name, seconds (doc) or a date (RFC 9110), as a duration from now; 0 for anything
-// else.
-func retryAfter(h http.Header, now time.Time) time.Duration {
-	value := strings.TrimSpace(h.Get("Retry-After"))
-	if value != "" && strings.Trim(value, "0123456789") == "" {
-		seconds, err := strconv.ParseInt(value, 10, 64)
-		if err != nil || seconds > int64(maxRetryAfter/time.Second) {
-			return maxRetryAfter
-		}
-		return time.Duration(seconds) * time.Second
-	}
-	if at, err := http.ParseTime(value); err == nil {
-		return min(max(at.Sub(now), 0), maxRetryAfter)
-	}
-	return 0
 }

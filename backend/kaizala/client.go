@@ -2,20 +2,14 @@ package kaizala
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
-	"syscall"
 	"time"
 
-	"github.com/hashicorp/go-cleanhttp"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // DefaultAPIRoot is where the service was (doc). Some clients used https://kms.kaiza.la (client).
@@ -31,8 +25,6 @@ var DefaultRedirectHosts = []string{"kaiza.la", "osi.office.net"}
 const (
 	// maxHops bounds the redirects of one exchange; each is a call that counts (doc).
 	maxHops = 5
-	// maxHeaderBytes bounds an answer's header.
-	maxHeaderBytes = 64 << 10
 	// maxFieldBytes bounds the connector's ID and secret, of 36 and 10 bytes (client).
 	maxFieldBytes = 256
 )
@@ -65,8 +57,8 @@ func (Config) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "kaizala.Co
 // Client makes exchanges for one connector. It is safe for concurrent use, and remembers nothing between exchanges.
 type Client struct {
 	connectorID, connectorSecret string
-	root                         *url.URL // the exchange's, at the api root
-	rootHost                     host
+	root                         *url.URL
+	rootHost                     tokenservice.Host
 	redirectHosts                []string
 	timeout                      time.Duration
 	transport                    http.RoundTripper
@@ -76,7 +68,7 @@ type Client struct {
 // Format prints no secret, whatever the verb.
 func (*Client) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "kaizala.Client{…}") }
 
-// New returns a client, or a [*FieldError] that names the field at fault. It makes no call.
+// New returns a client, or a [*tokenservice.FieldError] that names the field at fault. It makes no call.
 func New(c Config) (*Client, error) {
 	for _, field := range []struct{ name, value string }{
 		{"connector_id", c.ConnectorID},
@@ -84,20 +76,20 @@ func New(c Config) (*Client, error) {
 	} {
 		switch {
 		case field.value == "":
-			return nil, &FieldError{field.name, "must not be empty; Kaizala's portal shows it with the connector"}
+			return nil, fieldError(field.name, "must not be empty; Kaizala's portal shows it with the connector")
 		case len(field.value) > maxFieldBytes:
-			return nil, &FieldError{field.name, fmt.Sprintf("must not be longer than %d bytes", maxFieldBytes)}
-		case !sendable(field.value):
-			return nil, &FieldError{field.name, "must be plain ASCII in one line, with no space around it"}
+			return nil, fieldError(field.name, fmt.Sprintf("must not be longer than %d bytes", maxFieldBytes))
+		case !tokenservice.Sendable(field.value):
+			return nil, fieldError(field.name, "must be plain ASCII in one line, with no space around it")
 		}
 	}
 	root, rootHost, problem := parseRoot(c.APIRoot)
 	if problem != "" {
-		return nil, &FieldError{"api_root", problem}
+		return nil, fieldError("api_root", problem)
 	}
-	roots, problem := parseCA(c.CACert)
+	roots, problem := tokenservice.ParseCA(c.CACert)
 	if problem != "" {
-		return nil, &FieldError{"ca_cert", problem}
+		return nil, fieldError("ca_cert", problem)
 	}
 	client := &Client{
 		connectorID:     c.ConnectorID,
@@ -110,7 +102,7 @@ func New(c Config) (*Client, error) {
 	for _, raw := range c.RedirectHosts {
 		domain, problem := parseDomain(raw)
 		if problem != "" {
-			return nil, &FieldError{"redirect_hosts", problem}
+			return nil, fieldError("redirect_hosts", problem)
 		}
 		client.redirectHosts = append(client.redirectHosts, domain)
 	}
@@ -118,49 +110,13 @@ func New(c Config) (*Client, error) {
 		client.timeout = DefaultRequestTimeout
 	}
 	if client.transport == nil {
-		client.own = newTransport(roots)
+		client.own = tokenservice.NewTransport(roots)
 		client.transport = client.own
 	}
 	return client, nil
 }
 
-// newTransport returns a transport that makes one request of one, whatever happens: with connections kept open, HTTP/1
-// repeats a GET whose connection broke, and HTTP/2 one whose stream was refused.
-func newTransport(roots *x509.CertPool) *http.Transport {
-	t := cleanhttp.DefaultTransport()
-	t.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
-	t.MaxResponseHeaderBytes = maxHeaderBytes
-	t.ForceAttemptHTTP2 = false
-	t.Protocols = new(http.Protocols)
-	t.Protocols.SetHTTP1(true)
-	return t
-}
-
-// parseCA returns the certificates of a PEM text, nil for "". All of it must be good: a certificate that is left out
-// in silence is found much later.
-func parseCA(text string) (*x509.CertPool, string) {
-	if text == "" {
-		return nil, ""
-	}
-	const right = "must hold certificates in PEM, and nothing else"
-	pool, rest, blocks := x509.NewCertPool(), []byte(text), 0
-	for {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if block.Type != "CERTIFICATE" || err != nil {
-			return nil, right
-		}
-		pool.AddCert(cert)
-		blocks++
-	}
-	if blocks == 0 || blocks != strings.Count(text, "-----BEGIN") {
-		return nil, right
-	}
-	return pool, ""
-}
+func fieldError(field, text string) error { return &tokenservice.FieldError{Field: field, Text: text} }
 
 // Close closes idle connections. Exchanges in flight go on.
 func (c *Client) Close() {
@@ -169,156 +125,107 @@ func (c *Client) Close() {
 	}
 }
 
-// Request is one exchange.
-type Request struct {
-	// RefreshToken is sent as it is; see [CheckToken].
-	RefreshToken string
-	// URL is what Moved was last called with for this user; "" means the api root. A URL that is no permitted target any
-	// more is ignored, and the exchange starts at the api root.
-	URL string
-	// Permit is asked before every HTTP request, hops included. done, if any, is called once that request has been answered,
-	// body and all, or has failed. An error ends the exchange and is returned as it is. nil permits everything.
-	Permit func(context.Context) (done func(), err error)
-	// Moved is told where this user's endpoint is, before the client goes there: when a 308 (doc) names a permitted host, and
-	// so do all redirects before it. A 307 is followed and not remembered. Moved is called with "" when an exchange that
-	// touched a remembered URL ends in Unavailable or in 404, 405 or 410, so that the next one starts at the api root. It is
-	// called on Exchange's own goroutine. nil means that nobody remembers.
-	Moved func(url string)
+// About returns what the engine has to know about Kaizala: there is no call that revokes a token (doc), and no grace period
+// for a lost answer is known.
+func (c *Client) About() tokenservice.About {
+	return tokenservice.About{Name: "Kaizala", NewRefreshToken: "generate a new one on Kaizala's portal", Revocation: tokenservice.RevokeNothing}
 }
 
-// Format prints no secret, whatever the verb.
-func (Request) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "kaizala.Request{…}") }
-
-// Grant is what an exchange brought.
-type Grant struct {
-	// AccessToken is sent by apps as the header accessToken (doc).
-	AccessToken string
-	// EndpointURL is the base URL of the apps' calls, as sent; it may end in / (doc).
-	EndpointURL string
-	// Expires is when the access token dies, in UTC and by the service's clock, to the millisecond (doc); never more than 400
-	// days ahead.
-	Expires time.Time
-	// RefreshToken is the new refresh token, which must be used from now on (doc); "" where the service sent none or the
-	// one that it was sent.
-	RefreshToken string
-	// Scope is what the access token may do, comma-separated, as sent (doc).
-	Scope string
-}
-
-// Format prints no secret, whatever the verb.
-func (Grant) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "kaizala.Grant{…}") }
-
-// Exchange exchanges a refresh token for an access token. It returns a Grant, or an [*Error], or Permit's error, or
-// an error that wraps ctx's. With an error the Grant is nil, unless the answer held a new refresh token: then
-// Grant.RefreshToken alone is set, and must not be lost. Exchange does not retry.
-func (c *Client) Exchange(ctx context.Context, r Request) (*Grant, error) {
-	if err := CheckToken(r.RefreshToken); err != nil {
-		return nil, &Error{Kind: Refused, Text: "The exchange was not made: " + err.Error() + ". The tenant user has to write a good one."}
+// KeepAlive returns 30 days for a refresh token whose end is unknown, and 0 for any other: those are exchanged in time.
+func (c *Client) KeepAlive(f tokenservice.Facts) time.Duration {
+	if f.Expires.IsZero() {
+		return keepAlive
 	}
-	x := exchange{Client: c, Request: r, at: c.root, left: c.timeout, unbroken: true}
-	if u, _, problem := parseTarget(r.URL); problem == "" {
-		if u = withCallPath(u); x.permitted(c.root, u) == "" {
-			x.at, x.remembered = u, true
+	return 0
+}
+
+// Exchange exchanges a refresh token for an access token. It follows redirects to permitted hosts; each hop asks Permit.
+//
+// The result's Endpoint is the URL to which a 308 (doc) led, if all redirects before it were 308s too; otherwise the one
+// that the exchange was given, if it may still go there. A 307 is followed and not remembered. An exchange that touched a
+// remembered URL and ends in Unavailable or in 404, 405 or 410 returns "", so that the next one starts at the api root.
+func (c *Client) Exchange(ctx context.Context, e tokenservice.Exchange) tokenservice.Result {
+	if err := tokenservice.CheckToken(e.RefreshToken); err != nil {
+		return tokenservice.Result{Endpoint: e.Endpoint, Err: &tokenservice.Failure{
+			Kind: tokenservice.Refused,
+			Text: "The exchange was not made: " + err.Error() + ". The tenant user has to write a good one.",
+		}}
+	}
+	x := exchange{Client: c, Exchange: e, at: c.root.JoinPath(exchangePath), left: c.timeout, unbroken: true}
+	x.Endpoint = ""
+	if u, _, problem := tokenservice.ParseTarget(e.Endpoint); problem == "" {
+		if u = withExchangePath(u); x.permitted(c.root, u) == "" {
+			x.at, x.Endpoint = u, e.Endpoint
 		}
 	}
-	grant, err := x.run(ctx)
-	var e *Error
-	if x.remembered && errors.As(err, &e) && stale(e) && r.Moved != nil {
-		r.Moved("")
+	r := x.run(ctx)
+	r.Sent, r.Endpoint = x.sent, x.Endpoint
+	if f, ok := r.Err.(*tokenservice.Failure); ok && stale(f) {
+		r.Endpoint = ""
 	}
-	return grant, err
+	return r
 }
 
-// stale says whether an error may be the fault of the URL. A URL that is given up without need costs one hop.
-func stale(e *Error) bool {
-	return e.Kind == Unavailable || e.Status == http.StatusNotFound || e.Status == http.StatusMethodNotAllowed || e.Status == http.StatusGone
+// stale says whether a failure may be the fault of the URL. A URL that is given up without need costs one hop.
+func stale(f *tokenservice.Failure) bool {
+	return f.Kind == tokenservice.Unavailable || f.Status == http.StatusNotFound || f.Status == http.StatusMethodNotAllowed || f.Status == http.StatusGone
 }
 
-// exchange is the state of one exchange from hop to hop.
+// exchange is the state of one exchange from hop to hop. Its Endpoint is the URL to remember.
 type exchange struct {
 	*Client
-	Request
-	at         *url.URL
-	left       time.Duration // of request_timeout
-	unbroken   bool          // all redirects so far were permanent
-	remembered bool          // the exchange started at a remembered URL, or has reported one
+	tokenservice.Exchange
+	at       *url.URL
+	left     time.Duration // of request_timeout
+	sent     time.Time     // when the last request began
+	unbroken bool          // all redirects so far were permanent
 }
 
-func (x *exchange) run(ctx context.Context) (*Grant, error) {
+func (x *exchange) run(ctx context.Context) tokenservice.Result {
 	for hops := 0; ; hops++ {
 		a, err := x.call(ctx)
 		if err != nil {
-			grant, _ := interpret(a, x.RefreshToken, time.Now())
-			return onlyRefreshToken(grant), err
+			r := withRefreshToken(newRefreshToken(a, tokenservice.ReadObject(a.Body), x.RefreshToken))
+			r.Err = err
+			return r
 		}
-		if a.status != http.StatusPermanentRedirect && a.status != http.StatusTemporaryRedirect {
-			grant, e := interpret(a, x.RefreshToken, time.Now())
-			if e != nil {
-				return grant, e
-			}
-			return grant, nil
+		if a.Status != http.StatusPermanentRedirect && a.Status != http.StatusTemporaryRedirect {
+			return interpret(a, x.RefreshToken, time.Now())
 		}
 		if hops == maxHops {
-			return nil, x.unavailable(a.status, fmt.Sprintf("Kaizala's token service redirected the exchange more than %d times. Try again later.", maxHops))
+			text := fmt.Sprintf("Kaizala's token service redirected the exchange more than %d times. Try again later.", maxHops)
+			return tokenservice.Result{Err: unavailable(a, text)}
 		}
-		if err := x.hop(a); err != nil {
-			return nil, err
+		if f := x.hop(a); f != nil {
+			return tokenservice.Result{Err: f}
 		}
 	}
-}
-
-func onlyRefreshToken(g *Grant) *Grant {
-	if g == nil || g.RefreshToken == "" {
-		return nil
-	}
-	return &Grant{RefreshToken: g.RefreshToken}
-}
-
-func (x *exchange) unavailable(status int, text string) *Error {
-	return &Error{Kind: Unavailable, Status: status, Text: text}
 }
 
 // hop moves on to where a redirect leads, if the secrets may go there.
-func (x *exchange) hop(a answer) error {
-	location := a.header.Get("Location")
+func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
+	location := a.Header.Get("Location")
 	next, err := x.at.Parse(location)
-	if location == "" || len(location) > maxURLBytes || err != nil {
-		return x.unavailable(a.status, senseless("it is a redirect without a usable Location"))
+	if err == nil {
+		next = withExchangePath(next)
 	}
-	next = withCallPath(next)
+	if location == "" || err != nil || len(next.String()) > tokenservice.MaxURLBytes {
+		return unavailable(a, senseless("it is a redirect without a usable Location"))
+	}
 	if why := x.permitted(x.at, next); why != "" {
-		return x.unavailable(a.status, "Kaizala's token service redirected the exchange to where nothing may be sent. "+why)
+		return unavailable(a, "Kaizala's token service redirected the exchange to where nothing may be sent. "+why)
 	}
 	x.at = next
-	x.unbroken = x.unbroken && a.status == http.StatusPermanentRedirect
-	if x.unbroken && x.Moved != nil {
-		x.Moved(next.String())
-		x.remembered = true
+	x.unbroken = x.unbroken && a.Status == http.StatusPermanentRedirect
+	if x.unbroken {
+		x.Endpoint = next.String()
 	}
 	return nil
 }
 
-// call makes one HTTP request. With an error that is ctx's, the answer holds what had arrived.
-func (x *exchange) call(ctx context.Context) (a answer, err error) {
-	if ctx.Err() != nil {
-		return a, givenUp(ctx)
-	}
-	if x.Permit != nil {
-		done, err := x.Permit(ctx)
-		if err != nil {
-			return a, err
-		}
-		if done != nil {
-			defer done()
-		}
-	}
-	start := time.Now()
-	attempt, cancel := context.WithTimeout(ctx, x.left)
-	defer cancel()
-	defer func() { x.left -= time.Since(start) }()
-
-	// The transport is used without http.Client, which would follow redirects, headers and all.
-	req := (&http.Request{
+// call makes one HTTP request.
+func (x *exchange) call(ctx context.Context) (tokenservice.Answer, error) {
+	a, err := x.do(ctx, x.Permit, x.left, x.nameHost(strings.ToLower(x.at.Hostname())), &http.Request{
 		Method: http.MethodGet,
 		URL:    x.at,
 		Host:   x.at.Host,
@@ -328,67 +235,23 @@ func (x *exchange) call(ctx context.Context) (a answer, err error) {
 			"Refreshtoken":      {x.RefreshToken},
 		},
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	}).WithContext(attempt)
-	resp, err := x.transport.RoundTrip(req)
-	if err != nil {
-		if ctx.Err() != nil {
-			return a, givenUp(ctx)
-		}
-		return a, x.unavailable(0, x.networkText(attempt, err))
+	})
+	if !a.Sent.IsZero() {
+		x.sent = a.Sent
+		x.left -= time.Since(a.Sent)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	a.status, a.header = resp.StatusCode, resp.Header
-	if a.status == http.StatusPermanentRedirect || a.status == http.StatusTemporaryRedirect {
-		return a, nil
-	}
-	a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes+1))
-	switch {
-	case err != nil && ctx.Err() != nil:
-		return a, givenUp(ctx)
-	case err != nil:
-		a.broken = x.networkText(attempt, err)
-	case len(a.body) > maxAnswerBytes:
-		a.broken = senseless(fmt.Sprintf("it is longer than %d KiB", maxAnswerBytes>>10))
-	}
-	return a, nil
+	return a, err
 }
 
-func givenUp(ctx context.Context) error {
-	return fmt.Errorf("the exchange was given up: %w", ctx.Err())
-}
-
-// networkText says which kind of failure it was, in words of its own: net/http's errors quote URLs, and what a server
-// sent in place of HTTP.
-func (x *exchange) networkText(attempt context.Context, err error) string {
-	service := "Kaizala's token service at " + x.nameHost(strings.ToLower(x.at.Hostname()))
-	var (
-		certErr *tls.CertificateVerificationError
-		nameErr x509.HostnameError
-		tlsErr  tls.RecordHeaderError
-		alert   tls.AlertError
-		dnsErr  *net.DNSError
-		opErr   *net.OpError
-		netErr  net.Error
-	)
-	switch {
-	case attempt.Err() != nil:
-		return fmt.Sprintf("%s timed out after request_timeout (%v). Try again later.", service, x.timeout)
-	case errors.As(err, &nameErr):
-		return service + " has a certificate for another name. The operator has to check api_root."
-	case errors.As(err, &certErr):
-		return service + " has a certificate that is not trusted. The operator has to set ca_cert to the CA that signed it, or have it renewed."
-	case errors.As(err, &tlsErr), errors.As(err, &alert), strings.Contains(err.Error(), "HTTP response to HTTPS client"):
-		return service + " does not speak TLS as it should. The operator has to check api_root."
-	case errors.As(err, &dnsErr):
-		return service + " is unreachable: its name does not resolve. The operator has to check api_root and DNS."
-	case errors.As(err, &opErr) && opErr.Op == "proxyconnect":
-		return service + " is unreachable: the proxy of this machine's environment does not answer. The operator has to check it."
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return service + " is unreachable: it refuses connections. Try again later."
-	case errors.As(err, &netErr) && netErr.Timeout():
-		return service + " is unreachable: connecting timed out. Try again later."
-	case errors.As(err, &opErr) && opErr.Op == "dial":
-		return service + " is unreachable. Try again later."
-	}
-	return service + " broke the connection off, or answered with something that is not HTTP. Try again later."
+// do makes one request to a host.
+func (c *Client) do(ctx context.Context, permit tokenservice.Permit, left time.Duration, host string, r *http.Request) (tokenservice.Answer, error) {
+	return tokenservice.Call{
+		Transport: c.transport,
+		Request:   r,
+		Permit:    permit,
+		Left:      left,
+		Service:   "Kaizala's token service at " + host,
+		Field:     "api_root",
+		Timeout:   c.timeout,
+	}.Do(ctx)
 }

@@ -1,5 +1,6 @@
-// Package kaizala is a client of Kaizala's token service: it exchanges a refresh token for an access token, and
-// reads what a token says about itself. It knows HTTP and nothing of Vault.
+// Package kaizala is a client of Kaizala's token service: it exchanges a refresh token for an access token, reads what a
+// token says about itself, and gets a refresh token for a PIN. It implements [tokenservice.Service] and
+// [tokenservice.PINFlow]; it knows HTTP and nothing of Vault.
 //
 // # The exchange
 //
@@ -14,8 +15,8 @@
 // [Client.Exchange] hands it out even when the rest of the answer is cut off or makes no sense.
 //
 // A body with an errorCode is an error whatever its HTTP status (client). Only such a body, whole and well-formed,
-// is taken for a refusal; everything else that is no grant, a proxy's HTML for one, is [Unavailable], and worth
-// another try.
+// is taken for a refusal; everything else that is no grant, a proxy's HTML for one, is [tokenservice.Unavailable], and
+// worth another try.
 //
 // # What is sure
 //

@@ -1,55 +1,30 @@
 package kaizala
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
 	"time"
 	"unicode"
 
-	jwtlib "github.com/golang-jwt/jwt/v5"
-	"golang.org/x/net/http/httpguts"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// MaxTokenBytes is the longest token that is stored or sent, in bytes (guess): the service's own were JWTs of about 1 KiB
-// (client), and servers commonly refuse headers of more than 16 KiB.
-const MaxTokenBytes = 16 << 10
-
-// refreshTokenLife is how long a refresh token lives (doc).
-const refreshTokenLife = 365 * 24 * time.Hour
-
-// CheckToken says what is wrong with a token that the caller has trimmed, or returns nil when it can be sent in a header
-// as it is. Non-ASCII is refused though a header could carry it: no JWT holds any, and a zero-width space that came with
-// a paste is found best when it is written. The error never quotes the token.
-func CheckToken(token string) error {
-	switch {
-	case token == "":
-		return errors.New("the token is empty")
-	case len(token) > MaxTokenBytes:
-		return fmt.Errorf("the token is longer than %d bytes", MaxTokenBytes)
-	case !sendable(token):
-		return errors.New("the token holds a character that no HTTP header may hold, such as a line break or a letter that is not ASCII")
-	}
-	return nil
-}
-
-// sendable says whether a header brings s to the other side unchanged.
-func sendable(s string) bool {
-	for i := range len(s) {
-		if s[i] >= 0x80 {
-			return false
-		}
-	}
-	return strings.TrimSpace(s) == s && httpguts.ValidHeaderFieldValue(s)
-}
+const (
+	// refreshTokenLife is how long a refresh token lives (doc).
+	refreshTokenLife = 365 * 24 * time.Hour
+	// keepAlive is how often a refresh token is exchanged whose expiry is unknown (guess).
+	keepAlive = 30 * 24 * time.Hour
+	// maxIdentifierBytes bounds an ID that people will be shown; Kaizala's have 36 bytes (client).
+	maxIdentifierBytes = 256
+)
 
 // Claims is what a token says about itself. Nobody has checked its signature: only the service has the key (client), so
 // claims are good for planning and for telling a person of a mistake, never for a decision about trust.
 type Claims struct {
 	// IssuedAt is when the token's life began, by iat, or else nbf, or else tokenValidFrom (guess); zero when unknown.
 	IssuedAt time.Time
-	// Expires is when the token dies, by exp; zero when unknown.
+	// Expires is when the token dies, by exp, in the years 1970 to 2199; zero when unknown.
 	Expires time.Time
 	// ConnectorID is the connector that the token was generated for, by applicationId; "" when unknown.
 	ConnectorID string
@@ -63,31 +38,24 @@ type Claims struct {
 // the Kind "unknown" and whatever else could be read; it works like any other. The phone number among the claims is
 // personal data and is not kept.
 func Inspect(token string) Claims {
-	c := Claims{Kind: "unknown"}
-	if len(token) > MaxTokenBytes {
-		return c
+	claims := tokenservice.Claims(token)
+	credentials := claims.Object("urn:microsoft:credentials")
+	c := Claims{
+		Expires:     timeOf(claims, "exp", time.Second),
+		ConnectorID: identifier(credentials, "applicationId"),
+		GroupID:     identifier(credentials.Object("data"), "GroupId"),
+		Kind:        "unknown",
 	}
-	// The error of a token that is read and merely signed in a way that the library does not know is none here.
-	claims := jwtlib.MapClaims{}
-	if _, _, err := jwtlib.NewParser(jwtlib.WithPaddingAllowed()).ParseUnverified(token, claims); err != nil && !errors.Is(err, jwtlib.ErrTokenUnverifiable) {
-		return c
-	}
-	credentials := embedded(claims["urn:microsoft:credentials"])
-	data := embedded(credentials["data"])
-
-	c.Expires = timeOf(claims["exp"], time.Second)
 	for _, at := range []time.Time{
-		timeOf(claims["iat"], time.Second),
-		timeOf(claims["nbf"], time.Second),
-		timeOf(credentials["tokenValidFrom"], time.Millisecond),
+		timeOf(claims, "iat", time.Second),
+		timeOf(claims, "nbf", time.Second),
+		timeOf(credentials, "tokenValidFrom", time.Millisecond),
 	} {
 		if !at.IsZero() {
 			c.IssuedAt = at
 			break
 		}
 	}
-	c.ConnectorID = identifier(credentials["applicationId"])
-	c.GroupID = identifier(data["GroupId"])
 	switch {
 	case c.GroupID != "":
 		c.Kind = "group"
@@ -110,33 +78,38 @@ func (c Claims) RotatesFrom() time.Time {
 	return c.Expires.Add(-c.Expires.Sub(c.IssuedAt) / 10)
 }
 
-// embedded decodes an object that is given as a string holding JSON (client), or as it is.
-func embedded(value any) map[string]any {
-	if text, ok := value.(string); ok {
-		var fields map[string]any
-		_ = json.Unmarshal([]byte(text), &fields) // what is no object has no fields
-		return fields
+func (c Claims) facts() tokenservice.Facts {
+	return tokenservice.Facts{Kind: c.Kind, GroupID: c.GroupID, Expires: c.Expires, RotatesFrom: c.RotatesFrom()}
+}
+
+// Check reads what a refresh token says about itself. Its error is about a token that cannot be sent or was copied with
+// something around it, that has expired, or that was generated for another connector.
+func (c *Client) Check(refreshToken string) (tokenservice.Facts, error) {
+	if err := tokenservice.CheckPasted(refreshToken); err != nil {
+		return tokenservice.Facts{}, err
 	}
-	fields, _ := value.(map[string]any)
-	return fields
+	claims := Inspect(refreshToken)
+	if !claims.Expires.IsZero() && !time.Now().Before(claims.Expires) {
+		return claims.facts(), fmt.Errorf("the token expired at %s; generate a new one on Kaizala's portal", claims.Expires.Format(time.RFC3339))
+	}
+	if claims.ConnectorID != "" && !strings.EqualFold(claims.ConnectorID, c.connectorID) {
+		return claims.facts(), errors.New("the token was generated for another connector: its applicationId is not this connector's connector_id; " +
+			"generate one from this connector's page on Kaizala's portal, or name the connector that it is for")
+	}
+	return claims.facts(), nil
 }
 
 // timeOf reads a number of units since the epoch; zero for what is no such number or lies outside of the years 1970 to
-// 9999, which JSON times cannot hold.
-func timeOf(value any, unit time.Duration) time.Time {
-	n, _ := value.(float64)
-	const year10000 = 253402300800
-	millis := n * float64(unit/time.Millisecond)
-	if millis <= 0 || millis >= year10000*1000 {
-		return time.Time{}
-	}
-	return time.UnixMilli(int64(millis)).UTC()
+// 2199.
+func timeOf(o tokenservice.Object, name string, unit time.Duration) time.Time {
+	millis, _ := o.Millis(name, unit)
+	return tokenservice.Time(millis)
 }
 
 // identifier reads a string that people will be shown, and that somebody else has written.
-func identifier(value any) string {
-	s, _ := value.(string)
-	if len(s) > 256 {
+func identifier(o tokenservice.Object, name string) string {
+	s := o.Text(name)
+	if len(s) > maxIdentifierBytes {
 		return ""
 	}
 	for _, r := range s {

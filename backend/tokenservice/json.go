@@ -156,6 +156,15 @@ func (o Object) Text(name string) string {
 	return ""
 }
 
+// Object returns an object inside of this one, which may also be sent as a string that holds it. Where there is none it has
+// no fields.
+func (o Object) Object(name string) Object {
+	if s := o.Text(name); s != "" {
+		return ReadObject([]byte(s))
+	}
+	return ReadObject(o.Value(name))
+}
+
 // List returns the strings of a list, as they were sent; one string is a list of one. What is no string in it is left
 // out. nil where there is no such list.
 func (o Object) List(name string) (list []string) {

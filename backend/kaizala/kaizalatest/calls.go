@@ -10,13 +10,14 @@ type Call struct {
 	Start, End time.Time
 	// ConnectorID is what the call named, right or wrong.
 	ConnectorID string
-	// User is whose refresh token it brought, dead or alive; "" when the service has never issued it.
+	// User is whose refresh token it brought, dead or alive, or whose phone number; "" when the service has never issued it,
+	// or does not know the number.
 	User string
 	// Path is the request's.
 	Path string
 	// Status is that of the answer, 0 where none was sent.
 	Status int
-	// Rotated says that the service issued a new refresh token, whether or not the answer arrived.
+	// Rotated says that the service issued a new refresh token to an exchange, whether or not the answer arrived.
 	Rotated bool
 	// RefreshToken is the one that the call brought, AccessToken the one that the service issued for it, whether or not the
 	// answer arrived; "" where it issued none.

@@ -1,6 +1,7 @@
 package kaizalatest
 
 import (
+	"cmp"
 	"context"
 	"crypto/subtle"
 	"net/http"
@@ -41,12 +42,9 @@ func (s *Service) answer(ctx context.Context, r *http.Request) reply {
 		return s.me(r)
 	case strings.HasSuffix(r.URL.Path, exchangePath):
 		c := s.begin(Call{Path: r.URL.Path, ConnectorID: r.Header.Get("applicationId"), RefreshToken: r.Header.Get("refreshToken")})
-		a := s.exchange(ctx, r, c)
-		if a.none {
-			a.status = 0
-		}
-		s.end(c, a.status)
-		return a
+		return s.serve(ctx, c, func() reply { return s.process(r, c) })
+	case strings.HasSuffix(r.URL.Path, sendPINPath), strings.HasSuffix(r.URL.Path, redeemPINPath):
+		return s.pin(ctx, r)
 	}
 	c := s.begin(Call{Path: r.URL.Path, ConnectorID: r.Header.Get("applicationId"), RefreshToken: r.Header.Get("refreshToken")})
 	a := reply{status: http.StatusNotFound, header: http.Header{"Content-Type": {"text/html"}}, body: "<html><body>Not found</body></html>", cut: -1}
@@ -61,7 +59,17 @@ func limitReply(wait time.Duration) reply {
 	return a
 }
 
-func (s *Service) exchange(ctx context.Context, r *http.Request, c *Call) reply {
+// serve answers a call that counts: within the limits, and with the fault that befalls it. process carries it out.
+func (s *Service) serve(ctx context.Context, c *Call, process func() reply) reply {
+	a := s.withFault(ctx, c, process)
+	if a.none {
+		a.status = 0
+	}
+	s.end(c, a.status)
+	return a
+}
+
+func (s *Service) withFault(ctx context.Context, c *Call, process func() reply) reply {
 	if wait := s.limited(c.ConnectorID); wait > 0 {
 		return limitReply(wait)
 	}
@@ -79,7 +87,7 @@ func (s *Service) exchange(ctx context.Context, r *http.Request, c *Call) reply 
 	instead := f.Hang || f.Reset || f.Status != 0
 	var a reply
 	if !instead || f.Process || f.Truncate || f.Hold {
-		a = s.process(r, c)
+		a = process()
 	}
 	switch {
 	case f.Hang:
@@ -140,13 +148,6 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	access, expires := s.issueAccessToken(token.holder)
 	token.user.granted++
 	c.AccessToken = access
-	endpoint := s.endpoint
-	if endpoint == "" {
-		endpoint = s.url
-	}
-	if endpoint == "" {
-		endpoint = DefaultEndpointURL
-	}
 	// "" or null (doc); here in turn, so that clients meet both.
 	var newToken any
 	if s.empty = !s.empty; s.empty {
@@ -160,12 +161,15 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	}
 	return jsonReply(http.StatusOK, map[string]any{
 		"accessToken":       access,
-		"endpointUrl":       endpoint,
+		"endpointUrl":       s.endpointURL(),
 		"accessTokenExpiry": expires.UnixMilli(),
 		"refreshToken":      newToken,
 		"scope":             "token.write",
 	})
 }
+
+// endpointURL is the base of the apps' calls.
+func (s *Service) endpointURL() string { return cmp.Or(s.endpoint, s.url, DefaultEndpointURL) }
 
 // me is the call by which an app can see that its access token works (client). It counts against the limits (doc).
 func (s *Service) me(r *http.Request) reply {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// Fault is something that goes wrong with an exchange. The zero Fault changes nothing.
+// Fault is something that goes wrong with an exchange, or with a call of the PIN login. The zero Fault changes nothing.
 type Fault struct {
 	// User is whose exchanges it befalls; "" is anybody's.
 	User string

@@ -57,6 +57,8 @@ type Service struct {
 	calls                   []*Call
 	callCount               int
 	busiest                 map[string]*window
+	pins                    map[holder]*pin
+	sms                     func(mobileNumber, text string)
 }
 
 type connector struct {
@@ -107,6 +109,7 @@ func New() *Service {
 		perTenant:    DefaultLimitPerTenant,
 		windows:      map[string]*window{},
 		busiest:      map[string]*window{},
+		pins:         map[holder]*pin{},
 		cleared:      make(chan struct{}),
 	}
 	_, _ = rand.Read(s.key)
@@ -190,11 +193,16 @@ func (s *Service) generate(connectorID, name, group string) string {
 		return ""
 	}
 	h := holder{connector: connectorID, user: s.user(name), group: group}
+	return s.replaceRefreshToken(h, now().Add(-s.refreshAge))
+}
+
+// replaceRefreshToken issues a refresh token in the place of those that the holder had.
+func (s *Service) replaceRefreshToken(h holder, issued time.Time) string {
 	for _, t := range s.held[h] {
 		t.dead = true
 	}
 	s.held[h] = nil
-	return s.issueRefreshToken(h, now().Add(-s.refreshAge))
+	return s.issueRefreshToken(h, issued)
 }
 
 // user returns a user, new where nobody of that name was seen.

@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// ServeHTTP answers the token service's calls, below any path prefix: GET …/v1/accessToken (doc) and GET …/v1/users/me
-// (client).
+// ServeHTTP answers the token service's calls, below any path prefix: GET …/v1/accessToken (doc), POST …/v1/generatePin and
+// POST …/v1/loginWithPinAndApplicationId (doc), and GET …/v1/users/me (client).
 func (s *Service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a := s.answer(r.Context(), r)
 	if a.none {
@@ -51,7 +51,7 @@ type transport struct{ service *Service }
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	ctx := r.Context()
 	if r.Body != nil {
-		_ = r.Body.Close()
+		defer func() { _ = r.Body.Close() }()
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
