@@ -73,9 +73,9 @@ func (s *Server) readAuthorization(q url.Values) (a authorization, refusal strin
 	return a, "", nil
 }
 
-// Approve plays the browser and the person who consents: it returns the URL that the server sends the browser to, which
-// has a code or, where the request is wrong, an error. Its own error is a page that the browser would stay at. A user of ""
-// is the one of login_hint.
+// Approve plays the browser and the person who consents: it returns the URL that the server sends the browser to,
+// which has a code or, where the request is wrong, an error. Its own error is a page that the browser would stay at.
+// A user of "" is the one of login_hint.
 func (s *Server) Approve(authorizationURL, user string) (redirectURL string, err error) {
 	return s.visit(authorizationURL, user, true)
 }
@@ -116,7 +116,8 @@ func (s *Server) decide(q url.Values, user string, allow bool) (string, error) {
 		return "", errors.New("name the user")
 	default:
 		value := "code_" + random(24)
-		s.codes[value] = &code{authorization: a, user: user, expires: time.Now().Add(cmp.Or(s.opts.CodeLife, DefaultCodeLife))}
+		expires := time.Now().Add(cmp.Or(s.opts.CodeLife, DefaultCodeLife))
+		s.codes[value] = &code{authorization: a, user: user, expires: expires}
 		back.Set("code", value)
 	}
 	if a.state != "" {
@@ -171,8 +172,8 @@ func errorPage(err error) reply {
 	return a
 }
 
-// authorizationPage is the authorization endpoint: GET shows what is asked for, POST to the same URL with "decision" (allow
-// or deny) and "user" is the person's decision.
+// authorizationPage is the authorization endpoint: GET shows what is asked for, POST to the same URL with "decision"
+// (allow or deny) and "user" is the person's decision.
 func (s *Server) authorizationPage(q *request, _ *Call) reply {
 	query := q.URL.Query()
 	s.mu.Lock()

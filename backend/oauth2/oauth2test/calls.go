@@ -7,7 +7,8 @@ const maxCalls = 100_000
 
 // Call is a request that reached the server.
 type Call struct {
-	// Start is when it came in, End when its answer was ready or its client had gone away; zero while it is under way.
+	// Start is when it came in, End when its answer was ready or its client had gone away; zero while it is under
+	// way.
 	Start, End time.Time
 	// Endpoint is "" for a path that the server does not have.
 	Endpoint Endpoint
@@ -21,18 +22,18 @@ type Call struct {
 	User string
 	// Token is the refresh token, or the token to be revoked or introspected, that the request brought.
 	Token string
-	// Expired says that Token was known and past its end when it came; Left is what was left of its life, 0 where it has
-	// no end or is not known.
+	// Expired says that Token was known and past its end when it came; Left is what was left of its life, 0 where it
+	// has no end or is not known.
 	Expired bool
 	Left    time.Duration
 	// Status is that of the answer that was sent, 0 where none was.
 	Status int
-	// Processed says that the request was carried out, whether or not its answer was sent. Error is then the error code of
-	// the right answer, "" where it was granted.
+	// Processed says that the request was carried out, whether or not its answer was sent. Error is then the error
+	// code of the right answer, "" where it was granted.
 	Processed bool
 	Error     string
-	// AccessToken and RefreshToken are those that were given, whether or not the answer arrived. Rotated says that the
-	// refresh token is a new one in the place of the one that came.
+	// AccessToken and RefreshToken are those that were given, whether or not the answer arrived. Rotated says that
+	// the refresh token is a new one in the place of the one that came.
 	AccessToken, RefreshToken string
 	Rotated                   bool
 	// Reused says that a refresh token came that had been replaced, in its grace or after it.
@@ -121,8 +122,8 @@ func (s *Server) limited(c *Call) time.Duration {
 	return wait
 }
 
-// Calls returns the requests that were seen, in the order in which they came: the last 50,000 at least. With endpoints,
-// only those that came there.
+// Calls returns the requests that were seen, in the order in which they came: the last 50,000 at least. With
+// endpoints, only those that came there.
 func (s *Server) Calls(endpoints ...Endpoint) []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -166,8 +167,8 @@ func (s *Server) TotalExchanges() int {
 	return total
 }
 
-// MaxPerMinute returns the most calls of the token, revocation and device authorization endpoints that named a client in
-// any 60 seconds, refused ones included.
+// MaxPerMinute returns the most calls of the token, revocation and device authorization endpoints that named a client
+// in any 60 seconds, refused ones included.
 func (s *Server) MaxPerMinute(clientID string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -198,8 +199,8 @@ type Lost struct {
 	Why string
 }
 
-// LostGrants returns the grants that ended because a refresh token or a code was used twice, because the revocation of an
-// access token took the grant with it, or because the revocation of another grant did.
+// LostGrants returns the grants that ended because a refresh token or a code was used twice, because the revocation
+// of an access token took the grant with it, or because the revocation of another grant did.
 func (s *Server) LostGrants() []Lost {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -62,8 +62,8 @@ func userCode() string {
 	return string(b[:4]) + "-" + string(b[4:])
 }
 
-// deviceGrant is a poll (RFC 8628, sections 3.4 and 3.5). One that comes before the interval is over makes it 5 seconds
-// longer.
+// deviceGrant is a poll (RFC 8628, sections 3.4 and 3.5). One that comes before the interval is over makes it 5
+// seconds longer.
 func (s *Server) deviceGrant(q *request, c *Call, cl *client) reply {
 	if q.form.Get("device_code") == "" {
 		return s.invalid(q, "device_code is missing.")
@@ -126,7 +126,8 @@ func plain(userCode string) string {
 	return strings.ToUpper(strings.NewReplacer("-", "", " ", "").Replace(userCode))
 }
 
-// verificationPage is where a person types the user code: POST has "user_code", "decision" (allow or deny) and "user".
+// verificationPage is where a person types the user code: POST has "user_code", "decision" (allow or deny) and
+// "user".
 func (s *Server) verificationPage(q *request, _ *Call) reply {
 	if q.Method != http.MethodPost {
 		return htmlReply(http.StatusOK, pageData{

@@ -161,7 +161,7 @@ func (s *Server) refreshGrant(q *request, c *Call, cl *client) reply {
 	if again {
 		s.graceUses++
 		if s.opts.GraceSame {
-			return s.tokens(q, c, t.nextAccess, t.nextRefresh, "")
+			return s.tokens(q, c, now, t.nextAccess, t.nextRefresh, "")
 		}
 	}
 	if s.opts.ExchangeInvalidates {
@@ -170,22 +170,21 @@ func (s *Server) refreshGrant(q *request, c *Call, cl *client) reply {
 	access := s.issueAccess(g, scopes)
 	if s.opts.Rotation != RotateEach {
 		if !s.opts.RefreshTokenAbsolute {
-			t.expires = s.refreshEnd(g, now)
+			t.expires = s.refreshEnd(g, access.issued)
 		}
-		return s.tokens(q, c, access, t, "")
+		return s.tokens(q, c, access.issued, access, t, "")
 	}
 	next := s.issueRefresh(g)
 	t.nextAccess, t.nextRefresh = access, next
 	if !again {
 		t.replaced = now
 	}
-	return s.tokens(q, c, access, next, "")
+	return s.tokens(q, c, access.issued, access, next, "")
 }
 
-// tokens is the answer with tokens (RFC 6749, section 5.1). refresh is the refresh token to be used from now on; nil is
-// none.
-func (s *Server) tokens(q *request, c *Call, access, refresh *token, idToken string) reply {
-	now := time.Now()
+// tokens is the answer with tokens (RFC 6749, section 5.1), in which lives are counted from now. refresh is the
+// refresh token to be used from now on; nil is none.
+func (s *Server) tokens(q *request, c *Call, now time.Time, access, refresh *token, idToken string) reply {
 	c.User, c.AccessToken = access.grant.user, access.value
 	fields := map[string]any{
 		"access_token": access.value,
@@ -250,7 +249,9 @@ func (s *Server) codeGrant(q *request, c *Call, cl *client) reply {
 	switch {
 	case !time.Now().Before(code.expires), q.form.Get("redirect_uri") != code.redirectURI:
 		return s.refusedToken(q)
-	case code.challenge == "" && verifier != "", code.challenge != "" && (len(verifier) < 43 || len(verifier) > 128 || encode(sum[:]) != code.challenge):
+	case code.challenge == "" && verifier != "":
+		return s.refusedToken(q)
+	case code.challenge != "" && (len(verifier) < 43 || len(verifier) > 128 || encode(sum[:]) != code.challenge):
 		return s.refusedToken(q)
 	}
 	code.grant = s.newGrant(cl, code.user, code.scopes)
@@ -259,6 +260,7 @@ func (s *Server) codeGrant(q *request, c *Call, cl *client) reply {
 
 // firstTokens answers with the first tokens of a grant.
 func (s *Server) firstTokens(q *request, c *Call, g *grant, offline bool, nonce string) reply {
+	access := s.issueAccess(g, g.scopes)
 	var refresh *token
 	if offline || !s.opts.RequireOffline {
 		refresh = s.issueRefresh(g)
@@ -275,7 +277,7 @@ func (s *Server) firstTokens(q *request, c *Call, g *grant, offline bool, nonce 
 		}
 		idToken = s.jwt("JWT", claims, []byte(cmp.Or(g.client.secret, string(s.key))))
 	}
-	return s.tokens(q, c, s.issueAccess(g, g.scopes), refresh, idToken)
+	return s.tokens(q, c, access.issued, access, refresh, idToken)
 }
 
 // revocation is RFC 7009.

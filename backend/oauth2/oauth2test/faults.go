@@ -5,8 +5,8 @@ import "time"
 // Endpoint is one of the server's.
 type Endpoint string
 
-// The endpoints. EndpointDevice is where device authorizations begin; polls come to EndpointToken. EndpointVerification
-// is the page where a person types the user code.
+// The endpoints. EndpointDevice is where device authorizations begin; polls come to EndpointToken.
+// EndpointVerification is the page where a person types the user code.
 const (
 	EndpointToken         Endpoint = "token"
 	EndpointRevocation    Endpoint = "revocation"
@@ -22,8 +22,8 @@ const (
 type Fault struct {
 	// Endpoint is where; "" is the token endpoint.
 	Endpoint Endpoint
-	// User and ClientID are whose requests it befalls; "" is anybody's. A request is a user's if it brings a token, a code
-	// or a device code of that user.
+	// User and ClientID are whose requests it befalls; "" is anybody's. A request is a user's if it brings a token, a
+	// code or a device code of that user.
 	User, ClientID string
 	// Times is how many requests it befalls; 0 means all until ClearFaults.
 	Times int
@@ -37,16 +37,16 @@ type Fault struct {
 	Process bool
 	// Reset breaks the connection instead of answering.
 	Reset bool
-	// Truncate cuts the right answer off, after TruncateAt bytes of its body or, with 0, in the middle. It implies Process.
-	// TruncateQuietly does the same and ends the answer as if it were whole.
+	// Truncate cuts the right answer off, after TruncateAt bytes of its body or, with 0, in the middle. It implies
+	// Process. TruncateQuietly does the same and ends the answer as if it were whole.
 	Truncate, TruncateQuietly bool
 	TruncateAt                int
 	// Answer, where its Status is not 0, is given instead of the right answer.
 	Answer
 }
 
-// Inject queues a fault. A request takes the first fault in the queue that is meant for it and has uses left; one that is
-// over the limit takes none.
+// Inject queues a fault. A request takes the first fault in the queue that is meant for it and has uses left; one
+// that is over the limit takes none.
 func (s *Server) Inject(f Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

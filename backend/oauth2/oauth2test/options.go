@@ -20,19 +20,19 @@ const (
 type Options struct {
 	// Rotation says what an exchange does to the refresh token.
 	Rotation Rotation
-	// Grace is how long a replaced refresh token goes on working after it was first exchanged. It then gives a new pair or,
-	// with GraceSame, the pair that it gave before, as long as the new refresh token was not used (Box).
+	// Grace is how long a replaced refresh token goes on working after it was first exchanged. It then gives a new
+	// pair or, with GraceSame, the pair that it gave before, as long as the new refresh token was not used (Box).
 	Grace     time.Duration
 	GraceSame bool
-	// ReuseKillsFamily ends the whole grant when a replaced refresh token comes after its grace (oidc-provider, fosite,
-	// Hydra, Okta, Auth0). Without it that token is refused and the grant lives on (zitadel).
+	// ReuseKillsFamily ends the whole grant when a replaced refresh token comes after its grace (oidc-provider,
+	// fosite, Hydra, Okta, Auth0). Without it that token is refused and the grant lives on (zitadel).
 	ReuseKillsFamily bool
-	// RefreshTokenLife is how long a refresh token lives, from its issue or last use, or with RefreshTokenAbsolute from the
-	// consent. 0 is for ever.
+	// RefreshTokenLife is how long a refresh token lives, from its issue or last use, or with RefreshTokenAbsolute
+	// from the consent. 0 is for ever.
 	RefreshTokenLife     time.Duration
 	RefreshTokenAbsolute bool
-	// RefreshTokenLifeField names the field of the answer that tells what is left of that life, in seconds: 0 where it is
-	// for ever. Seen: refresh_token_expires_in, x_refresh_token_expires_in, refresh_expires_in. "" is none.
+	// RefreshTokenLifeField names the field of the answer that tells what is left of that life, in seconds: 0 where
+	// it is for ever. Seen: refresh_token_expires_in, x_refresh_token_expires_in, refresh_expires_in. "" is none.
 	RefreshTokenLifeField string
 	// RefreshTokenJWT makes refresh tokens JWTs, whose exp tells their end where they have one.
 	RefreshTokenJWT bool
@@ -45,35 +45,37 @@ type Options struct {
 	TokenType string
 	// ExchangeInvalidates ends the access tokens before an exchange (class D).
 	ExchangeInvalidates bool
-	// JWT makes access tokens JWTs, which nothing but their own end and ExchangeInvalidates ends, and whose revocation is
-	// refused with unsupported_token_type (class C).
+	// JWT makes access tokens JWTs, which nothing but their own end and ExchangeInvalidates ends, and whose
+	// revocation is refused with unsupported_token_type (class C).
 	JWT bool
 	// Scope says what a narrower scope in an exchange does.
 	Scope ScopeRule
 
 	// RevokeEnds is what revoking an access token ends. A refresh token always takes its grant with it.
 	RevokeEnds RevokeEnds
-	// RevokeExpiredEndsGrant ends the grant when an access token is revoked that has expired (oidc-provider, fosite, Hydra).
+	// RevokeExpiredEndsGrant ends the grant when an access token is revoked that has expired (oidc-provider, fosite,
+	// Hydra).
 	RevokeExpiredEndsGrant bool
-	// RevokeRefreshEndsAll ends all grants that the user has of the client when one refresh token is revoked (Keycloak).
+	// RevokeRefreshEndsAll ends all grants that the user has of the client when one refresh token is revoked
+	// (Keycloak).
 	RevokeRefreshEndsAll bool
 	// RevokeDead answers the revocation of a token that is not alive; zero is 200. Google answers InvalidToken.
 	RevokeDead Answer
 
-	// RefusedToken answers an exchange of a refresh token that is not alive, zero is InvalidGrant; RefusedClient a wrong
-	// authentication, zero is InvalidClient; UnknownClient one that names an unknown client, zero is RefusedClient (zitadel:
-	// ServerError).
+	// RefusedToken answers an exchange of a refresh token that is not alive, zero is InvalidGrant; RefusedClient a
+	// wrong authentication, zero is InvalidClient; UnknownClient one that names an unknown client, zero is
+	// RefusedClient (zitadel: ServerError).
 	RefusedToken, RefusedClient, UnknownClient Answer
 	// Echo quotes the request's parameters in error_description, which a client must not pass on.
 	Echo bool
 	// Format is that of all answers of the token and device authorization endpoints, canned ones apart.
 	Format Format
-	// Edit, where it is not nil, changes the fields of a successful answer of the token, device, metadata and userinfo
-	// endpoints before it is encoded: adds instance_url, say. It must not call the server.
+	// Edit, where it is not nil, changes the fields of a successful answer of the token, device, metadata and
+	// userinfo endpoints before it is encoded: adds instance_url, say. It must not call the server.
 	Edit func(e Endpoint, fields map[string]any)
 
-	// LimitPerMinute is how many calls of the token, revocation and device authorization endpoints a client may make in 60
-	// seconds, 0 is no limit. More are answered with TooManyRequests or, with LimitReset, RateLimitReset.
+	// LimitPerMinute is how many calls of the token, revocation and device authorization endpoints a client may make
+	// in 60 seconds, 0 is no limit. More are answered with TooManyRequests or, with LimitReset, RateLimitReset.
 	LimitPerMinute int
 	LimitReset     bool
 
@@ -84,19 +86,19 @@ type Options struct {
 	// AuthMethods are those that they list; nil is all three, and an empty list leaves the field out.
 	AuthMethods []string
 
-	// OddSecrets gives clients that are registered from now on an ID and a secret with ':', '+', '/', ' ', '%', '~', '&'
-	// and '=', which a client has to encode before Basic (RFC 6749, section 2.3.1).
+	// OddSecrets gives clients that are registered from now on an ID and a secret with ':', '+', '/', ' ', '%', '~',
+	// '&' and '=', which a client has to encode before Basic (RFC 6749, section 2.3.1).
 	OddSecrets bool
-	// RequirePKCE refuses an authorization request without a code challenge. A challenge is always checked, and its method
-	// must be S256.
+	// RequirePKCE refuses an authorization request without a code challenge. A challenge is always checked, and its
+	// method must be S256.
 	RequirePKCE bool
 	// RequireOffline gives a refresh token only where the scope has offline_access or the authorization request
 	// access_type=offline.
 	RequireOffline bool
 	// CodeLife is how long a code lives; 0 is DefaultCodeLife.
 	CodeLife time.Duration
-	// PromiseIss promises iss in the metadata, SendIss sends it with the redirect (RFC 9207), and WrongIss is sent instead
-	// of the right one.
+	// PromiseIss promises iss in the metadata, SendIss sends it with the redirect (RFC 9207), and WrongIss is sent
+	// instead of the right one.
 	PromiseIss, SendIss bool
 	WrongIss            string
 
@@ -167,8 +169,8 @@ const (
 	MetadataNone   Metadata = "none"   // (fosite)
 )
 
-// ClassA to ClassD set all options to one of OAUTH.md's four classes, with rotation at each exchange and families that die
-// of reuse. A: access tokens are independent.
+// ClassA to ClassD set all options to one of OAUTH.md's four classes, with rotation at each exchange and families
+// that die of reuse. A: access tokens are independent.
 func ClassA(o *Options) { *o = Options{ReuseKillsFamily: true} }
 
 // ClassB: revoking an access token, an expired one included, ends the grant.

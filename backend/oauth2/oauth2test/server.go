@@ -1,13 +1,15 @@
-// Package oauth2test is an OAuth 2.0 authorization server for tests, in the manner of net/http/httptest: refresh, code and
-// device grants (RFC 6749, 7636, 8628), revocation (RFC 7009), introspection (RFC 7662), metadata (RFC 8414, OpenID Connect)
-// and userinfo. [Options] make it behave like the servers that are in use, as the project's notes (OAUTH.md) describe them;
-// [Fault] lets requests go wrong; [Server.Calls] and the counters tell what clients did.
+// Package oauth2test is an OAuth 2.0 authorization server for tests, in the manner of net/http/httptest: refresh,
+// code and device grants (RFC 6749, 7636, 8628), revocation (RFC 7009), introspection (RFC 7662), metadata (RFC 8414,
+// OpenID Connect) and userinfo. [Options] make it behave like the servers that are in use, as the project's notes
+// (OAUTH.md) describe them; [Fault] lets requests go wrong; [Server.Calls] and the counters tell what clients did.
 //
-// It is strict where real servers differ, so that a client that passes here works everywhere: the registered way of client
-// authentication is required, two ways at once are refused, Basic must be encoded, no parameter may come twice.
+// It is strict where real servers differ, so that a client that passes here works everywhere: the registered way of
+// client authentication is required, two ways at once are refused, Basic must be encoded, no parameter may come
+// twice.
 //
-// Nothing but the random parts of tokens depends on chance, and time is [time.Now], so a [Server] that was made inside a
-// testing/synctest bubble lives by the bubble's clock; reach it there through [Server.Transport], which needs no socket.
+// Nothing but the random parts of tokens depends on chance, and time is [time.Now], so a [Server] that was made
+// inside a testing/synctest bubble lives by the bubble's clock; reach it there through [Server.Transport], which
+// needs no socket.
 package oauth2test
 
 import (
@@ -121,8 +123,8 @@ func (s *Server) Set(change func(*Options)) {
 	change(&s.opts)
 }
 
-// SetURL sets the base URL of all addresses, which is the issuer; DefaultURL without it. It may have a path, and has no "/"
-// at its end.
+// SetURL sets the base URL of all addresses, which is the issuer; DefaultURL without it. It may have a path, and has
+// no "/" at its end.
 func (s *Server) SetURL(base string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,8 +174,8 @@ func (s *Server) IntrospectionURL() string { return s.at(pathIntrospection) }
 // UserInfoURL returns the userinfo endpoint, which takes an access token as Bearer.
 func (s *Server) UserInfoURL() string { return s.at(pathUserInfo) }
 
-// RegisterClient registers a client with one way of authentication (AuthBasic, AuthPost or AuthNone) and the URIs that the
-// browser may be sent back to. The secret is "" with AuthNone.
+// RegisterClient registers a client with one way of authentication (AuthBasic, AuthPost or AuthNone) and the URIs
+// that the browser may be sent back to. The secret is "" with AuthNone.
 func (s *Server) RegisterClient(method string, redirectURIs ...string) (id, secret string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -195,8 +197,8 @@ func (s *Server) newSecret() string {
 	return random(24)
 }
 
-// NewClientSecret gives a client a new secret and returns it. The old one is refused from now on. It returns "" where there
-// is no such client, or one that has no secret.
+// NewClientSecret gives a client a new secret and returns it. The old one is refused from now on. It returns "" where
+// there is no such client, or one that has no secret.
 func (s *Server) NewClientSecret(id string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -242,7 +244,8 @@ func (s *Server) Withdraw(user string) {
 	}
 }
 
-// CurrentRefreshToken returns the newest refresh token that was issued to a user, alive or not; "" when there was none.
+// CurrentRefreshToken returns the newest refresh token that was issued to a user, alive or not; "" when there was
+// none.
 func (s *Server) CurrentRefreshToken(user string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -121,7 +121,8 @@ func (q *request) readCredentials() {
 	scheme, value, _ := strings.Cut(header[0], " ")
 	raw, err := base64.StdEncoding.DecodeString(value)
 	id, secret, colon := strings.Cut(string(raw), ":")
-	if len(header) > 1 || !strings.EqualFold(scheme, "Basic") || err != nil || !colon || !formEncoded(id) || !formEncoded(secret) {
+	basic := len(header) == 1 && strings.EqualFold(scheme, "Basic") && err == nil && colon
+	if !basic || !formEncoded(id) || !formEncoded(secret) {
 		q.authBad = "Authorization is not Basic with a form-encoded ID and secret."
 		return
 	}
@@ -331,8 +332,9 @@ func reset(w http.ResponseWriter) {
 	panic(http.ErrAbortHandler)
 }
 
-// Transport returns a transport that answers in process, with no socket and no goroutine of its own. A request to another
-// scheme or host than the server's is an error, as if there were none. A broken connection is [io.ErrUnexpectedEOF].
+// Transport returns a transport that answers in process, with no socket and no goroutine of its own. A request to
+// another scheme or host than the server's is an error, as if there were none. A broken connection is
+// [io.ErrUnexpectedEOF].
 func (s *Server) Transport() http.RoundTripper { return transport{s} }
 
 type transport struct{ server *Server }
@@ -351,7 +353,8 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if base, err := url.Parse(t.server.Issuer()); err != nil || base.Scheme != r.URL.Scheme || !strings.EqualFold(base.Host, r.URL.Host) {
+	base, err := url.Parse(t.server.Issuer())
+	if err != nil || base.Scheme != r.URL.Scheme || !strings.EqualFold(base.Host, r.URL.Host) {
 		return nil, fmt.Errorf("oauth2test: nobody listens at %s://%s", r.URL.Scheme, r.URL.Host)
 	}
 	a := t.server.answer(ctx, seen)
@@ -383,8 +386,8 @@ type broken struct{}
 
 func (broken) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 
-// Listen lets the server be reached on 127.0.0.1, sets its URL to that address, and returns what ends the hangs and the
-// listening.
+// Listen lets the server be reached on 127.0.0.1, sets its URL to that address, and returns what ends the hangs and
+// the listening.
 func (s *Server) Listen() (closeServer func()) {
 	_, closeServer = s.listen((*httptest.Server).Start)
 	return closeServer
