@@ -15,7 +15,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-plugin build-emulator vault authserver demo dev test lint bench release generate fuzz clean
+.PHONY: help build build-plugin build-emulator vault authserver demo dev test lint bench release generate fuzz mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,5 +58,8 @@ generate: ## Write the generated files anew
 fuzz: ## Fuzz each fuzz target for FUZZTIME (30s)
 	@FUZZTIME=$(FUZZTIME) scripts/fuzz.sh
 
+mutants: ## Change the code and see which changes no test notices; takes an hour or more
+	@scripts/mutants.sh
+
 clean: ## Remove what was built, but for the two Vaults that take minutes
-	rm -rf $(BIN)/$(PLUGIN) $(BIN)/kaizala-emulator $(BIN)/authserver-* $(BIN)/test dist
+	rm -rf $(BIN)/$(PLUGIN) $(BIN)/kaizala-emulator $(BIN)/authserver-* $(BIN)/test $(BIN)/mutants dist

@@ -219,13 +219,14 @@ func (s *Share) arrange() {
 		until := latest(slot.at, s.paused)
 		earlier := until.Before(w.until)
 		w.until = until
-		if until.After(w.deadline) {
-			w.err = &LimitError{Until: until, ByService: until.Equal(s.paused)}
-		} else {
+		switch {
+		case !until.After(p.now): // whether or not the deadline has just passed
+			w.call = s.permit(w.Want)
 			p.hold(slot)
-			if !until.After(p.now) {
-				w.call = s.permit(w.Want)
-			}
+		case until.After(w.deadline):
+			w.err = &LimitError{Until: until, ByService: until.Equal(s.paused)}
+		default:
+			p.hold(slot)
 		}
 		if earlier || w.settled() {
 			select {
@@ -340,7 +341,7 @@ type plan struct {
 	// next is the call in all.ended whose end frees the next place; below 0, a place is free.
 	next     int
 	reserved bool // next leaves the readers' fifth free
-	// own is next among the calls of a tenant.
+	// own is next among the calls of each tenant that has been looked at.
 	own map[string]int
 	// used are calls whose end frees a place for their own tenant.
 	used         map[*Call]bool
@@ -350,7 +351,8 @@ type plan struct {
 // slot is when a call is permitted, and what it takes.
 type slot struct {
 	Want
-	at time.Time
+	at  time.Time
+	own int // next among the calls of the tenant that begins an exchange
 	// byTenant: the call waits for one of its own tenant to stop counting, freed (nil: one that still runs), and takes its
 	// place.
 	byTenant bool
@@ -364,7 +366,7 @@ func (s *Share) plan() *plan {
 		share:        s,
 		now:          now,
 		next:         s.all.count() - s.limit,
-		own:          map[string]int{},
+		own:          make(map[string]int, len(s.queue)),
 		used:         map[*Call]bool{},
 		housekeeping: s.housekeeping.count() - s.fifth(),
 	}
@@ -387,34 +389,28 @@ func (p *plan) slot(want Want) slot {
 	if want.Class == Housekeeping {
 		found.at = latest(found.at, p.frees(&s.housekeeping, p.housekeeping))
 	}
-	if tenant := s.tenants[want.beginner()]; tenant != nil {
-		i := p.ownNext(want)
-		if at := p.frees(tenant, i); at.After(found.at) {
+	if tenant := want.beginner(); tenant != "" {
+		own, ok := s.tenants[tenant]
+		if !ok {
+			own = &tally{}
+		}
+		if found.own, ok = p.own[tenant]; !ok {
+			found.own = own.count() - s.fifth()
+		}
+		if at := p.frees(own, found.own); at.After(found.at) {
 			found.at, found.byTenant = at, true
-			if i < len(tenant.ended) {
-				found.freed = tenant.ended[i]
+			if found.own < len(own.ended) {
+				found.freed = own.ended[found.own]
 			}
 		}
 	}
 	return found
 }
 
-// ownNext is next among the calls of the tenant that begins an exchange.
-func (p *plan) ownNext(want Want) int {
-	if next, ok := p.own[want.beginner()]; ok {
-		return next
-	}
-	next := -p.share.fifth()
-	if t := p.share.tenants[want.beginner()]; t != nil {
-		next += t.count()
-	}
-	return next
-}
-
 // hold leaves a slot to the call that it was found for.
 func (p *plan) hold(taken slot) {
-	if taken.beginner() != "" {
-		p.own[taken.beginner()] = p.ownNext(taken.Want) + 1
+	if tenant := taken.beginner(); tenant != "" {
+		p.own[tenant] = taken.own + 1
 	}
 	if taken.Class == Housekeeping {
 		p.housekeeping++

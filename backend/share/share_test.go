@@ -132,6 +132,33 @@ func TestCallThatRunsCountsForAWindowAtLeast(t *testing.T) {
 	})
 }
 
+// By the real clock, some time passes between the look at the clock for the deadline and the one for the plan.
+func TestCallThatNeedsNoWaitNeedsNoTime(t *testing.T) {
+	s := limited(2)
+	for range 2 {
+		c, err := s.Take(t.Context(), Want{Tenant: "a", Wait: -1})
+		require.NoError(t, err)
+		c.Withdraw()
+	}
+	assert.False(t, s.FreeAt(Want{}).After(time.Now()))
+}
+
+// Readers of one tenant who wait take its fifth in turn, though none of its calls counts yet.
+func TestWaitersCountAgainstTheirFifth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(5)
+		spend(t, s, 5)
+		time.Sleep(Window - time.Second)
+		first := ask(t, s, t.Context(), reader("a"))
+		refused(t, s, reader("a"), Window)
+		other := ask(t, s, t.Context(), reader("b"))
+		time.Sleep(time.Second)
+		synctest.Wait()
+		require.NoError(t, first.err)
+		require.NoError(t, other.err)
+	})
+}
+
 func TestErrorSaysWhenToComeBack(t *testing.T) {
 	err := &LimitError{Until: time.Date(2026, 11, 27, 3, 4, 5, 6, time.FixedZone("", 3600))}
 	assert.EqualError(t, err, "too many calls; the next is permitted at 2026-11-27T02:04:05Z")
