@@ -6,9 +6,6 @@
 #   scripts/demo.sh          walk through, and clean up
 #   scripts/demo.sh --dev    walk through, and leave all of it running until Ctrl-C
 #
-# Commands are printed as one would type them. Secrets travel through files
-# that only their owner may read, or through pipes: never on a command line.
-#
 # shellcheck disable=SC2016 # the commands are expanded when they are run
 set -euo pipefail
 
@@ -23,101 +20,15 @@ case ${1:-} in
   ;;
 esac
 
-plugin=vault-plugin-secrets-kaizala
 echo "Building the plugin and the emulator; the first time this takes a minute or two." >&2
 make -C "$root" --no-print-directory -s build
 vault_path=$("$root/scripts/vault.sh")
-
-# A Vault that this shell usually talks to has no part in what follows.
-unset "${!VAULT_@}"
-
-umask 077
-work=$(mktemp -d "${TMPDIR:-/tmp}/kaizala-demo.XXXXXX")
-work=$(cd "$work" && pwd -P)
-pids=()
 connector_id=
 
-# shellcheck disable=SC2317,SC2329 # called by trap
-cleanup() {
-  local status=$? pid
-  trap '' INT TERM
-  trap - EXIT
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    kill -TERM -- "-$pid" 2>/dev/null || true
-  done
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    for _ in {1..50}; do
-      kill -0 "$pid" 2>/dev/null || break
-      sleep 0.1
-    done
-    # A plugin outlives a Vault that had to be killed: the whole group goes.
-    kill -KILL -- "-$pid" 2>/dev/null || true
-    wait "$pid" 2>/dev/null || true
-  done
-  rm -rf "$work"
-  exit "$status"
-}
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-  printf '\nFAILED: %s\n' "$*" >&2
-  if [[ -s $work/vault.log ]]; then
-    printf '\nThe end of the log of Vault:\n' >&2
-    grep -E '\[(WARN|ERROR)\]|panic' "$work/vault.log" | tail -n 10 >&2 || true
-    tail -n 5 "$work/vault.log" >&2
-  fi
-  exit 1
-}
-
-say() {
-  echo
-  printf '# %s\n' "$@"
-}
-
-# ran prints a command, runs it and prints its answer, which is then in
-# $output, and its exit status in $status.
-ran() {
-  printf '\n$ %s\n' "$1"
-  status=0
-  output=$(eval "$1" 2>&1) || status=$?
-  [[ -z $output ]] || printf '%s\n' "$output"
-}
-
-works() {
-  ran "$1"
-  ((status == 0)) || fail "this should have worked, and ended with status $status: $1"
-}
-
-denied() {
-  ran "$1"
-  ((status != 0)) || fail "this should have been refused: $1"
-  [[ $output == *"permission denied"* ]] || fail "this should have been refused for lack of permission: $1"
-}
-
-# sets is a command for this shell itself, such as an assignment.
-sets() {
-  printf '\n$ %s\n' "$1"
-  eval "$1" || fail "this should have worked: $1"
-}
-
-checked() { printf '  ✓ %s\n' "$*"; }
-
-# The programs, under the names that one would type.
-mkdir "$work/plugins" "$work/path"
-cp "$root/bin/$plugin" "$work/plugins/"
-chmod 0755 "$work/plugins/$plugin"
-ln -s "$vault_path" "$work/path/vault"
+# shellcheck source=scripts/demo-lib.sh
+source "$root/scripts/demo-lib.sh"
+prepare "$vault_path"
 ln -s "$root/bin/kaizala-emulator" "$work/path/kaizala-emulator"
-ln -s "$root/bootstrap" "$work/bootstrap"
-export PATH=$work/path:$PATH
-cd "$work"
-
-# From here on each background process leads a process group of its own, so
-# that it can be ended with all its children, and Ctrl-C reaches this script
-# alone.
-set -m
 
 : >emulator.log # there to be read before the process in the background has opened it
 kaizala-emulator serve -listen 127.0.0.1:0 >>emulator.log 2>&1 &
@@ -132,42 +43,13 @@ done
 [[ -n $KAIZALA_EMULATOR_URL ]] || fail "the emulator did not start: $(cat emulator.log)"
 export KAIZALA_EMULATOR_URL
 
-cat >vault.hcl <<EOF
-plugin_directory = "$work/plugins"
-disable_mlock    = true
-EOF
-ROOT_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-
-# A port may be taken between the look and the start: then another one is tried.
-started=
-for _ in {1..5}; do
-  port=$((20000 + RANDOM % 12000))
-  export VAULT_ADDR=http://127.0.0.1:$port
-  : >vault.log
-  VAULT_DEV_ROOT_TOKEN_ID=$ROOT_TOKEN vault server -dev -dev-no-store-token \
-    -dev-listen-address="127.0.0.1:$port" -config=vault.hcl >>vault.log 2>&1 &
-  vault_pid=$!
-  pids+=("$vault_pid")
-  for _ in {1..300}; do
-    kill -0 "$vault_pid" 2>/dev/null || break
-    # Dev mode says this last, once the server is unsealed and active.
-    if grep -q 'Development mode should NOT be used' vault.log; then
-      started=yes
-      break
-    fi
-    sleep 0.1
-  done
-  [[ -z $started ]] || break
-  grep -q 'address already in use' vault.log || break
-done
-[[ -n $started ]] || fail "Vault did not start"
-
+start_vault
 echo "Vault: $VAULT_ADDR ($(vault version))"
 echo "Kaizala's emulator: $KAIZALA_EMULATOR_URL"
 
 say "The Vault operator registers the plugin, mounts it and writes the three policies."
 export VAULT_TOKEN=$ROOT_TOKEN
-works "vault plugin register -sha256=\"\$(sha256sum plugins/$plugin | cut -d' ' -f1)\" -version=$("$root/bin/$plugin" -version) secret $plugin"
+register_plugin
 works "vault secrets enable -path=kaizala $plugin"
 for policy in connector-owner tenant-user app; do
   works "vault policy write $policy bootstrap/policies/$policy.hcl"
@@ -214,7 +96,6 @@ checked "the tenant user cannot read access tokens"
 say "Step 4. The app reads an access token, which comes with a lease, and calls Kaizala with it."
 sets 'export VAULT_TOKEN=$APP_TOKEN'
 works 'vault read kaizala/creds/acme > creds; cat creds'
-field() { awk -v name="$2" '$1 == name { print $2 }' "$1"; }
 [[ -n $(field creds access_token) && -n $(field creds lease_id) ]] || fail "an access token and a lease should be there"
 [[ $output != *"$refresh_token"* && $output != *"$connector_secret"* ]] || fail "a secret is in the answer"
 works "awk '\$1 == \"access_token\" { print \$2 }' creds | kaizala-emulator me"

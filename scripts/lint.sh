@@ -17,9 +17,11 @@ fi
 
 echo "go vet"
 go vet ./...
+(cd bootstrap/authserver && go vet ./...)
 
 echo "staticcheck"
 go run "$staticcheck" ./...
+(cd bootstrap/authserver && go run "$staticcheck" ./...)
 
 mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
 echo "bash -n"

@@ -1,36 +1,79 @@
-// Command visit opens an address, logs in, allows what is asked for, and prints what a person reads on each page. It stands
-// in for the browser where scripts/demo-oauth.sh shows a consent.
+// Command visit is the browser and the app of scripts/demo-oauth.sh. With -user it opens an address, logs in with the
+// password on standard input, allows what is asked for, and prints what a person reads on each page. Without, it asks the
+// address as an app does, with the access token on standard input, and prints status and answer.
 //
-//	visit -user asha -password verysecure URL
+//	visit -user asha URL < password
+//	visit URL < access-token
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
+	"strings"
+	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
 func main() {
-	var person browser.Person
-	flag.StringVar(&person.User, "user", "", "who logs in")
-	flag.StringVar(&person.Password, "password", "", "the password")
+	user := flag.String("user", "", "who logs in")
 	flag.Parse()
 	if flag.NArg() != 1 {
 		flag.Usage()
 		os.Exit(2)
 	}
-	visit, err := person.Open(flag.Arg(0))
-	for _, page := range visit.Pages {
-		fmt.Printf("[%s%s] %s\n", page.URL.Host, page.URL.Path, page.Text())
+	secret, err := io.ReadAll(os.Stdin)
+	if err == nil {
+		address, secret := flag.Arg(0), strings.TrimSpace(string(secret))
+		if *user != "" {
+			err = person(browser.Person{User: *user, Password: secret}, address)
+		} else {
+			err = app(secret, address)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	if last := visit.Last(); last.Status >= 400 {
-		fmt.Fprintf(os.Stderr, "the last page has status %d\n", last.Status)
-		os.Exit(1)
+}
+
+func person(p browser.Person, address string) error {
+	visit, err := p.Open(address)
+	for _, page := range visit.Pages {
+		fmt.Printf("[%s%s] %s\n", page.URL.Host, page.URL.Path, page.Text())
 	}
+	if err != nil {
+		return err
+	}
+	if last := visit.Last(); last.Status >= http.StatusBadRequest {
+		return fmt.Errorf("the last page has status %d", last.Status)
+	}
+	return nil
+}
+
+func app(token, address string) error {
+	req, err := http.NewRequest(http.MethodGet, address, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := (&http.Client{Timeout: 30 * time.Second}).Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return err
+	}
+	fmt.Println(resp.Status)
+	fmt.Println(strings.TrimSpace(string(body)))
+	if resp.StatusCode != http.StatusOK {
+		return errors.New("the token was not taken")
+	}
+	return nil
 }
