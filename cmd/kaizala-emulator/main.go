@@ -1,6 +1,6 @@
 // Command kaizala-emulator is Kaizala's stand-in as a program: its token service and, for the people of the procedure, its
-// portal, both in memory and on a loopback address. It is for demonstrations and acceptance tests; whoever reaches it may do
-// everything.
+// portal, both in memory and on a loopback address. With "serve -service oauth2" it is an OAuth 2.0 authorization server
+// instead. It is for demonstrations and acceptance tests; whoever reaches it may do everything.
 //
 // "kaizala-emulator serve" is the service. The other subcommands talk to one that runs, at -url or at
 // $KAIZALA_EMULATOR_URL.
@@ -37,12 +37,18 @@ type program struct {
 
 func commands() []command {
 	return []command{
-		{"serve", "run the emulator until SIGINT or SIGTERM", serve},
-		{"connector", "register a connector; prints its ID and secret", connector},
+		{"serve", "run the emulator until SIGINT or SIGTERM; -service oauth2: an authorization server", serve},
+		{"connector", "register a connector (oauth2: a client); prints its ID and secret", connector},
 		{"connector-secret", "give a connector a new secret; prints it", connectorSecret},
 		{"delete-connector", "delete a connector, and with it its refresh tokens", deleteConnector},
 		{"token", "generate a user's or a group's refresh token; prints it", token},
-		{"me", "read an access token from stdin and call GET /v1/users/me with it", me},
+		{"phone", "print a user's mobile number, for a PIN; serve prints the SMS", portalCommand("phone", "user")},
+		{"approve", "oauth2: consent to an authorization URL or a user code; prints where the browser goes", decide("approve")},
+		{"deny", "oauth2: refuse to consent to one", decide("deny")},
+		{"withdraw", "oauth2: withdraw a user's consent", portalCommand("withdraw", "user")},
+		{"losses", "oauth2: print how often refresh tokens came twice, and the grants that were lost", portalCommand("losses")},
+		{"me", "read an access token from stdin and call GET /v1/users/me with it", caller("me", "/v1/users/me", "accessToken", "")},
+		{"userinfo", "oauth2: read an access token from stdin and call GET /userinfo with it", caller("userinfo", "/userinfo", "Authorization", "Bearer ")},
 		{"exchanges", "print how many exchanges were granted", exchanges},
 		{"settings", "change lives of tokens, the fate of old refresh tokens, and limits", settings},
 		{"fault", "let exchanges go wrong", fault},
@@ -155,6 +161,8 @@ func (c *client) do(req *http.Request) (int, string, error) {
 
 func connector(ctx context.Context, p program, args []string) error {
 	c := newClient(p, "connector")
+	c.String("method", "", "oauth2: how the client authenticates: client_secret_basic, client_secret_post or none")
+	c.String("redirect-uri", "", "oauth2: where the browser may be sent back to")
 	if err := c.parse(args); err != nil {
 		return err
 	}
@@ -184,6 +192,7 @@ func token(ctx context.Context, p program, args []string) error {
 	c.String("connector", "", "the connector's ID")
 	c.String("user", "", "the user's name")
 	c.String("group", "", "the group's ID, for a group token")
+	c.String("scope", "", "oauth2: the scopes, with spaces between")
 	if err := c.parse(args, "connector", "user"); err != nil {
 		return err
 	}
@@ -206,6 +215,9 @@ func settings(ctx context.Context, p program, args []string) error {
 	c.Bool("old-token-lives", false, "whether the old refresh token survives a rotation")
 	c.Int("limit-per-connector", 0, "calls in a minute; 0 is no limit")
 	c.Int("limit-per-tenant", 0, "calls in a minute, over all connectors; 0 is no limit")
+	c.String("class", "", "oauth2: A, B, C or D; resets the other settings")
+	c.String("rotation", "", "oauth2: what an exchange does to the refresh token: each, never, same or empty")
+	c.Duration("grace", 0, "oauth2: how long a replaced refresh token goes on working")
 	if err := c.parse(args); err != nil {
 		return err
 	}
@@ -215,6 +227,7 @@ func settings(ctx context.Context, p program, args []string) error {
 func fault(ctx context.Context, p program, args []string) error {
 	c := newClient(p, "fault")
 	c.String("user", "", "of this user's exchanges alone")
+	c.String("endpoint", "", "oauth2: token (the default), revocation, device, metadata or userinfo")
 	c.Int("times", 0, "how many exchanges; 0 is all until -clear")
 	c.Duration("delay", 0, "wait this long first")
 	c.Bool("hang", false, "never answer")
@@ -231,29 +244,61 @@ func fault(ctx context.Context, p program, args []string) error {
 	return c.portal(ctx)
 }
 
-// me fails unless the token works, so that a script can tell.
-func me(ctx context.Context, p program, args []string) error {
-	c := newClient(p, "me")
-	if err := c.parse(args); err != nil {
-		return err
+// portalCommand is a subcommand with flags that must be given, all of them names.
+func portalCommand(name string, flags ...string) func(context.Context, program, []string) error {
+	return func(ctx context.Context, p program, args []string) error {
+		c := newClient(p, name)
+		for _, f := range flags {
+			c.String(f, "", "the "+f+"'s name")
+		}
+		if err := c.parse(args, flags...); err != nil {
+			return err
+		}
+		return c.portal(ctx)
 	}
-	accessToken, err := io.ReadAll(io.LimitReader(p.in, 64<<10))
-	if err != nil {
-		return err
+}
+
+func decide(name string) func(context.Context, program, []string) error {
+	return func(ctx context.Context, p program, args []string) error {
+		c := newClient(p, name)
+		c.String("authorization-url", "", "the authorization URL")
+		c.String("user-code", "", "or the user code of a device")
+		if name == "approve" {
+			c.String("user", "", "who consents; by default the URL's login_hint")
+		}
+		if err := c.parse(args); err != nil {
+			return err
+		}
+		return c.portal(ctx)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.at("/v1/users/me"), nil)
-	if err != nil {
-		return err
+}
+
+// caller is a subcommand that calls with the access token in a header, and fails unless that works, so that a script can
+// tell.
+func caller(name, path, header, scheme string) func(context.Context, program, []string) error {
+	return func(ctx context.Context, p program, args []string) error {
+		c := newClient(p, name)
+		if err := c.parse(args); err != nil {
+			return err
+		}
+		accessToken, err := io.ReadAll(io.LimitReader(p.in, 64<<10))
+		if err != nil {
+			return err
+		}
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.at(path), nil)
+		if err != nil {
+			return err
+		}
+		req.Header.Set(header, scheme+strings.TrimSpace(string(accessToken)))
+		status, body, err := c.do(req)
+		if err != nil {
+			// net/http's error quotes a header that it cannot send.
+			return errors.New("the call could not be made: no emulator at -url, or no access token on stdin")
+		}
+		fmt.Fprintf(p.out, "%d %s\n%s\n", status, http.StatusText(status), strings.TrimSpace(body))
+		if status != http.StatusOK {
+			return errors.New("the access token does not work")
+		}
+		return nil
 	}
-	req.Header.Set("accessToken", strings.TrimSpace(string(accessToken)))
-	status, body, err := c.do(req)
-	if err != nil {
-		// net/http's error quotes a header that it cannot send.
-		return errors.New("the call could not be made: no emulator at -url, or no access token on stdin")
-	}
-	fmt.Fprintf(p.out, "%d %s\n%s\n", status, http.StatusText(status), strings.TrimSpace(body))
-	if status != http.StatusOK {
-		return errors.New("the access token does not work")
-	}
-	return nil
 }

@@ -4,12 +4,14 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -19,7 +21,18 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+var buildDir string
+
+func TestMain(m *testing.M) {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "kaizala-emulator"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		_ = os.RemoveAll(buildDir)
+		os.Exit(code)
+	}))
+}
 
 // emulator is the built program.
 type emulator struct {
@@ -64,10 +77,40 @@ func (e *emulator) exchange(id, secret, token string) (int, map[string]any) {
 	return resp.StatusCode, fields
 }
 
+// built builds the program once for all tests.
+var built = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(buildDir, "kaizala-emulator")
+	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%w: %s", err, out)
+	}
+	return path, err
+})
+
+func newEmulator(t *testing.T) *emulator {
+	path, err := built()
+	require.NoError(t, err)
+	return &emulator{t: t, path: path}
+}
+
+// serve starts the service and returns its process and what follows its first line.
+func (e *emulator) serve(stderr io.Writer, args ...string) (*exec.Cmd, *bufio.Reader) {
+	e.t.Helper()
+	serving := exec.CommandContext(e.t.Context(), e.path, append([]string{"serve"}, args...)...)
+	serving.Stderr = stderr
+	stdout, err := serving.StdoutPipe()
+	require.NoError(e.t, err)
+	require.NoError(e.t, serving.Start())
+	lines := bufio.NewReader(stdout)
+	line, err := lines.ReadString('\n')
+	require.NoError(e.t, err)
+	e.url = strings.TrimSuffix(strings.TrimPrefix(line, "listening on "), "\n")
+	require.Regexp(e.t, `^http://127\.0\.0\.1:\d+$`, e.url)
+	return serving, lines
+}
+
 func TestProgram(t *testing.T) {
-	e := &emulator{t: t, path: filepath.Join(t.TempDir(), "kaizala-emulator")}
-	built, err := exec.CommandContext(t.Context(), "go", "build", "-o", e.path, ".").CombinedOutput()
-	require.NoError(t, err, "%s", built)
+	e := newEmulator(t)
 
 	t.Run("it listens on loopback addresses alone", func(t *testing.T) {
 		for _, address := range []string{":0", "0.0.0.0:0", "[::]:0", "10.0.0.1:0", "example.net:0", "127.0.0.1", "127.1:0"} {
@@ -94,17 +137,8 @@ func TestProgram(t *testing.T) {
 		assert.Contains(t, errs, "-user")
 	})
 
-	serving := exec.CommandContext(t.Context(), e.path, "serve", "-access-token-life", "1h")
 	var logged bytes.Buffer
-	serving.Stderr = &logged
-	stdout, err := serving.StdoutPipe()
-	require.NoError(t, err)
-	require.NoError(t, serving.Start())
-	lines := bufio.NewReader(stdout)
-	line, err := lines.ReadString('\n')
-	require.NoError(t, err)
-	e.url = strings.TrimSuffix(strings.TrimPrefix(line, "listening on "), "\n")
-	require.Regexp(t, `^http://127\.0\.0\.1:\d+$`, e.url)
+	serving, lines := e.serve(&logged, "-access-token-life", "1h")
 
 	registered := e.run("connector")
 	require.Regexp(t, `^connector_id=\S+\nconnector_secret=\S+$`, registered)
@@ -167,6 +201,20 @@ func TestProgram(t *testing.T) {
 	assert.Error(t, err)
 	assert.Contains(t, errs, "no such connector")
 
+	id3, _, _ := strings.Cut(strings.TrimPrefix(e.run("connector"), "connector_id="), "\n")
+	phone := e.run("phone", "-user", "ada")
+	resp, err := postJSON(t, e.url+"/v1/generatePin", map[string]string{"mobileNumber": phone, "applicationId": id3})
+	require.NoError(t, err)
+	require.Equal(t, 200, resp)
+	sms, err := lines.ReadString('\n')
+	require.NoError(t, err)
+	assert.Regexp(t, `^SMS to \`+phone+`: .* \d{6}\n$`, sms)
+	for _, foreign := range [][]string{{"losses"}, {"withdraw", "-user", "ada"}, {"settings", "-class", "A"}, {"connector", "-method", "none"}} {
+		_, errs, err := e.try("", foreign...)
+		assert.Error(t, err, "%q", foreign)
+		assert.Contains(t, errs, "the service that runs here")
+	}
+
 	// It ends at once, though an exchange hangs.
 	id2 := strings.TrimPrefix(strings.Split(e.run("connector"), "\n")[0], "connector_id=")
 	e.run("fault", "-hang")
@@ -186,4 +234,17 @@ func TestProgram(t *testing.T) {
 		assert.NotContains(t, logged.String(), secret)
 	}
 	assert.Contains(t, logged.String(), `GET "/v1/accessToken" 503`)
+}
+
+func postJSON(t *testing.T, to string, fields map[string]string) (int, error) {
+	raw, err := json.Marshal(fields)
+	require.NoError(t, err)
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, to, bytes.NewReader(raw))
+	require.NoError(t, err)
+	r.Header.Set("Content-Type", "application/json")
+	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(r)
+	if err != nil {
+		return 0, err
+	}
+	return resp.StatusCode, resp.Body.Close()
 }

@@ -9,28 +9,65 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 func serve(ctx context.Context, p program, args []string) error {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	flags.SetOutput(p.err)
 	listen := flags.String("listen", "127.0.0.1:0", "the address to listen on, a loopback one; port 0 is any free one")
-	accessLife := flags.Duration("access-token-life", 0, "how long access tokens live; 0 is 24h")
-	refreshLife := flags.Duration("refresh-token-life", 0, "how long refresh tokens live; 0 is 365 days")
-	oldLives := flags.Bool("old-token-lives", false, "let the old refresh token survive a rotation")
+	accessLife := flags.Duration("access-token-life", 0, "how long access tokens live; 0 is 24h, for oauth2 1h")
+	refreshLife := flags.Duration("refresh-token-life", 0, "how long refresh tokens live; 0 is 365 days, for oauth2 for ever")
+	oldLives := flags.Bool("old-token-lives", false, "kaizala: let the old refresh token survive a rotation")
+	name := flags.String("service", "kaizala", "what it emulates: kaizala, or oauth2, an authorization server")
+	class := flags.String("class", "A", classHelp)
+	rotation := flags.String("rotation", "each", "oauth2: what an exchange does to the refresh token: each, never, same or empty")
+	grace := flags.Duration("grace", 0, "oauth2: how long a replaced refresh token goes on working")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	if flags.NArg() > 0 {
 		return fmt.Errorf("serve takes no argument %q", flags.Arg(0))
 	}
-	if *accessLife < 0 || *refreshLife < 0 {
-		return errors.New("a token's life is not negative")
+	if *accessLife < 0 || *refreshLife < 0 || *grace < 0 {
+		return errors.New("a duration is not negative")
+	}
+	var foreign error
+	flags.Visit(func(f *flag.Flag) {
+		kaizala, oauth2 := f.Name == "old-token-lives", f.Name == "class" || f.Name == "rotation" || f.Name == "grace"
+		if (kaizala && *name != "kaizala") || (oauth2 && *name != "oauth2") {
+			foreign = fmt.Errorf("-%s does not go with -service %s", f.Name, *name)
+		}
+	})
+	if foreign != nil {
+		return foreign
+	}
+	var handler http.Handler
+	var setURL func(string)
+	switch *name {
+	case "kaizala":
+		service := kaizalatest.New()
+		service.SetAccessTokenLife(*accessLife)
+		service.SetRefreshTokenLife(*refreshLife)
+		service.SetOldTokenDies(!*oldLives)
+		service.OnSMS(func(mobileNumber, text string) { fmt.Fprintf(p.out, "SMS to %s: %s\n", mobileNumber, text) })
+		handler, setURL = newHandler(service), service.SetEndpointURL
+	case "oauth2":
+		service := oauth2test.New()
+		if err := setOptions(service, *class, *rotation, func(o *oauth2test.Options) {
+			o.AccessTokenLife, o.RefreshTokenLife, o.Grace = *accessLife, *refreshLife, *grace
+		}); err != nil {
+			return err
+		}
+		handler, setURL = newOAuth2Handler(service), service.SetURL
+	default:
+		return errors.New("-service must be kaizala or oauth2")
 	}
 	// What it does for whoever asks is for this machine alone.
 	host, _, err := net.SplitHostPort(*listen)
@@ -42,16 +79,12 @@ func serve(ctx context.Context, p program, args []string) error {
 	if err != nil {
 		return err
 	}
-	service := kaizalatest.New()
-	service.SetAccessTokenLife(*accessLife)
-	service.SetRefreshTokenLife(*refreshLife)
-	service.SetOldTokenDies(!*oldLives)
 	at := "http://" + listener.Addr().String()
-	service.SetEndpointURL(at)
+	setURL(at)
 
 	logger := log.New(p.err, "", log.LstdFlags)
 	server := &http.Server{
-		Handler:           logged(logger, newHandler(service)),
+		Handler:           logged(logger, handler),
 		ErrorLog:          logger,
 		ReadHeaderTimeout: 10 * time.Second,
 	}
@@ -93,26 +126,48 @@ func logged(logger *log.Logger, next http.Handler) http.Handler {
 	})
 }
 
-// newHandler serves the token service and, below /portal/, the control API: forms in, plain text out, by the names of the
-// subcommands.
+// newHandler serves the token service and its control API.
 func newHandler(s *kaizalatest.Service) http.Handler {
+	return withPortal(s, s, map[string]operation[*kaizalatest.Service]{
+		"connector":        {"", portalConnector},
+		"connector-secret": {"connector", portalConnectorSecret},
+		"delete-connector": {"connector", portalDeleteConnector},
+		"token":            {"connector user group", portalToken},
+		"phone":            {"user", portalPhone},
+		"exchanges":        {"user", portalExchanges},
+		"settings":         {"access-token-life refresh-token-life old-token-lives limit-per-connector limit-per-tenant", portalSettings},
+		"fault":            {"user times delay hang process reset truncate status body retry-after clear", portalFault},
+	})
+}
+
+// operation is one of a control API, with the names of the fields that it knows.
+type operation[S any] struct {
+	fields string
+	do     func(S, form) (string, error)
+}
+
+// withPortal serves a service and, below /portal/, its control API: forms in, plain text out, by the names of the
+// subcommands.
+func withPortal[S any](service http.Handler, s S, operations map[string]operation[S]) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/", s)
-	for name, do := range map[string]func(*kaizalatest.Service, form) (string, error){
-		"connector":        portalConnector,
-		"connector-secret": portalConnectorSecret,
-		"delete-connector": portalDeleteConnector,
-		"token":            portalToken,
-		"exchanges":        portalExchanges,
-		"settings":         portalSettings,
-		"fault":            portalFault,
-	} {
+	mux.Handle("/", service)
+	mux.HandleFunc("/portal/", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "the service that runs here has no such command", http.StatusNotFound)
+	})
+	for name, op := range operations {
+		known := strings.Fields(op.fields)
 		mux.HandleFunc("POST /portal/"+name, func(w http.ResponseWriter, r *http.Request) {
 			if err := r.ParseForm(); err != nil {
 				http.Error(w, "the form cannot be read", http.StatusBadRequest)
 				return
 			}
-			out, err := do(s, form{r})
+			for field := range r.PostForm {
+				if !slices.Contains(known, field) {
+					http.Error(w, "the service that runs here has no -"+field+" for this command", http.StatusBadRequest)
+					return
+				}
+			}
+			out, err := op.do(s, form{r})
 			if err != nil {
 				http.Error(w, err.Error(), http.StatusBadRequest)
 				return
@@ -194,6 +249,14 @@ func portalToken(s *kaizalatest.Service, f form) (string, error) {
 	return token + "\n", nil
 }
 
+func portalPhone(s *kaizalatest.Service, f form) (string, error) {
+	user := strings.TrimSpace(f.text("user"))
+	if user == "" {
+		return "", errors.New("user must not be empty")
+	}
+	return s.PhoneNumber(user) + "\n", nil
+}
+
 func portalExchanges(s *kaizalatest.Service, f form) (string, error) {
 	n := s.TotalExchanges()
 	if f.has("user") {
@@ -214,9 +277,23 @@ func portalSettings(s *kaizalatest.Service, f form) (string, error) {
 }
 
 func portalFault(s *kaizalatest.Service, f form) (string, error) {
-	fault := kaizalatest.Fault{User: f.text("user"), Body: f.text("body"), Header: http.Header{}}
-	clearFirst := false
-	err := errors.Join(
+	fault, clearFirst, err := readFault(f)
+	if err != nil {
+		return "", err
+	}
+	if clearFirst {
+		s.ClearFaults()
+	}
+	if fault != nil {
+		s.Inject(*fault)
+	}
+	return "", nil
+}
+
+// readFault returns what goes wrong, nil where nothing does, and whether all faults are to be cleared first.
+func readFault(f form) (fault *kaizalatest.Fault, clearFirst bool, err error) {
+	fault = &kaizalatest.Fault{User: f.text("user"), Body: f.text("body"), Header: http.Header{}}
+	err = errors.Join(
 		read(f, "clear", strconv.ParseBool, into(&clearFirst)),
 		read(f, "times", natural, into(&fault.Times)),
 		read(f, "delay", life, into(&fault.Delay)),
@@ -227,21 +304,16 @@ func portalFault(s *kaizalatest.Service, f form) (string, error) {
 		read(f, "status", natural, into(&fault.Status)),
 		read(f, "retry-after", natural, func(n int) { fault.Header.Set("Retry-After", strconv.Itoa(n)) }),
 	)
-	switch {
-	case err != nil:
-		return "", err
-	case fault.Status != 0 && (fault.Status < 200 || fault.Status > 599):
-		return "", errors.New("status must be from 200 to 599")
-	}
-	if clearFirst {
-		s.ClearFaults()
-	}
 	wrong := fault.Delay > 0 || fault.Hang || fault.Reset || fault.Truncate || fault.Status != 0
 	switch {
-	case wrong:
-		s.Inject(fault)
-	case !clearFirst:
-		return "", errors.New("say what goes wrong: delay, hang, reset, truncate or status; or clear")
+	case err != nil:
+		return nil, false, err
+	case fault.Status != 0 && (fault.Status < 200 || fault.Status > 599):
+		return nil, false, errors.New("status must be from 200 to 599")
+	case !wrong && !clearFirst:
+		return nil, false, errors.New("say what goes wrong: delay, hang, reset, truncate or status; or clear")
+	case !wrong:
+		fault = nil
 	}
-	return "", nil
+	return fault, clearFirst, nil
 }
