@@ -595,3 +595,46 @@ func TestMetadata(t *testing.T) {
 	_, err = c.rt.RoundTrip(c.request(t.Context(), "http://as.example.com/tenant/token"))
 	assert.Error(t, err)
 }
+
+func TestJWTsThatExchangesEnd(t *testing.T) {
+	// Hydra with JWTs: introspection says so after a refresh.
+	c := newCaller(t, ClassC, func(o *Options) { o.ExchangeInvalidates = true })
+	at, rt := c.granted(c.s.Grant(c.id, "ada@a.example", "a"))
+	assert.Equal(t, []any{"sub-ada@a.example", c.id, "a"}, []any{claims(t, at)["sub"], claims(t, at)["client_id"], claims(t, at)["scope"]})
+	assert.Equal(t, "ada@a.example", c.get(c.s.UserInfoURL(), at).text("email"))
+	_, rt = c.granted(rt)
+	assert.False(t, c.s.Alive(at))
+	assert.Equal(t, "superseded by an exchange", c.s.TokenStatus(at).Why)
+	assert.Equal(t, 2, c.s.TotalExchanges())
+	c.s.Withdraw("ada@a.example")
+	st := c.s.TokenStatus(rt)
+	assert.Equal(t, []any{"refresh_token", false, "the user withdrew it"}, []any{st.Type, st.Alive, st.Why})
+	assert.False(t, st.Ended.IsZero())
+}
+
+func TestWhatARequestLacks(t *testing.T) {
+	c := newCaller(t)
+	for _, form := range [][]string{
+		{}, {"grant_type", "refresh_token"}, {"grant_type", "refresh_token", "refresh_token", ""}, {"refresh_token", "x"},
+		{"grant_type", "refresh_token", "grant_type", "refresh_token", "refresh_token", "x"},
+	} {
+		assert.Equal(t, "invalid_request", c.post(c.s.TokenURL(), form...).code(), "%q", form)
+	}
+	c.s.Set(func(o *Options) { o.ExpiresIn, o.Format = ExpiresInNull, FormatForm })
+	assert.Contains(t, c.exchange(c.s.Grant(c.id, "ada")).raw, "expires_in=&")
+}
+
+func TestOldAccessTokensAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCaller(t, func(o *Options) { o.Rotation = RotateNever })
+		rt := c.s.Grant(c.id, "ada")
+		first, _ := c.granted(rt)
+		time.Sleep(24*time.Hour + time.Minute)
+		second, _ := c.granted(rt)
+		time.Sleep(time.Hour)
+		for range 1100 {
+			c.granted(rt)
+		}
+		assert.Equal(t, []bool{false, true}, []bool{c.s.TokenStatus(first).Known, c.s.TokenStatus(second).Known})
+	})
+}
