@@ -1,0 +1,368 @@
+package oauth2
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+const (
+	// maxAccessTokenLife bounds an access token's life: beyond it a number is likelier to be in another unit than seconds.
+	maxAccessTokenLife = 400 * 24 * time.Hour
+	// maxTypeBytes bounds a token_type; RFC 6749 knows "Bearer" and "mac".
+	maxTypeBytes = 64
+)
+
+// fields are the fields of an answer. A form is read as an object whose values are all strings.
+type fields struct {
+	tokenservice.Object
+	// legible: the body is all there, and is JSON or a form.
+	legible bool
+}
+
+// readFields reads a body as JSON if it begins with "{", and else as a form.
+func readFields(a tokenservice.Answer) (f fields) {
+	body := bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(a.Body), []byte("\ufeff")))
+	if bytes.HasPrefix(body, []byte("{")) {
+		f.Object = tokenservice.ReadObject(body)
+	} else {
+		f.Object = tokenservice.ReadObject(formObject(string(body)))
+	}
+	f.legible = f.Whole && a.Broken == ""
+	return f
+}
+
+// formObject writes a form as a JSON object; nil for what is no form, or none of an authorization server. A parameter that
+// cannot be decoded is left out, and costs no other. One that is cut off is not told from a whole one, since a form has no
+// mark at its end.
+func formObject(body string) []byte {
+	// A page of HTML can hold the URL of a form.
+	if strings.ContainsAny(body, "<>\"\r\n\x00") {
+		return nil
+	}
+	var object bytes.Buffer
+	known := false
+	for pair := range strings.SplitSeq(body, "&") {
+		name, value, _ := strings.Cut(pair, "=")
+		name, nameErr := url.QueryUnescape(name)
+		value, valueErr := url.QueryUnescape(value)
+		if nameErr != nil || valueErr != nil || name == "" {
+			continue
+		}
+		known = known || strings.EqualFold(name, "access_token") || strings.EqualFold(name, "error")
+		member, _ := json.Marshal(map[string]string{name: value}) // a map of strings always can be written
+		object.WriteByte(',')
+		object.Write(member[1 : len(member)-1])
+	}
+	if !known {
+		return nil
+	}
+	return slices.Concat([]byte("{"), object.Bytes()[1:], []byte("}"))
+}
+
+// refused returns the code of an error, as it was sent, and whether the answer is one at all: it has an error that is
+// not empty, or an "ok" that is false.
+func (f fields) refused() (code string, refused bool) {
+	if code = f.Text("error"); code != "" {
+		return code, true
+	}
+	notOK := string(f.Value("ok")) == "false" || strings.EqualFold(f.Text("ok"), "false")
+	return "", notOK || !empty(f.Value("error"))
+}
+
+// empty says whether a value is nothing in the way of one of the usual programming languages.
+func empty(value json.RawMessage) bool {
+	var v any
+	_ = json.Unmarshal(value, &v) // what cannot be read is nothing
+	switch v := v.(type) {
+	case bool:
+		return !v
+	case float64:
+		return v == 0
+	case []any:
+		return len(v) == 0
+	case map[string]any:
+		return len(v) == 0
+	case string:
+		return strings.TrimSpace(v) == ""
+	}
+	return true
+}
+
+// newRefreshToken returns the refresh token that is to be used from now on, "" where it is the one that was sent.
+func (f fields) newRefreshToken(sent string) string {
+	for _, token := range slices.Backward(f.Texts("refresh_token")) {
+		if token != sent && tokenservice.CheckToken(token) == nil {
+			return token
+		}
+	}
+	return ""
+}
+
+// purpose is what a request is made for.
+type purpose int
+
+const (
+	exchanging purpose = iota
+	redeemingCode
+	startingDevice
+	pollingDevice
+	revoking
+)
+
+// readGrant says what the answer to a token request means. sent is the refresh token that the request was made with. Beside
+// an error the result holds at most a new refresh token, with its facts.
+func (c *Client) readGrant(p purpose, a tokenservice.Answer, sent string) tokenservice.Result {
+	now := time.Now()
+	f := readFields(a)
+	result := tokenservice.Result{Sent: a.Sent}
+	// Only a success can hold a new refresh token: an error page that shows one in some field must not replace a good one.
+	if a.Status/100 == 2 {
+		result.RefreshToken = f.newRefreshToken(sent)
+		result.Facts = c.factsOf(f, result.RefreshToken, a.Sent)
+	}
+	fail := func(e *tokenservice.Failure) tokenservice.Result {
+		// With the new refresh token at hand, nothing is lost.
+		e.Lost = e.Lost && result.RefreshToken == ""
+		result.Err = e
+		return result
+	}
+	if e := c.failure(p, a, f, now); e != nil {
+		return fail(e)
+	}
+	senseless := func(why string, lost bool) tokenservice.Result {
+		return fail(&tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, Lost: lost, Text: c.senseless(why)})
+	}
+	token := f.Text("access_token")
+	if tokenservice.CheckToken(token) != nil {
+		return senseless("its access_token is missing, too long, or cannot be sent in a header", true)
+	}
+	life := c.config.AccessTokenLife
+	if millis, ok := f.Millis("expires_in", time.Second); ok {
+		if millis <= 0 {
+			return senseless("its access token has expired already (expires_in)", false)
+		}
+		life = time.Duration(min(millis, maxAccessTokenLife.Milliseconds())) * time.Millisecond
+	}
+	expires := a.Sent.Add(min(life, maxAccessTokenLife)).UTC().Truncate(time.Millisecond)
+	if !expires.After(now) {
+		return senseless("its access token expired before the answer came", false)
+	}
+	result.AccessToken = &tokenservice.AccessToken{
+		Token:       token,
+		Type:        bounded(f.Text("token_type"), maxTypeBytes),
+		EndpointURL: c.endpointURL(f),
+		Scope:       bounded(strings.Join(f.List("scope"), " "), tokenservice.MaxScopeBytes),
+		Expires:     expires,
+	}
+	return result
+}
+
+// bounded returns s, or "" where it is too long or not plain ASCII in one line.
+func bounded(s string, most int) string {
+	if len(s) > most || !printable(s) {
+		return ""
+	}
+	return s
+}
+
+func (c *Client) endpointURL(f fields) string {
+	if c.config.EndpointURLField == "" {
+		return ""
+	}
+	value := f.Text(c.config.EndpointURLField)
+	if _, problem := parseURL(value); problem != "" {
+		return ""
+	}
+	return value
+}
+
+// factsOf returns what an answer tells about the refresh token that is to be used from now on: a new one, or else the one
+// that was sent. nil where it tells nothing about the latter.
+func (c *Client) factsOf(f fields, newToken string, sent time.Time) *tokenservice.Facts {
+	for _, name := range []string{"refresh_token_expires_in", "x_refresh_token_expires_in", "refresh_expires_in"} {
+		if millis, ok := f.Millis(name, time.Second); ok && millis >= 0 {
+			return lasting(sent, time.Duration(min(millis, maxLife.Milliseconds()+1))*time.Millisecond, false)
+		}
+	}
+	if newToken == "" {
+		return nil
+	}
+	facts := c.ownFacts(newToken, sent)
+	if !facts.Expires.IsZero() && !facts.Expires.After(sent) {
+		// The server has just issued the token, so its clock and this machine's differ.
+		return lasting(sent, c.config.RefreshTokenLife, true)
+	}
+	return facts
+}
+
+// lasting returns the facts about a refresh token with that much life from a time on. No life, or more than anybody plans
+// for, is none that ends.
+func lasting(from time.Time, life time.Duration, assumed bool) *tokenservice.Facts {
+	if life <= 0 || life > maxLife {
+		return &tokenservice.Facts{}
+	}
+	return &tokenservice.Facts{
+		Expires:     from.Add(life).UTC().Truncate(time.Millisecond),
+		RotatesFrom: from.Add(life / 10 * 9).UTC().Truncate(time.Millisecond),
+		Assumed:     assumed,
+	}
+}
+
+// What error codes mean. The names that no RFC has are those of GitHub, Slack and Microsoft.
+var (
+	refusesToken     = []string{"invalid_grant", "bad_refresh_token", "invalid_refresh_token", "token_revoked", "token_expired"}
+	refusesConnector = []string{"invalid_client", "incorrect_client_credentials"}
+	saysItFails      = []string{"temporarily_unavailable", "server_error"}
+	deviceKinds      = map[string]tokenservice.Kind{
+		"authorization_pending":  tokenservice.Pending,
+		"slow_down":              tokenservice.SlowDown,
+		"access_denied":          tokenservice.Denied,
+		"authorization_declined": tokenservice.Denied,
+		"expired_token":          tokenservice.Expired,
+	}
+	// otherCodes are the rest of the codes that a text may name: those registered with IANA for the endpoints in use.
+	otherCodes = []string{
+		"invalid_request", "unauthorized_client", "unsupported_grant_type", "invalid_scope", "invalid_target", "invalid_token",
+		"unsupported_token_type", "insufficient_scope", "interaction_required", "login_required", "consent_required",
+		"account_selection_required", "invalid_dpop_proof", "use_dpop_nonce", "invalid_authorization_details",
+		"insufficient_user_authentication", "unmet_authentication_requirements",
+	}
+)
+
+// registered returns the usual spelling of a known code, "" for any other: that is the server's own text, which could be a
+// secret.
+func registered(code string) string {
+	code = strings.ToLower(code)
+	_, device := deviceKinds[code]
+	if device || slices.Contains(slices.Concat(refusesToken, refusesConnector, saysItFails, otherCodes), code) {
+		return code
+	}
+	return ""
+}
+
+// failure returns what an answer refuses or fails to do, nil where it is a legible success. What the answer says decides,
+// and then its status.
+func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Time) *tokenservice.Failure {
+	e := &tokenservice.Failure{Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, now)}
+	success := a.Status/100 == 2
+	sent, isRefusal := f.refused()
+	if !f.legible {
+		sent, isRefusal = "", false // a refusal has consequences, so half of one is not believed
+	}
+	e.Code = registered(sent)
+	with := fmt.Sprintf("HTTP status %d", a.Status)
+	named := ""
+	if e.Code != "" {
+		with += ", " + e.Code
+		named = " (" + e.Code + ")"
+	}
+	deviceKind, isDeviceKind := deviceKinds[e.Code]
+	switch {
+	case slices.Contains(refusesToken, e.Code) && p != startingDevice:
+		e.Kind, e.Text = tokenservice.RefusedRefreshToken, fmt.Sprintf(c.tokenRefusal(p), named)
+	case slices.Contains(refusesConnector, e.Code):
+		e.Kind = tokenservice.RefusedConnector
+		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them anew; "+
+			"if they are right, the operator has to check token_endpoint_auth_method.", named)
+	case p == pollingDevice && isDeviceKind:
+		e.Kind, e.Text = deviceKind, c.deviceText(deviceKind)
+	case e.Code == "unsupported_token_type" && p == revoking:
+		e.Kind = tokenservice.Unsupported
+		e.Text = c.sentence("cannot revoke tokens of this type%s. They live to their end.", named)
+	case e.Code == "slow_down", a.Status == http.StatusTooManyRequests:
+		if e.RetryAfter == 0 {
+			e.RetryAfter = tokenservice.RateLimitReset(a.Header, now)
+		}
+		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. Try again %s.", later(e.RetryAfter))
+	case slices.Contains(saysItFails, e.Code), a.Status/100 == 5, a.Status == http.StatusConflict:
+		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(e.RetryAfter))
+	case a.Status/100 == 3:
+		e.Kind = tokenservice.Unavailable
+		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field())
+	case a.Broken != "":
+		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, a.Lost && success, a.Broken
+	case !f.legible && success:
+		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, true, c.senseless("it is neither JSON nor a form")
+	case !f.legible:
+		e.Kind = tokenservice.Unavailable
+		e.Text = c.sentence("did not make sense: it answered with %s and neither JSON nor a form. "+
+			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field())
+	case isRefusal || !success:
+		e.Kind = tokenservice.Refused
+		e.Text = c.sentence("refuses the request (%s) and blames neither %s nor the connector. The operator has to check the connector's settings there and here.", with, p.thing())
+	default:
+		return nil
+	}
+	return e
+}
+
+func later(after time.Duration) string {
+	if after == 0 {
+		return "later"
+	}
+	return fmt.Sprintf("in %v", after.Round(time.Second))
+}
+
+// sentence begins with the server's name.
+func (c *Client) sentence(format string, args ...any) string {
+	return "The " + c.name() + " " + fmt.Sprintf(format, args...)
+}
+
+func (c *Client) senseless(why string) string {
+	return "The answer of the " + c.name() + " did not make sense: " + why + "."
+}
+
+// tokenRefusal is the text about what a request stands or falls with. It has a place for the code.
+func (c *Client) tokenRefusal(p purpose) string {
+	switch p {
+	case redeemingCode:
+		return "The " + c.name() + " refuses the authorization code%s: it has been used, is too old, or belongs to another client or redirect_uri. Start the authorization again."
+	case pollingDevice:
+		return "The " + c.name() + " refuses the device code%s. Start the device authorization again."
+	}
+	return "The " + c.name() + " refuses the refresh token%s. The tenant user has to " + newRefreshToken + "."
+}
+
+func (c *Client) deviceText(k tokenservice.Kind) string {
+	switch k {
+	case tokenservice.Denied:
+		return c.sentence("says that access was denied. Start the device authorization again if that was a mistake.")
+	case tokenservice.Expired:
+		return c.sentence("says that the time for entering the code is over. Start the device authorization again.")
+	}
+	return c.sentence("waits for a person to enter the code.")
+}
+
+// field is the field of config that says where a request goes.
+func (p purpose) field() string {
+	switch p {
+	case startingDevice:
+		return "device_authorization_url"
+	case revoking:
+		return "revocation_url"
+	}
+	return "token_url"
+}
+
+// thing is what a request stands or falls with.
+func (p purpose) thing() string {
+	switch p {
+	case redeemingCode:
+		return "the authorization code"
+	case startingDevice:
+		return "the tenant"
+	case pollingDevice:
+		return "the device code"
+	case revoking:
+		return "the token"
+	}
+	return "the refresh token"
+}

@@ -1,0 +1,84 @@
+package oauth2
+
+import (
+	"encoding/base64"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+// maxSubjectBytes bounds the subject of an ID token; OpenID Connect allows 255 characters for "sub".
+const maxSubjectBytes = 255
+
+// claimsOf reads the claims of a JWT; those of anything else are an object without fields.
+func claimsOf(token string) tokenservice.Object {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return tokenservice.Object{}
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(parts[1], "="))
+	if err != nil {
+		return tokenservice.Object{}
+	}
+	return tokenservice.ReadObject(payload)
+}
+
+// timeOf reads a claim that is a number of seconds since the epoch; zero where it is none, or 0 or less.
+func timeOf(o tokenservice.Object, name string) time.Time {
+	millis, _ := o.Millis(name, time.Second)
+	return tokenservice.Time(millis)
+}
+
+// ownFacts returns what a refresh token says about itself, or else what the configuration assumes, from a time on.
+func (c *Client) ownFacts(token string, from time.Time) *tokenservice.Facts {
+	claims := claimsOf(token)
+	expires, issued := timeOf(claims, "exp"), timeOf(claims, "iat")
+	if expires.IsZero() {
+		return lasting(from, c.config.RefreshTokenLife, true)
+	}
+	if issued.IsZero() || issued.After(expires) {
+		issued = from
+	}
+	facts := &tokenservice.Facts{Expires: expires, RotatesFrom: expires}
+	if life := expires.Sub(issued); life > 0 {
+		facts.RotatesFrom = expires.Add(-life / 10)
+	}
+	return facts
+}
+
+// Check implements [tokenservice.Service].
+func (c *Client) Check(refreshToken string) (tokenservice.Facts, error) {
+	if err := tokenservice.CheckPasted(refreshToken); err != nil {
+		return tokenservice.Facts{}, err
+	}
+	now := time.Now()
+	facts := *c.ownFacts(refreshToken, now)
+	if !facts.Expires.IsZero() && !facts.Expires.After(now) {
+		return facts, fmt.Errorf("it expired at %s (its own exp); %s", facts.Expires.Format(time.RFC3339), newRefreshToken)
+	}
+	return facts, nil
+}
+
+// subjectOf returns who an ID token is about, for people to read: the email address if the server has verified it, or else
+// "sub", or else the address. The ID token came from the token endpoint itself, whose TLS stands in for its signature (OpenID
+// Connect Core, section 3.1.3.7).
+func subjectOf(idToken string) string {
+	claims := claimsOf(idToken)
+	sub, email := shown(claims.Text("sub")), shown(claims.Text("email"))
+	verified := string(claims.Value("email_verified")) == "true"
+	if email != "" && (verified || sub == "") {
+		return email
+	}
+	return sub
+}
+
+// shown returns a text that people will be shown and that somebody else has written, "" where it is too long or cannot
+// be shown.
+func shown(s string) string {
+	if len(s) > maxSubjectBytes || strings.ContainsFunc(s, notText) {
+		return ""
+	}
+	return s
+}
