@@ -251,6 +251,7 @@ func TestPauseSendsAwayWhoWaits(t *testing.T) {
 		err := s.Pause(t.Context(), until) // which storage does not take
 		assert.Equal(t, context.DeadlineExceeded, err)
 		assert.Equal(t, storeWithin, time.Since(begun))
+		synctest.Wait()
 		assert.Equal(t, &LimitError{Until: until, ByService: true}, a.err)
 		assert.Equal(t, time.Second, a.after)
 	})

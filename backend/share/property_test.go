@@ -256,7 +256,8 @@ func (f *fact) checkTurn(facts []*fact, limit int) error {
 	if f.refused && readers && f.answered != f.asked {
 		return fmt.Errorf("%v learned after %v what was known at once", f.want, f.answered.Sub(f.asked))
 	}
-	if f.refused && f.life.first && alone && f.want.Class <= RevocationWait && counting < limit && (f.want.beginner() == "" || own < max(1, limit/5)) {
+	blocked := counting >= limit || f.want.beginner() != "" && own >= max(1, limit/5)
+	if f.refused && f.life.first && alone && f.want.Class <= RevocationWait && !blocked {
 		return fmt.Errorf("%v was refused, and %d calls count of %d, %d of its own", f.want, counting, limit, own)
 	}
 	return nil

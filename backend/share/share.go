@@ -415,10 +415,9 @@ func (p *plan) hold(taken slot) {
 	if taken.Class == Housekeeping {
 		p.housekeeping++
 	}
-	switch {
-	case !taken.byTenant:
+	if !taken.byTenant {
 		p.next++
-	case taken.freed != nil:
+	} else if taken.freed != nil {
 		p.used[taken.freed] = true
 	}
 }
@@ -426,10 +425,10 @@ func (p *plan) hold(taken slot) {
 // frees says when the end of the k-th call, counted from 0, frees a place. The end of a call that runs is not known, nor
 // that of one that waits: they count for a [Window] at least.
 func (p *plan) frees(t *tally, k int) time.Time {
-	switch {
-	case k < 0:
+	if k < 0 {
 		return p.now
-	case k < len(t.ended):
+	}
+	if k < len(t.ended) {
 		return t.ended[k].frees
 	}
 	return p.now.Add(Window)
