@@ -1,22 +1,24 @@
-// Package backend is the secrets engine: it keeps Kaizala's refresh tokens and
-// hands out access tokens.
+// Package backend is the secrets engine: it keeps refresh tokens and hands out access tokens.
 //
-// What happens on a read of creds/:tenant stands in path_creds.go, from top to
-// bottom. tenant.go owns the state of a tenant, connector.go that of a connector,
-// renewer.go decides who is exchanged without a reader, and service.go is the
-// border behind which everything is Kaizala's own.
+// What happens on a read of creds/:tenant stands in path_creds.go, from top to bottom; exchanger.go makes the exchange and
+// lease.go the lease. tenant.go owns the state of one tenant and is the only file that writes it; tenants.go is all of them,
+// and storage. connector.go owns connectors and what their services say about them, revocations.go what is to be revoked.
+// renewer.go says when a tenant needs attention without a reader, and index.go finds it then. Behind the border package
+// tokenservice each service is a package of its own; services.go names them.
 package backend
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -32,9 +34,6 @@ const (
 
 	// stopWithin is how long Clean waits for what is under way.
 	stopWithin = 5 * time.Second
-
-	// tenantsInMemory bounds the tenants whose tokens are held in memory.
-	tenantsInMemory = 10_000
 )
 
 // Factory returns the engine's factory for Vault. The version is the plugin's
@@ -48,14 +47,17 @@ func Factory(version string) logical.Factory {
 type backend struct {
 	*framework.Backend
 
-	// node is Vault's own view of itself. Each question to it is a round trip to
-	// Vault's process, so a read of a usable token asks none.
+	// node is Vault's own view of itself. Each question to it is a round trip to Vault's process, so a read of a usable
+	// token asks none.
 	node framework.Backend
 
-	storage    logical.Storage
-	tenants    *tenants
-	connectors *connectors
-	renewer    renewer
+	storage     logical.Storage
+	tenants     *tenants
+	connectors  *connectors
+	exchanger   *exchanger
+	revocations *revocations
+	announce    *announcer
+	index       index
 
 	// defaultTTL and maxTTL are the mount's, as they were when it was last asked.
 	defaultTTL, maxTTL atomic.Int64
@@ -65,37 +67,37 @@ type backend struct {
 
 	mu       sync.Mutex
 	stopping bool
-	work     sync.WaitGroup // goroutines; none is added once stopping
-	indexing chan struct{}  // closed when the index of tenants has been built; nil: nobody builds it
-	indexed  bool           // it is complete
+	work     sync.WaitGroup  // goroutines; none is added once stopping
+	indexing chan struct{}   // closed when the index of tenants has been built; nil: nothing builds it
+	indexed  bool            // it is complete, but for unread
+	unread   map[string]bool // tenants that storage could not give
 }
 
-// newBackend makes an engine. It neither calls anybody nor touches storage,
-// which at this point may not even be there. The transport is nil but in tests.
+// newBackend makes an engine. It neither calls a service nor touches storage, which at this point may not even be there. The
+// transport is nil but in tests.
 func newBackend(ctx context.Context, conf *logical.BackendConfig, version string, transport http.RoundTripper) (*backend, error) {
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
 	b := &backend{storage: conf.StorageView}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
-	b.connectors = &connectors{storage: conf.StorageView, transport: transport, byName: map[string]*connector{}}
-	b.tenants = &tenants{storage: conf.StorageView, byName: map[string]*tenant{}, changed: b.schedule}
-	var err error
-	b.tenants.loaded, err = lru.NewWithEvict(tenantsInMemory, func(_ string, t *tenant) { t.forget() })
-	if err != nil {
+	if err := b.assemble(transport); err != nil {
 		return nil, err
 	}
-	b.renewer.init(b.tick)
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		RunningVersion: version,
 		Help:           backendHelp,
 		Paths: framework.PathAppend(
 			b.credsPaths(),
+			b.grantPaths(),
 			b.tenantPaths(),
 			b.configPaths(),
 		),
-		PathsSpecial:   &logical.Paths{SealWrapStorage: []string{connectorPrefix, tenantPrefix}},
+		PathsSpecial: &logical.Paths{
+			SealWrapStorage: []string{connectorPrefix, tenantPrefix, intentPrefix, heldPrefix, attemptPrefix},
+			Unauthenticated: []string{"callback", "callback/*"},
+		},
 		Secrets:        []*framework.Secret{b.accessTokenSecret()},
 		InitializeFunc: b.initialize,
 		PeriodicFunc:   b.periodic,
@@ -113,6 +115,26 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 		return nil, err
 	}
 	return b, nil
+}
+
+// assemble makes the engine's parts, and tells each which others it needs.
+func (b *backend) assemble(transport http.RoundTripper) (err error) {
+	if b.tenants, err = newTenants(); err != nil {
+		return err
+	}
+	b.connectors = &connectors{storage: b.storage, transport: transport, byName: map[string]*connector{}}
+	b.announce = &announcer{log: func() hclog.Logger { return b.Logger() }, events: b, about: b.serviceName}
+	b.connectors.announce = b.announce
+	b.revocations = newRevocations(b.storage)
+	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, &b.node, b.ctx, b.goWork
+	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
+	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
+	b.exchanger = &exchanger{
+		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
+		node: &b.node, ctx: b.ctx, work: b.goWork, ahead: b.askTTLs, landed: b.landed,
+	}
+	b.index.init(b.tick)
+	return nil
 }
 
 // routingView is what the framework sees of Vault. Before each operation the
@@ -158,6 +180,10 @@ func (b *backend) checkFields(req *logical.Request) error {
 			return badValue("%s must be given once, as a string", name)
 		case isString && strings.TrimSpace(text) == "" && schema.Type != framework.TypeString && schema.Type != framework.TypeCommaStringSlice:
 			return badValue("%s is empty: give a value, or leave it out", name)
+		case schema.Type == framework.TypeKVPairs:
+			if _, err := pairs(value); err != nil {
+				return badValue("%s %s", name, err)
+			}
 		case one.Validate() != nil:
 			return badValue("%s does not fit: it has to be %s", name, fieldForm[schema.Type])
 		}
@@ -175,6 +201,7 @@ var fieldForm = map[framework.FieldType]string{
 	framework.TypeInt:              "a whole number",
 	framework.TypeDurationSecond:   "a duration such as 90s, 15m or 24h",
 	framework.TypeCommaStringSlice: "a list of strings",
+	framework.TypeKVPairs:          "a map of names to strings",
 }
 
 // done is the answer to a successful write: nothing, unless the framework has
@@ -188,19 +215,24 @@ func done(d *framework.FieldData) *logical.Response {
 	return nil
 }
 
-// maxName bounds the names of tenants and connectors: some of Vault's storage
-// backends fail on long keys.
+// maxName bounds the names of tenants and connectors: some of Vault's storage backends fail on long keys.
 const maxName = 128
 
+const nameRule = "1 to 128 letters and digits of ASCII and _, and inside also - and . (no two dots in a row)"
+
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$`)
+
+// nameOf returns the name of a tenant or a connector from a request's path.
 func nameOf(d *framework.FieldData, field string) (string, error) {
 	name, _ := d.Raw[field].(string)
-	if len(name) > maxName {
-		return "", badValue("the name of a %s has %d characters at most", field, maxName)
+	return name, checkName(name, field)
+}
+
+func checkName(name, field string) error {
+	if len(name) > maxName || !nameForm.MatchString(name) || strings.Contains(name, "..") {
+		return badValue("the name of a %s has %s", field, nameRule)
 	}
-	if strings.Contains(name, "..") {
-		return "", badValue("the name of a %s has no two dots in a row", field)
-	}
-	return name, nil
+	return nil
 }
 
 func (b *backend) initialize(context.Context, *logical.InitializationRequest) error {
@@ -212,7 +244,12 @@ func (b *backend) initialize(context.Context, *logical.InitializationRequest) er
 // replaced without a word to this mount.
 func (b *backend) periodic(context.Context, *logical.Request) error {
 	b.buildIndex()
-	b.goWork(b.askTTLs)
+	b.goWork(func() {
+		b.askTTLs()
+		b.readUnread()
+		b.revocations.tick()
+		b.attendGrants()
+	})
 	b.tick()
 	return nil
 }
@@ -229,6 +266,7 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.tenants.invalidate(name)
 	}
 	b.connectors.invalidate(key)
+	b.revocations.invalidate(key)
 }
 
 // goWork runs f in a goroutine that Clean waits for, and says whether it does.
@@ -254,7 +292,7 @@ func (b *backend) clean(context.Context) {
 	b.mu.Lock()
 	b.stopping = true
 	b.mu.Unlock()
-	b.renewer.stop()
+	b.index.stop()
 	defer b.connectors.close()
 
 	ended := make(chan struct{})
@@ -275,5 +313,22 @@ func (b *backend) clean(context.Context) {
 	case <-ended:
 	case <-ctx.Done():
 	}
-	b.saveAll(ctx)
+	b.saveKept(ctx)
+}
+
+// saveKept tries once more to store what services have sent and storage has not taken.
+func (b *backend) saveKept(ctx context.Context) {
+	b.tenants.each(func(t *tenant) {
+		v := t.view.Load()
+		if v.kept == nil || ctx.Err() != nil || t.storing.acquire(ctx) != nil {
+			return
+		}
+		defer t.storing.release()
+		if kept := t.view.Load().kept; kept != nil {
+			err := b.tenants.store(ctx, t, kept)
+			if err != nil && !errors.Is(err, errSuperseded) && kept.refreshToken != "" {
+				b.announce.lost(t.name, kept.connector)
+			}
+		}
+	})
 }

@@ -22,7 +22,7 @@ func (e *engine) fill(n int) {
 	via, err := e.connectors.get(context.Background(), defaultConnector)
 	require.NoError(e.t, err)
 	refreshToken := e.newToken("asha")
-	facts, err := via.service.check(refreshToken)
+	facts, err := via.service.Check(refreshToken)
 	require.NoError(e.t, err)
 	now := time.Now().Add(-time.Hour).UTC().Truncate(time.Millisecond) // idle for a while
 	entry := &tenantEntry{

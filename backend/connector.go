@@ -3,113 +3,108 @@ package backend
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
-	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/singleflight"
+	"golang.org/x/sync/semaphore"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// connectorPrefix is where storage keeps connectors, each under its name.
-const connectorPrefix = "config/"
-
-// callPrefix is where storage keeps, for each connector, the calls that count
-// against its share, each under its place, and under pausePlace the pause that
-// the service has asked for. Nothing there is a secret.
 const (
+	// connectorPrefix is where storage keeps connectors, each under its name.
+	connectorPrefix = "config/"
+
+	// callPrefix is where storage keeps the calls of all connectors: see package share.
 	callPrefix = "calls/"
-	pausePlace = "pause"
+
+	// defaultConnector is the connector that the path config stands for.
+	defaultConnector = "default"
+
+	// probeEvery is how often a connector that the service refuses makes an exchange all the same, so that a passing
+	// mistake of the service heals by itself.
+	probeEvery = 10 * time.Minute
+
+	// longestRest bounds the pause after an answer with Retry-After that is not about a limit.
+	longestRest = 10 * time.Minute
+
+	// everybody is the weight of the right to delete a connector, or to change what tenants rely on.
+	everybody = 1 << 30
 )
 
-// callsOf is the prefix of what is written down of a connector's calls.
-func callsOf(connector string) string { return callPrefix + connector + "/" }
-
-// callEntry is a call, written down before it is made, or a pause.
-type callEntry struct {
-	Format int       `json:"format"`
-	Tenant string    `json:"tenant,omitempty"`
-	Until  time.Time `json:"until"` // from when it does not matter any more, at the latest
-}
-
-// defaultConnector is the connector that the path config stands for.
-const defaultConnector = "default"
-
-// connectorEntry is a connector as storage keeps it.
-type connectorEntry struct {
-	Format             int           `json:"format"`
-	ConnectorID        string        `json:"connector_id"`
-	ConnectorSecret    string        `json:"connector_secret"`
-	APIRoot            string        `json:"api_root"`
-	CACert             string        `json:"ca_cert,omitempty"`
-	RedirectHosts      []string      `json:"redirect_hosts"`
-	RequestTimeout     time.Duration `json:"request_timeout"`
-	ExchangesPerMinute int           `json:"exchanges_per_minute"`
-	// Refused is when the service refused the connector as it is; zero: it did not.
-	Refused time.Time `json:"refused,omitzero"`
-}
-
-// connector is one connector in memory. It outlives writes of its
-// configuration, so that these do not forget the calls that were made.
+// connector is one connector in memory. It outlives writes of its configuration, so that these do not forget the calls that
+// were made.
 type connector struct {
-	name     string
-	share    share
-	recalled atomic.Bool   // share counts what storage knows of calls
-	version  atomic.Uint64 // counts what makes a load in progress out of date
-	loaded   atomic.Pointer[loadedConnector]
-	refused  atomic.Pointer[serviceError] // Kaizala refuses it until config is written
-	writing  sync.Mutex                   // held by whoever changes the connector's entry in storage
+	name  string
+	share *share.Share
+	// binding is held by a write that makes a tenant use the connector, and held alone by one that deletes the connector
+	// or changes what tenants rely on: a connector in use stays.
+	binding *semaphore.Weighted
+	// storing is the right to change the connector in storage.
+	storing lock
+	loaded  atomic.Pointer[loadedConnector]
+	refusal atomic.Pointer[refusal] // nil: the service does not refuse the connector
+	// changes counts what makes a load in progress out of date, and ends the backoff of the connector's tenants.
+	changes atomic.Uint64
 }
 
-// loadedConnector is a connector's configuration and the service made of it.
+// refusal is the service's word that a connector's ID or secret is wrong.
+type refusal struct {
+	failure *tokenservice.Failure
+	probe   atomic.Int64 // when the next exchange is made all the same, in nanoseconds since 1970
+}
+
+// loadedConnector is a connector's configuration and the client made of it.
 type loadedConnector struct {
 	*connector
-	entry   *connectorEntry
-	service tokenService
-	// revision changes with each write of the configuration, which ends the
-	// backoff of the connector's tenants.
+	entry    *connectorEntry
+	service  tokenservice.Service
+	about    tokenservice.About
 	revision uint64
 }
 
-// connectors owns every connector of the mount.
+// connectors owns every connector of the mount, and what services say about them.
 type connectors struct {
 	storage   logical.Storage
 	transport http.RoundTripper // nil but in tests
-	recalls   singleflight.Group
+	announce  *announcer
 
 	mu     sync.Mutex
 	byName map[string]*connector
-
-	// binding is held by whoever makes a tenant use a connector, and held alone
-	// by whoever deletes one or changes its ID: a connector in use stays. Only
-	// operators' writes take it.
-	binding sync.RWMutex
 }
 
-// get returns the connector of that name, or nil where there is none. Its error
-// is storage's, or says why the stored configuration cannot be used.
+// errReplaced ends a request whose connector has been written or deleted since the request began to wait.
+var errReplaced = errors.New("the connector has been replaced")
+
+// of returns the connector of that name. Its error is storage's, or says what is missing.
+func (cs *connectors) of(ctx context.Context, name string) (*loadedConnector, error) {
+	via, err := cs.get(ctx, name)
+	if err == nil && via == nil {
+		err = unknownConnector(name)
+	}
+	return via, err
+}
+
+// get returns the connector of that name, or nil where there is none. Its error is storage's, or says why the stored
+// configuration cannot be used.
 func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, error) {
 	for {
 		c := cs.named(name)
 		if c != nil {
 			if l := c.loaded.Load(); l != nil {
-				if err := cs.recall(ctx, c); err != nil {
-					return nil, err
-				}
-				return l, nil
+				return l, c.share.Load(ctx)
 			}
 		}
-		var version uint64
+		var changes uint64
 		if c != nil {
-			version = c.version.Load()
+			changes = c.changes.Load()
 		}
-		entry, err := getEntry[connectorEntry](ctx, cs.storage, connectorPrefix+name)
+		entry, err := getConnector(ctx, cs.storage, name)
 		if err != nil || entry == nil {
 			return nil, err
 		}
@@ -117,105 +112,20 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 			cs.record(name)
 			continue
 		}
-		service, err := newKaizalaService(entry, cs.transport)
+		service, err := entry.service(cs.transport)
 		if err != nil {
-			return nil, fmt.Errorf("the stored configuration of connector %q cannot be used: %w", name, err)
+			return nil, badStored(name, err)
 		}
-		cs.publish(c, version, entry, service)
+		cs.publish(c, changes, entry, service)
 	}
 }
 
-// recall makes a connector's share count the calls of the process before this
-// one, and go on with its pause. It is done once, for all who wait for it.
-func (cs *connectors) recall(ctx context.Context, c *connector) error {
-	if c.recalled.Load() {
-		return nil
+// present returns the connector as memory has it now, or nil.
+func (cs *connectors) present(name string) *loadedConnector {
+	if c := cs.named(name); c != nil {
+		return c.loaded.Load()
 	}
-	recalled := cs.recalls.DoChan(c.name, func() (any, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), storeWithin)
-		defer cancel()
-		return nil, cs.readCalls(ctx, c)
-	})
-	select {
-	case result := <-recalled:
-		return result.Err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (cs *connectors) readCalls(ctx context.Context, c *connector) error {
-	places, err := cs.storage.List(ctx, callsOf(c.name))
-	if err != nil {
-		return storageError(err)
-	}
-	now := time.Now()
-	var readers errgroup.Group
-	readers.SetLimit(storageReaders)
-	for _, place := range places {
-		readers.Go(func() error {
-			entry, err := getEntry[callEntry](ctx, cs.storage, callsOf(c.name)+place)
-			if errors.Is(err, errUnreadable) {
-				return nil
-			}
-			if err != nil || entry == nil || !entry.Until.After(now) {
-				return err
-			}
-			if place == pausePlace {
-				c.share.pause(entry.Until)
-			} else if n, err := strconv.Atoi(place); err == nil {
-				// Whoever made it has ended by now.
-				until := slices.MinFunc([]time.Time{entry.Until, now.Add(window)}, time.Time.Compare)
-				c.share.remember(entry.Tenant, n, until)
-			}
-			return nil
-		})
-	}
-	if err := readers.Wait(); err != nil {
-		return err
-	}
-	c.recalled.Store(true)
 	return nil
-}
-
-// note writes a call down that is about to be made. That it can is also a sign
-// that what comes back can be stored.
-func (cs *connectors) note(ctx context.Context, l *loadedConnector, c *call) error {
-	return cs.putCall(ctx, l, strconv.Itoa(c.place), callEntry{
-		Tenant: c.tenant,
-		Until:  time.Now().UTC().Add(l.entry.RequestTimeout + window),
-	})
-}
-
-// pause makes a connector rest as the service asked.
-func (cs *connectors) pause(ctx context.Context, l *loadedConnector, rest time.Duration) {
-	l.writing.Lock()
-	defer l.writing.Unlock()
-	until := l.share.pause(time.Now().Add(rest))
-	// Where storage fails, a restart forgets the pause.
-	_ = cs.putCall(ctx, l, pausePlace, callEntry{Until: until.UTC()})
-}
-
-func (cs *connectors) putCall(ctx context.Context, l *loadedConnector, place string, entry callEntry) error {
-	ctx, cancel := context.WithTimeout(ctx, storeWithin)
-	defer cancel()
-	entry.Format = entryFormat
-	return putEntry(ctx, cs.storage, callsOf(l.name)+place, entry)
-}
-
-// refuse notes that the service refuses a connector as it is configured, and
-// says whether that is news.
-func (cs *connectors) refuse(ctx context.Context, l *loadedConnector, refusal *serviceError) bool {
-	l.writing.Lock()
-	defer l.writing.Unlock()
-	if l.loaded.Load() != l || l.refused.Swap(refusal) != nil {
-		return false
-	}
-	entry := *l.entry
-	entry.Refused = time.Now().UTC().Truncate(time.Millisecond)
-	// Where storage fails, a restart asks the service once more.
-	_ = putEntry(ctx, cs.storage, connectorPrefix+l.name, entry)
-	return true
 }
 
 func (cs *connectors) named(name string) *connector {
@@ -224,84 +134,83 @@ func (cs *connectors) named(name string) *connector {
 	return cs.byName[name]
 }
 
-// record returns the connector's record, made where there is none. There are as
-// many as connectors were ever configured or used.
+// record returns the connector's record, made where there is none. There are as many as connectors were ever configured
+// or used.
 func (cs *connectors) record(name string) *connector {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
 	c := cs.byName[name]
 	if c == nil {
-		c = &connector{name: name}
+		c = &connector{name: name, share: share.New(cs.storage, name), binding: semaphore.NewWeighted(everybody)}
 		cs.byName[name] = c
 	}
 	return c
 }
 
-// publish makes a configuration the connector's present one, unless something
-// has happened to the connector since version was read.
-func (cs *connectors) publish(c *connector, version uint64, entry *connectorEntry, service tokenService) {
+// publish makes a configuration the connector's present one, unless something has happened to the connector since changes
+// was read.
+func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntry, service tokenservice.Service) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	if c.version.Load() != version {
-		service.close()
+	if c.changes.Load() != changes {
+		service.Close()
 		return
 	}
-	var refusal *serviceError
+	var r *refusal
 	if !entry.Refused.IsZero() {
-		refusal = &serviceError{kind: refusedConnector}
+		r = refusedSince(entry.Refused)
 	}
-	c.refused.Store(refusal) // in one step: a reload lets no call through
-	c.loaded.Store(&loadedConnector{connector: c, entry: entry, service: service, revision: version})
+	c.share.Configure(entry.ExchangesPerMinute, entry.RequestTimeout)
+	c.refusal.Store(r) // in one step: a reload lets no call through
+	c.loaded.Store(&loadedConnector{connector: c, entry: entry, service: service, about: service.About(), revision: changes})
 }
 
-// put stores a configuration. What Kaizala refused before is tried again with
-// it. The caller holds binding.
-func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntry) error {
-	service, err := newKaizalaService(entry, cs.transport)
-	if err != nil {
-		return badValue("%s", err)
-	}
+func refusedSince(at time.Time) *refusal {
+	r := &refusal{failure: &tokenservice.Failure{Kind: tokenservice.RefusedConnector}}
+	r.probe.Store(earliest(at, time.Now()).Add(probeEvery).UnixNano())
+	return r
+}
+
+// put stores a configuration. What the service refused before is tried again with it. The caller holds the binding alone.
+func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntry, service tokenservice.Service) error {
 	c := cs.record(name)
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	entry.Refused = time.Time{}
-	err = putEntry(ctx, cs.storage, connectorPrefix+name, entry)
-	cs.forget(c)
-	if err != nil {
-		service.close()
+	if err := c.storing.acquire(ctx); err != nil {
 		return err
 	}
-	cs.publish(c, c.version.Load(), entry, service)
+	defer c.storing.release()
+	entry.Refused = time.Time{}
+	err := putEntry(ctx, cs.storage, connectorPrefix+name, entry)
+	cs.forget(c)
+	if err != nil {
+		service.Close()
+		return err
+	}
+	cs.publish(c, c.changes.Load(), entry, service)
 	return nil
 }
 
-// remove deletes a configuration and what was written down of its calls. The
-// caller holds binding.
+// remove deletes a configuration and what was written down of its calls. The caller holds the binding alone.
 func (cs *connectors) remove(ctx context.Context, name string) error {
 	c := cs.record(name)
-	c.writing.Lock()
-	defer c.writing.Unlock()
-	places, err := cs.storage.List(ctx, callsOf(name))
+	if err := c.storing.acquire(ctx); err != nil {
+		return err
+	}
+	defer c.storing.release()
+	err := cs.storage.Delete(ctx, connectorPrefix+name)
+	cs.forget(c)
 	if err != nil {
 		return err
 	}
-	for _, place := range places {
-		if err := cs.storage.Delete(ctx, callsOf(name)+place); err != nil {
-			return err
-		}
-	}
-	err = cs.storage.Delete(ctx, connectorPrefix+name)
-	cs.forget(c)
-	return err
+	return c.share.Remove(ctx)
 }
 
 // forget drops what memory holds of a connector's configuration.
 func (cs *connectors) forget(c *connector) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	c.version.Add(1)
+	c.changes.Add(1)
 	if l := c.loaded.Swap(nil); l != nil {
-		l.service.close()
+		l.service.Close()
 	}
 }
 
@@ -315,7 +224,7 @@ func (cs *connectors) invalidate(key string) {
 	if place, ok := strings.CutPrefix(key, callPrefix); ok {
 		name, _, _ := strings.Cut(place, "/")
 		if c := cs.named(name); c != nil {
-			c.recalled.Store(false)
+			c.share.Invalidate()
 		}
 	}
 }
@@ -325,16 +234,225 @@ func (cs *connectors) close() {
 	defer cs.mu.Unlock()
 	for _, c := range cs.byName {
 		if l := c.loaded.Load(); l != nil {
-			l.service.close()
+			l.service.Close()
 		}
 	}
 }
 
-// permit asks for one call of a tenant through this connector. Its error is a
-// *limitError, the connector's refusal, or the context's.
-func (l *loadedConnector) permit(ctx context.Context, tenant string, wait time.Duration, background bool) (*call, error) {
-	if refusal := l.refused.Load(); refusal != nil {
-		return nil, refusal
+// endpointOf is where a tenant's exchange begins, by what the service said before.
+func (l *loadedConnector) endpointOf(m *move) string {
+	if m == nil || m.From != l.entry.address() {
+		return ""
 	}
-	return l.share.take(ctx, tenant, l.entry.ExchangesPerMinute, wait, background)
+	return m.To
+}
+
+// moveTo remembers where a tenant's next exchange is to begin.
+func (l *loadedConnector) moveTo(endpoint string) *move {
+	if endpoint == "" {
+		return nil
+	}
+	return &move{From: l.entry.address(), To: endpoint}
+}
+
+// blocked says why no call is made through the connector now.
+func (l *loadedConnector) blocked(now time.Time) error {
+	if err := l.entry.complete(); err != nil {
+		return err
+	}
+	if r := l.refusal.Load(); r != nil && r.probe.Load() > now.UnixNano() {
+		return r.failure
+	}
+	if paused := l.share.PausedUntil(); paused.After(now) {
+		return &share.LimitError{Until: paused, ByService: true}
+	}
+	return nil
+}
+
+// passage is the way of one piece of work to the service: its requests ask it for their permission.
+type passage struct {
+	via    *loadedConnector
+	want   share.Want
+	joined <-chan struct{} // closed when a reader begins to wait for background work, which then waits as a reader does
+	probes *refusal        // the refusal in spite of which this work is done
+	// discovery: the work is a write's question about the connector that it is going to replace.
+	discovery bool
+	placed    func() // called when the work has a place in the share; nil for none
+}
+
+// permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
+// errReplaced, storage's or the context's.
+func (p *passage) permit(ctx context.Context) (done func(), err error) {
+	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
+		return nil, err
+	}
+	call, err := p.take(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if p.placed != nil {
+		p.placed()
+	}
+	if err := p.mayCall(); err != nil {
+		call.Withdraw()
+		return nil, err
+	}
+	// The call is in storage before it is made. That storage takes it is also a sign that it will take what comes back.
+	if err := call.Note(ctx); err != nil {
+		return nil, storageError(err)
+	}
+	if err := p.mayCall(); err != nil {
+		call.Withdraw()
+		return nil, err
+	}
+	p.want.Hop = true // what follows belongs to work that has begun
+	return call.End, nil
+}
+
+// take takes a place in the share.
+func (p *passage) take(ctx context.Context) (*share.Call, error) {
+	if p.joined == nil || p.want.Class == share.Reader {
+		return p.via.share.Take(ctx, p.want)
+	}
+	asBackground, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-p.joined:
+			cancel()
+		case <-asBackground.Done():
+		}
+	}()
+	want := p.want
+	if want.Hop {
+		want.Wait = hopPatience
+	}
+	call, err := p.via.share.Take(asBackground, want)
+	if errors.Is(err, context.Canceled) && ctx.Err() == nil {
+		p.want.Class, p.want.Wait = share.Reader, patience
+		return p.via.share.Take(ctx, p.want)
+	}
+	return call, err
+}
+
+// isPresent says whether the connector is still configured as it was when this was loaded.
+func (l *loadedConnector) isPresent() bool { return l.connector.loaded.Load() == l }
+
+// mayCall says whether a call may be made now, after all that it has waited for. Of a refused connector's work one piece in
+// ten minutes is done.
+func (p *passage) mayCall() error {
+	if !p.via.isPresent() {
+		return errReplaced
+	}
+	now := time.Now()
+	if paused := p.via.share.PausedUntil(); paused.After(now) {
+		return &share.LimitError{Until: paused, ByService: true}
+	}
+	r := p.via.refusal.Load()
+	if r == nil || r == p.probes || p.discovery {
+		return nil
+	}
+	probe := r.probe.Load()
+	if p.want.Hop || probe > now.UnixNano() || !r.probe.CompareAndSwap(probe, now.Add(probeEvery).UnixNano()) {
+		return r.failure
+	}
+	p.probes = r
+	return nil
+}
+
+// nextProbe is when a refused connector makes its next exchange.
+func (l *loadedConnector) nextProbe() time.Time {
+	if r := l.refusal.Load(); r != nil {
+		return time.Unix(0, r.probe.Load())
+	}
+	return time.Now().Add(probeEvery)
+}
+
+// judge takes in what an answer says about the connector, whatever becomes of the work that the request was made for.
+func (cs *connectors) judge(ctx context.Context, via *loadedConnector, answer error) {
+	failure := (*tokenservice.Failure)(nil)
+	switch {
+	case answer == nil:
+		cs.accept(ctx, via)
+	case !errors.As(answer, &failure):
+	case failure.Kind == tokenservice.RefusedConnector:
+		cs.refuse(ctx, via, failure)
+	case failure.Kind == tokenservice.Limited:
+		cs.pause(ctx, via, restOf(failure))
+	case failure.RetryAfter > 0 && (failure.Kind == tokenservice.Unavailable || failure.Kind == tokenservice.Refused):
+		cs.pause(ctx, via, min(failure.RetryAfter, longestRest))
+	}
+}
+
+// restOf is how long a limited connector rests. Services count by the minute where they name no time.
+func restOf(failure *tokenservice.Failure) time.Duration {
+	if failure.RetryAfter > 0 {
+		return failure.RetryAfter
+	}
+	return time.Minute
+}
+
+// pause makes a connector rest as the service asked. Where storage fails, a restart forgets it.
+func (cs *connectors) pause(ctx context.Context, via *loadedConnector, rest time.Duration) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	_ = via.share.Pause(ctx, time.Now().Add(rest))
+}
+
+// refuse notes that the service refuses a connector as it is configured.
+func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure *tokenservice.Failure) {
+	now := time.Now()
+	r := refusedSince(now)
+	r.failure = failure
+	cs.mu.Lock()
+	present := via.isPresent()
+	news := present && via.refusal.Load() == nil
+	if news {
+		via.refusal.Store(r)
+	}
+	cs.mu.Unlock()
+	if !news {
+		return
+	}
+	cs.announce.connectorRefused(via)
+	cs.noteRefusal(ctx, via, now.UTC().Truncate(time.Millisecond))
+}
+
+// accept notes that the service takes a connector which it refused.
+func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
+	if via.refusal.Load() == nil {
+		return
+	}
+	cs.mu.Lock()
+	news := via.isPresent() && via.refusal.Swap(nil) != nil
+	if news {
+		via.changes.Add(1)
+		next := *via
+		next.revision = via.changes.Load()
+		via.connector.loaded.Store(&next)
+		via = &next
+	}
+	cs.mu.Unlock()
+	if !news {
+		return
+	}
+	cs.announce.connectorAccepted(via)
+	cs.noteRefusal(ctx, via, time.Time{})
+}
+
+// noteRefusal stores since when the service has refused a connector; zero: it does not. Where storage fails, a restart asks
+// the service once more.
+func (cs *connectors) noteRefusal(ctx context.Context, via *loadedConnector, since time.Time) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	if via.storing.acquire(ctx) != nil {
+		return
+	}
+	defer via.storing.release()
+	if !via.isPresent() {
+		return
+	}
+	entry := *via.entry
+	entry.Refused = since
+	_ = putEntry(ctx, cs.storage, connectorPrefix+via.name, &entry)
 }

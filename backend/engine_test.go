@@ -232,10 +232,7 @@ func (e *engine) quiet(name string) {
 		if t == nil {
 			return
 		}
-		t.mu.Lock()
-		busy := t.flight != nil
-		t.mu.Unlock()
-		if !busy {
+		if t.underway() == nil {
 			return
 		}
 		time.Sleep(time.Second)
@@ -246,8 +243,12 @@ func (e *engine) quiet(name string) {
 // held is the refresh token that the engine would use next, stored or not.
 func (e *engine) held(name string) string {
 	if t := e.tenants.named(name); t != nil {
-		if entry := t.base(); entry != nil {
-			return entry.RefreshToken
+		v := t.view.Load()
+		if v.kept != nil && v.kept.refreshToken != "" {
+			return v.kept.refreshToken
+		}
+		if v.entry != nil {
+			return v.entry.RefreshToken
 		}
 	}
 	if entry := e.stored(name); entry != nil {
@@ -418,3 +419,8 @@ func (b *lockedBuffer) String() string {
 }
 
 func (b *lockedBuffer) count(text string) int { return strings.Count(b.String(), text) }
+
+// storedConnector is a connector as storage has it.
+func (e *engine) storedConnector(ctx context.Context, name string) (*connectorEntry, error) {
+	return getConnector(ctx, e.storage.InmemStorage, name)
+}

@@ -5,13 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// badValue is the answer to a request that must be changed before it can
-// succeed.
+// badValue is the answer to a request that must be changed before it can succeed.
 func badValue(format string, args ...any) error {
 	return logical.CodedError(http.StatusBadRequest, fmt.Sprintf(format, args...))
 }
@@ -30,18 +33,30 @@ func unknownTenant(name string) error {
 }
 
 func unknownConnector(name string) error {
-	path := "config/" + name
-	if name == defaultConnector {
-		path = "config"
+	return badValue("connector %q is not configured: its owner has to write %s first", name, configPath(name))
+}
+
+// configPath is where a connector is written.
+func configPath(connector string) string {
+	if connector == defaultConnector {
+		return "config"
 	}
-	return badValue("connector %q is not configured: its owner has to write %s first", name, path)
+	return "config/" + connector
+}
+
+// badStored is the error of a stored connector that no client can be made of.
+func badStored(name string, err error) error {
+	return fmt.Errorf("the stored configuration of connector %q cannot be used: %w", name, err)
 }
 
 // errStopping is the answer of an engine that Vault is shutting down.
 var errStopping = tryAgain("the engine is stopping: try again in a moment; nothing was lost")
 
-// answer turns an error into what Vault makes the right status of. Coded and
-// read-only errors must be bare, and a 400 reads best as an error response.
+// errStorage stands for storage's own error where that was seen before.
+var errStorage = errors.New("storage failed")
+
+// answer turns an error into what Vault makes the right status of. Coded and read-only errors must be bare, and a 400 reads
+// best as an error response.
 func answer(err error) (*logical.Response, error) {
 	var coded logical.HTTPCodedError
 	switch {
@@ -50,54 +65,86 @@ func answer(err error) (*logical.Response, error) {
 	case errors.As(err, &coded):
 		return nil, coded
 	case errors.Is(err, context.DeadlineExceeded):
-		return nil, tryAgain("Vault's storage has not answered in time: try again")
+		return nil, tryAgain("Vault's storage, or an earlier write, has not finished in time: try again")
 	}
 	return nil, storageError(err)
 }
 
-// readerError says what the failure of a tenant's exchange means to whoever
-// asked for it, and who has to do what.
-func readerError(tenant, connector string, err error) error {
+// readerError says what the failure of a tenant's exchange means to the reader, and who has to do what.
+func readerError(about tokenservice.About, tenant, connector string, err error) error {
 	var (
-		failure *serviceError
-		limit   *limitError
+		failure *tokenservice.Failure
+		limit   *share.LimitError
 	)
 	switch {
-	case errors.Is(err, context.Canceled):
-		return errStopping
-	case errors.As(err, &limit) && limit.byService:
-		return tooMany(limit.until, "Kaizala has refused further calls of connector %q", connector)
 	case errors.As(err, &limit):
-		return tooMany(limit.until, "the share of calls of connector %q, or tenant %q's fifth of it, is used up", connector, tenant)
+		return limitReached(about, connector, limit, fmt.Sprintf("the share of calls of connector %q, or tenant %q's fifth of it, is used up", connector, tenant))
 	case !errors.As(err, &failure):
 		return err
 	}
-	switch failure.kind {
-	case refusedRefreshToken:
-		return badValue("Kaizala refuses the refresh token of tenant %q: its tenant user has to generate a new one on Kaizala's portal and write it to tenants/%s", tenant, tenant)
-	case refusedConnector:
-		return badValue("Kaizala refuses connector %q: its owner has to write the right connector_id and connector_secret to config/%s; no refresh token was lost", connector, connector)
-	case refused:
-		return badValue("Kaizala refused the exchange for tenant %q without saying whether the refresh token or connector %q is wrong (%s): check both", tenant, connector, failure.text)
-	case limited:
-		return tooMany(time.Now().Add(retryAfter(failure)), "Kaizala has refused further calls of connector %q", connector)
+	switch failure.Kind {
+	case tokenservice.RefusedRefreshToken:
+		return badValue("%s", rejectedText(about, tenant))
+	case tokenservice.RefusedConnector:
+		return badValue("%s refuses connector %q: its owner has to write the right connector_id and connector_secret to %s; no refresh token was lost", upperFirst(about.Name), connector, configPath(connector))
+	case tokenservice.Refused:
+		return badValue("%s refused the exchange for tenant %q: %s", upperFirst(about.Name), tenant, failure.Text)
+	case tokenservice.Limited:
+		return tooMany(time.Now().Add(restOf(failure)), "%s has refused further calls of connector %q", upperFirst(about.Name), connector)
 	default:
-		return tryAgain("no access token for tenant %q, but nothing was lost: %s", tenant, failure.text)
+		return tryAgain("no access token for tenant %q, but nothing was lost: %s", tenant, failure.Text)
 	}
+}
+
+// limitReached says that no call is permitted for now: by the service, or, as own says, by the engine's own limits.
+func limitReached(about tokenservice.About, connector string, limit *share.LimitError, own string) error {
+	if limit.ByService {
+		return tooMany(limit.Until, "%s has refused further calls of connector %q", upperFirst(about.Name), connector)
+	}
+	return tooMany(limit.Until, "%s", own)
 }
 
 func tooMany(until time.Time, format string, args ...any) error {
 	wait := time.Until(until).Round(time.Second)
-	text := fmt.Sprintf(format, args...)
 	return logical.CodedError(http.StatusTooManyRequests,
-		fmt.Sprintf("%s: come back in %s, at %s", text, max(wait, time.Second), until.UTC().Format(time.RFC3339)))
+		fmt.Sprintf("%s: come back in %s, at %s", fmt.Sprintf(format, args...), max(wait, time.Second), until.UTC().Format(time.RFC3339)))
 }
 
-// retryAfter is how long a limited connector rests: Kaizala counts by the
-// minute, where it names no time.
-func retryAfter(e *serviceError) time.Duration {
-	if e.retryAfter > 0 {
-		return e.retryAfter
+// storageTrouble says that Vault's storage failed a tenant. Read-only storage stays what it is, so that Vault asks the node
+// that may write.
+func storageTrouble(tenant string, err error) error {
+	if errors.Is(err, logical.ErrReadOnly) {
+		return err
 	}
-	return window
+	return tryAgain("Vault's storage did not take what tenant %q needs stored: nothing was lost, and it will be tried again", tenant)
+}
+
+// keptTrouble says that what the service has sent is in memory alone. It is not read-only storage's error: another node would
+// exchange the refresh token that the service has replaced.
+func keptTrouble(tenant string) error {
+	return tryAgain("Vault's storage has not taken the new tokens of tenant %q yet: they are kept in memory, and storing them is tried again; nothing was lost", tenant)
+}
+
+func upperFirst(s string) string {
+	if s == "" {
+		return s
+	}
+	return strings.ToUpper(s[:1]) + s[1:]
+}
+
+func latest(a time.Time, others ...time.Time) time.Time {
+	for _, t := range others {
+		if t.After(a) {
+			a = t
+		}
+	}
+	return a
+}
+
+// earliest returns the earlier of two times; a zero time stands for none.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
 }

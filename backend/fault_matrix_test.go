@@ -296,7 +296,7 @@ func (f storageFault) String() string {
 	return [...]string{"works", "fails once", "fails for long", "writes and reports failure", "turns read-only"}[f]
 }
 
-var errStorage = errors.New("storage fails, as told")
+var errTold = errors.New("storage fails, as told")
 
 // steps counts the storage operations of a cell, and makes happen what is to
 // happen at one of them.
@@ -318,7 +318,7 @@ func (s *steps) around(op, key string, do func() error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.dead {
-		return errStorage
+		return errTold
 	}
 	s.ops = append(s.ops, op)
 	step := len(s.ops)
@@ -329,7 +329,7 @@ func (s *steps) around(op, key string, do func() error) error {
 	writes := isWrite(op)
 	switch {
 	case s.fault == storageFailsOnce && step == s.at, s.fault == storageFailsLong && step >= s.at:
-		return errStorage
+		return errTold
 	case s.fault == storageTurnsReadOnly && step >= s.at && writes:
 		return logical.ErrReadOnly
 	}
@@ -338,7 +338,7 @@ func (s *steps) around(op, key string, do func() error) error {
 		s.written = time.Now()
 	}
 	if s.fault == storageLies && step == s.at {
-		return errStorage
+		return errTold
 	}
 	return err
 }

@@ -1,8 +1,14 @@
 package backend
 
 import (
+	"errors"
+	"fmt"
 	"maps"
+	"strconv"
+	"strings"
+	"time"
 
+	"github.com/hashicorp/go-secure-stdlib/parseutil"
 	"github.com/hashicorp/vault/sdk/framework"
 )
 
@@ -51,7 +57,7 @@ var (
 
 	tenantField = &framework.FieldSchema{
 		Type:        framework.TypeString,
-		Description: "Name of the tenant, 128 characters at most.",
+		Description: "Name of the tenant: " + nameRule + ".",
 	}
 )
 
@@ -77,54 +83,72 @@ func wholeNumber(description string) *framework.FieldSchema {
 	return &framework.FieldSchema{Type: framework.TypeInt64, Description: description}
 }
 
-// connectorSettings are the fields of a connector that may be read.
+// connectorSettings are the fields of a connector that every kind of service has and that may be read.
 var connectorSettings = map[string]*framework.FieldSchema{
+	"service": {
+		Type:        framework.TypeString,
+		Default:     defaultService,
+		Description: "Kind of the token service: kaizala, or oauth2 for any authorization server that issues refresh tokens. Not changed while a tenant uses the connector.",
+	},
 	"connector_id": {
 		Type:        framework.TypeString,
-		Description: "ID of the connector, from Kaizala's portal. Required to create; not changed while a tenant uses the connector.",
-	},
-	"api_root": {
-		Type:        framework.TypeString,
-		Default:     "https://api.kaiza.la",
-		Description: "Where Kaizala is: an https URL, or plain http on a loopback address. Whoever writes it decides where refresh tokens are sent.",
+		Description: "ID of the connector: from Kaizala's portal, or the client ID at an authorization server. Not changed while a tenant uses the connector.",
 	},
 	"ca_cert": {
 		Type:         framework.TypeString,
-		Description:  "Certificates, in PEM, that api_root is checked against instead of the system's.",
+		Description:  "Certificates, in PEM, that the service's own is checked against instead of the system's.",
 		DisplayAttrs: &framework.DisplayAttributes{EditType: "file"},
-	},
-	"redirect_hosts": {
-		Type:        framework.TypeCommaStringSlice,
-		Default:     []string{"kaiza.la", "osi.office.net"},
-		Description: "Domains that Kaizala may move a tenant's exchanges to, with their subdomains. api_root's own host is always among them.",
 	},
 	"request_timeout": {
 		Type:        framework.TypeDurationSecond,
-		Default:     60,
-		Description: "How long one attempt to reach Kaizala may take, a second at least.",
+		Description: "How long one attempt to reach the service may take, a second at least. 60s for Kaizala, 15s for oauth2, where it is not written.",
 	},
 	"exchanges_per_minute": {
 		Type:        framework.TypeInt,
-		Default:     50,
-		Description: "The engine's share of the 100 calls a minute that Kaizala allows a connector, 1 or more. No tenant takes more than a fifth of it, but at least one.",
+		Default:     defaultExchangesPerMinute,
+		Description: "The engine's share of the calls a minute that the service allows the connector, 1 or more. No tenant begins more exchanges than a fifth of it, but at least one. Kaizala allows 100.",
 	},
 }
 
-var connectorFields = merged(connectorSettings, map[string]*framework.FieldSchema{
-	"connector_secret": {
-		Type:         framework.TypeString,
-		Description:  "Secret of the connector, from Kaizala's portal. Required to create, and never returned.",
-		DisplayAttrs: sensitive,
-	},
-})
+// connectorFields are what may be written to a connector.
+func connectorFields() map[string]*framework.FieldSchema {
+	return merged(connectorSettings, serviceFields(), map[string]*framework.FieldSchema{
+		"connector_secret": {
+			Type:         framework.TypeString,
+			Description:  "Secret of the connector: from Kaizala's portal, or the client secret at an authorization server. Never returned.",
+			DisplayAttrs: sensitive,
+		},
+	})
+}
 
-var namedConnectorFields = merged(connectorFields, map[string]*framework.FieldSchema{
-	"connector": str("Name of the connector, 128 characters at most. \"default\" is the one at config."),
-})
+var namedConnectorField = map[string]*framework.FieldSchema{
+	"connector": str("Name of the connector: " + nameRule + ". \"default\" is the one at config."),
+}
 
-var connectorReadFields = always(merged(connectorSettings, map[string]*framework.FieldSchema{
-	"request_timeout": wholeNumber("How long one attempt to reach Kaizala may take, in seconds."),
-}))
+// connectorReadFields are what a read of a connector answers: the fields of every kind, and those of its own.
+func connectorReadFields() map[string]*framework.FieldSchema {
+	all := always(merged(connectorSettings, map[string]*framework.FieldSchema{
+		"request_timeout": wholeNumber("How long one attempt to reach the service may take, in seconds."),
+	}))
+	for name, field := range serviceFields() {
+		shown := *field
+		shown.Default = nil
+		switch shown.Type {
+		case framework.TypeDurationSecond:
+			shown.Type = framework.TypeInt64
+			shown.Description += " In seconds."
+		case framework.TypeKVPairs:
+			shown.Type = framework.TypeMap
+		}
+		all[name] = &shown
+	}
+	return merged(all, revocationFields)
+}
+
+var revocationFields = map[string]*framework.FieldSchema{
+	"pending_revocations":   wholeNumber("Tokens that are still to be revoked at the service. Absent where there are none."),
+	"last_revocation_error": str("Why the last revocation call failed. Absent where it did not."),
+}
 
 var connectorListFields = always(map[string]*framework.FieldSchema{
 	"keys": {Type: framework.TypeStringSlice, Description: "The connectors' names. The one at config is \"default\"."},
@@ -135,7 +159,7 @@ var tenantFields = map[string]*framework.FieldSchema{
 	"tenant": tenantField,
 	"refresh_token": {
 		Type:         framework.TypeString,
-		Description:  "Refresh token that Kaizala's portal shows once. Required to create, and never returned.",
+		Description:  "Refresh token that the service has issued. Required to create, and never returned.",
 		DisplayAttrs: sensitive,
 	},
 	"connector": {
@@ -156,10 +180,20 @@ var tenantFields = map[string]*framework.FieldSchema{
 		Default:     900,
 		Description: "An access token with less life left is not handed out. Counts as half an access token's life where it is longer.",
 	},
+	"retire_on_revoke": {
+		Type:        framework.TypeBool,
+		Default:     true,
+		Description: "Whether revoking the last lease on an access token early retires that token. Always so where a revocation ends the token at the service.",
+	},
+	"token_per_lease": {
+		Type:        framework.TypeBool,
+		Default:     false,
+		Description: "Whether each read of creds gets an access token of its own, which is revoked with its lease. Needs a connector with revocation=access_token and exchange_invalidates=false. Each read is an exchange, of which a tenant has a fifth of exchanges_per_minute.",
+	},
 	"verify": {
 		Type:        framework.TypeBool,
 		Default:     true,
-		Description: "Try refresh_token and connector against Kaizala before they are stored. Not stored itself.",
+		Description: "Try refresh_token and connector at the service before they are stored. Not stored itself.",
 	},
 }
 
@@ -169,14 +203,19 @@ var tenantStatusFields = merged(always(map[string]*framework.FieldSchema{
 	"ttl":       wholeNumber("Life of the leases in seconds; 0 is the mount's."),
 	"max_ttl":   wholeNumber("How long leases can be renewed, in seconds; 0 is the mount's."),
 	"min_ttl":   wholeNumber("Life in seconds that an access token must have left to be handed out."),
-	"status": oneOf("ok; degraded: the last exchange failed and will be tried again; rejected: Kaizala refuses the refresh token, a new one must be written; expired: a new one must be written; unverified: not tried yet.",
+	"status": oneOf("ok; degraded: the last exchange failed and will be tried again; rejected: the service refuses the refresh token, a new one must be written; expired: a new one must be written; unverified: not tried yet.",
 		statusOK, statusDegraded, statusRejected, statusExpired, statusUnverified),
-	"kind":                   oneOf("What the refresh token says it is.", "user", "group", "unknown"),
+	"retire_on_revoke":       {Type: framework.TypeBool, Description: "Whether revoking the last lease on an access token early retires that token."},
+	"token_per_lease":        {Type: framework.TypeBool, Description: "Whether each read of creds gets an access token of its own."},
 	"refresh_token_origin":   oneOf("Who the refresh token came from: an operator who wrote it, or the service, which replaced the one before.", originOperator, originService),
 	"refresh_token_set_time": timeOf("When the refresh token came"),
-}), map[string]*framework.FieldSchema{
+}), revocationFields, map[string]*framework.FieldSchema{
+	"kind":                      oneOf("What a Kaizala refresh token says it is.", "user", "group", "unknown"),
+	"granted_time":              timeIfKnown("When a person granted access by authorize, device or pin"),
+	"granted_by":                str("Who started the grant, by Vault's display name. Absent where an operator has written the refresh token."),
+	"subject":                   str("Who granted access, as the service says it. Absent when unknown."),
 	"group_id":                  str("Group that a group token reaches. Absent for a user's token."),
-	"scope":                     str("What the access token may do, as Kaizala says it. Absent while there is none."),
+	"scope":                     str("What the access token may do, as the service says it. Absent while there is none."),
 	"endpoint_url":              str("Base URL for calls with the access token. Absent while there is none."),
 	"refresh_token_expire_time": timeIfKnown("End of the refresh token"),
 	"access_token_expire_time":  timeIfKnown("End of the current access token"),
@@ -193,16 +232,18 @@ var tenantListFields = merged(always(map[string]*framework.FieldSchema{
 })
 
 // credsFields are what a reader of an access token sees.
-var credsFields = always(map[string]*framework.FieldSchema{
+var credsFields = merged(always(map[string]*framework.FieldSchema{
 	"access_token": {
 		Type:         framework.TypeString,
-		Description:  "The access token, to be sent as the header accessToken.",
+		Description:  "The access token: to be sent as the header accessToken to Kaizala, or as the service says (Authorization: Bearer).",
 		DisplayAttrs: sensitive,
 	},
-	"endpoint_url": str("Base URL for calls with the access token; it may end in a slash."),
-	"scope":        str("What the access token may do, as Kaizala says it."),
-	"expire_time":  timeOf("End of the access token"),
-	"tenant":       str("Name of the tenant."),
+	"expire_time": timeOf("End of the access token"),
+	"tenant":      str("Name of the tenant."),
+}), map[string]*framework.FieldSchema{
+	"endpoint_url": str("Base URL for calls with the access token; it may end in a slash. Absent where unknown."),
+	"scope":        str("What the access token may do, as the service says it. Absent where unknown."),
+	"token_type":   str("Type of the access token, as the service says it. Absent for Kaizala."),
 })
 
 var tokenFields = always(map[string]*framework.FieldSchema{
@@ -211,46 +252,97 @@ var tokenFields = always(map[string]*framework.FieldSchema{
 	"last_vault_rotation": timeOf("When this access token was obtained"),
 })
 
-const (
-	backendHelp = `
-The Kaizala secrets engine keeps the refresh tokens of Kaizala's tenant users
-and hands out access tokens. The connector's owner writes config, a tenant user
-writes tenants/<tenant>, and apps read creds/<tenant>; each sees nothing of the
-others' secrets.
-`
-	configHelp = `
-A connector acts for tenant users. Its ID and secret come from Kaizala's portal.
-The path config is the connector named default; config/<connector> is a further
-one. api_root, redirect_hosts and ca_cert decide where refresh tokens are sent:
-they are the Vault operator's to write, and the policy of the connector's owner
-withholds them with allowed_parameters.
-`
-	tenantListHelp = `
-Names every tenant. In key_info each has its status, its connector and, where it
-is known, the end of its refresh token: what a monitor needs, in one read, with
-no secret in it.
-`
-	tenantHelp = `
-The tenant user generates a refresh token on Kaizala's portal, where it is shown
-once, and writes it here. Nobody can read it back. The engine replaces it with
-the new one that Kaizala sends near the end of its year. A read shows the
-settings, the status, and who has to do what where something is wrong.
-`
-	refreshHelp = `
-Exchanges the refresh token now, whatever the tenant's backoff or a rejection
-say, but within Kaizala's limits. From then on the new access token is handed
-out: this is the sure way to retire an access token. Kaizala itself cannot
-revoke one, which works until it expires.
-`
-	credsHelp = `
-Every reader gets the same access token while it is usable, each with a lease of
-his own that ends before the token does. When the last live lease is revoked
-before its end, the token is never handed out again. Kaizala itself cannot
-revoke it: until it expires it works.
-`
-	tokenHelp = `
-The access token that creds/<tenant> hands out, without a lease, for readers that
-come with each of their own requests. ttl says when a read is sure to return a
-newer one; Vault Agent and the Vault Secrets Operator schedule by it.
-`
-)
+// textOf reads a string; "" for null.
+func textOf(d *framework.FieldData, name string) string {
+	text, _ := d.Raw[name].(string)
+	return strings.TrimSpace(text)
+}
+
+// secondsOr reads a duration, which is the default where the field is null.
+func secondsOr(d *framework.FieldData, name string, byDefault time.Duration) (time.Duration, error) {
+	if d.Raw[name] == nil {
+		return byDefault, nil
+	}
+	return seconds(d, name)
+}
+
+// seconds reads a duration. The framework would cut off fractions of seconds without a word, and make 0.5s the default.
+func seconds(d *framework.FieldData, name string) (time.Duration, error) {
+	v, err := parseutil.ParseDurationSecond(plain(d.Raw[name]))
+	if err != nil || v < 0 || v%time.Second != 0 {
+		return 0, badValue("%s has to be a duration of whole seconds, such as 90s, 15m or 24h", name)
+	}
+	return v, nil
+}
+
+// wholeNumberOf reads a number. The framework would take 1.9, true and 0x10 as well.
+func wholeNumberOf(d *framework.FieldData, name string) (int, error) {
+	n, err := strconv.Atoi(plain(d.Raw[name]))
+	if err != nil {
+		return 0, badValue("%s has to be a whole number, 1 or more", name)
+	}
+	return n, nil
+}
+
+// plain is a value as a person would have typed it. A number of JSON comes through Vault as a float64.
+func plain(raw any) string {
+	if n, ok := raw.(float64); ok {
+		return strconv.FormatFloat(n, 'f', -1, 64)
+	}
+	return fmt.Sprint(raw)
+}
+
+// pairsOf reads a map of strings; nil for null. The framework would make strings of other values.
+func pairsOf(d *framework.FieldData, name string) (map[string]string, error) {
+	m, err := pairs(d.Raw[name])
+	if err != nil {
+		return nil, badValue("%s %s", name, err)
+	}
+	return m, nil
+}
+
+// pairs reads a map of strings as JSON gives it, or as the command line does: name=value. Its error does not quote a value.
+func pairs(raw any) (map[string]string, error) {
+	malformed := errors.New("has to be a map of names to strings, such as {\"audience\": \"https://api.example.com\"}, or one name=value")
+	m := map[string]string{}
+	switch raw := raw.(type) {
+	case nil:
+		return nil, nil
+	case map[string]any:
+		for name, value := range raw {
+			text, ok := value.(string)
+			if !ok {
+				return nil, malformed
+			}
+			m[name] = text
+		}
+	case map[string]string:
+		maps.Copy(m, raw)
+	case string:
+		name, value, ok := strings.Cut(raw, "=")
+		if !ok {
+			return nil, malformed
+		}
+		m[name] = value
+	case []any:
+		for _, one := range raw {
+			text, _ := one.(string)
+			name, value, ok := strings.Cut(text, "=")
+			if !ok {
+				return nil, malformed
+			}
+			m[name] = value
+		}
+	default:
+		return nil, malformed
+	}
+	return m, nil
+}
+
+// plural names a number of things in English.
+func plural(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}

@@ -3,23 +3,34 @@ package backend
 import (
 	"context"
 	"errors"
+	"math"
 	"strconv"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// accessTokenType names the engine's leases. Vault revokes a lease by this name,
-// so it never changes.
+// A lease ends leaseMargin before its access token, or before the exchange that ends the token, by whole seconds, and lasts
+// one at the least. An access token that cannot carry such a lease is not leased.
+const (
+	leaseMargin = 2 * time.Second
+	leaseLeast  = leaseMargin + time.Second
+)
+
+// accessTokenType names the engine's leases. Vault revokes a lease by this name, so it never changes.
 const accessTokenType = "kaizala_access_token"
 
-// What a lease knows: enough to revoke it with everything else gone, and no
-// token. Values are strings, for numbers lose digits on their way through Vault.
+// What a lease knows: enough to renew and revoke it with everything else gone, and no token. Values are strings, for
+// numbers lose digits on their way through Vault.
 const (
 	leaseTenant     = "tenant"
 	leaseGeneration = "generation"
 	leaseExpires    = "expires" // the access token's end, RFC 3339
+	leaseBound      = "bound"   // when leases on it must be over, where that is before its end
+	leaseOwn        = "own"     // "true": the access token is this lease's alone
 	leaseRenewed    = "renewed" // the last renewal, nanoseconds since 1970
 )
 
@@ -32,23 +43,102 @@ func (b *backend) accessTokenSecret() *framework.Secret {
 	}
 }
 
-// renew prolongs a lease, never past its access token, the tenant's max_ttl or
-// the mount's: Vault cuts whatever the client asks for to MaxTTL, counted from
-// the lease's beginning.
+// newLease makes the lease that goes with an access token. It ends before the token does, and so does any renewal of it.
+func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical.Response {
+	now := time.Now()
+	bound := token.Expires
+	if !own {
+		bound = v.bound()
+	}
+	most := untilBound(bound, now)
+	if v.entry.MaxTTL > 0 {
+		most = min(most, v.entry.MaxTTL)
+	}
+	if end := now.Add(most); !own && end.After(bound.Add(-leaseMargin)) {
+		token.leasedUntil(end) // the exchange waits for it
+	}
+	internal := map[string]any{
+		"secret_type":   accessTokenType,
+		leaseTenant:     token.shown.tenant,
+		leaseGeneration: token.shown.generation,
+		leaseExpires:    token.shown.expires,
+	}
+	if bound.Before(token.Expires) {
+		internal[leaseBound] = stamp(bound)
+	}
+	if own {
+		internal[leaseOwn] = "true"
+	}
+	return &logical.Response{
+		Data: token.response(),
+		Secret: &logical.Secret{
+			LeaseOptions: logical.LeaseOptions{
+				TTL:       b.leaseTTL(v.entry, most),
+				MaxTTL:    most,
+				Renewable: b.leavesRoom(v.entry, most),
+			},
+			InternalData: internal,
+		},
+	}
+}
+
+// untilBound is how long a lease lasts at the most that must be over by then: whole seconds, one at the least. Vault takes a
+// TTL of 0 for its default, and a MaxTTL of 0 for no limit.
+func untilBound(bound, from time.Time) time.Duration {
+	return max(wholeSeconds(bound.Sub(from))-leaseMargin, time.Second)
+}
+
+// leaseTTL is the TTL of a lease that ends within most: the tenant's or the mount's. 0 leaves the mount's to Vault, which
+// knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut.
+func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) time.Duration {
+	if e.TTL == 0 && time.Duration(b.defaultTTL.Load()) < most {
+		return 0
+	}
+	if e.TTL == 0 {
+		return most
+	}
+	return min(e.TTL, most)
+}
+
+// leavesRoom says whether a lease can be renewed before it has lasted for most, or for as long as the mount allows.
+func (b *backend) leavesRoom(e *tenantEntry, most time.Duration) bool {
+	if longest := time.Duration(b.maxTTL.Load()); longest > 0 {
+		most = min(most, longest)
+	}
+	ttl := e.TTL
+	if ttl == 0 {
+		ttl = time.Duration(b.defaultTTL.Load())
+	}
+	return ttl > 0 && ttl < most
+}
+
+func wholeSeconds(d time.Duration) time.Duration {
+	return time.Duration(math.Floor(d.Seconds())) * time.Second
+}
+
+// renew prolongs a lease, never past its access token, the exchange that ends that, the tenant's max_ttl or the mount's:
+// Vault cuts what the client asks for to MaxTTL, counted from the lease's beginning. Vault compares whole seconds, and so
+// does this: a TTL that is computed from fractions would ask for a second too many and earn a warning.
 func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	secret := req.Secret
 	name, _ := secret.InternalData[leaseTenant].(string)
-	expires, err := leaseEnd(secret)
+	bound, err := leaseTime(secret, leaseBound)
 	if err != nil {
-		return answer(err)
+		bound, err = leaseTime(secret, leaseExpires)
+	}
+	if err != nil {
+		return answer(badValue("this lease does not say when its access token ends: revoke it and read a new one"))
 	}
 	now := time.Now()
-	if wholeSeconds(expires.Sub(now)) <= leaseMargin {
+	issued := secret.IssueTime.Truncate(time.Second)
+	end := issued.Add(wholeSeconds(bound.Sub(issued)) - leaseMargin)
+	left := wholeSeconds(end.Sub(now))
+	if left < time.Second {
 		return answer(badValue("the access token of this lease has expired, or is about to: read creds/%s for a new one", name))
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	t, s, err := b.tenants.load(ctx, name)
+	t, v, err := b.tenants.load(ctx, name)
 	if err != nil {
 		return answer(err)
 	}
@@ -56,66 +146,124 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 		return answer(unknownTenant(name))
 	}
 	b.askTTLs()
-	secret.TTL = b.leaseTTL(s.entry, wholeSeconds(expires.Sub(now))-leaseMargin)
-	secret.MaxTTL = wholeSeconds(expires.Sub(secret.IssueTime)) - leaseMargin
-	if s.entry.MaxTTL > 0 {
-		secret.MaxTTL = min(secret.MaxTTL, s.entry.MaxTTL)
+	secret.MaxTTL = end.Sub(issued)
+	if v.entry.MaxTTL > 0 && v.entry.MaxTTL < secret.MaxTTL {
+		secret.MaxTTL = v.entry.MaxTTL
+		left = max(min(left, wholeSeconds(issued.Add(secret.MaxTTL).Sub(now))), time.Second)
 	}
+	secret.TTL = b.leaseTTL(v.entry, left)
 	secret.InternalData[leaseRenewed] = strconv.FormatInt(now.UnixNano(), 10)
 	return &logical.Response{Secret: secret}, nil
 }
 
-func leaseEnd(secret *logical.Secret) (time.Time, error) {
-	text, _ := secret.InternalData[leaseExpires].(string)
-	expires, err := time.Parse(time.RFC3339Nano, text)
-	if err != nil {
-		return time.Time{}, badValue("this lease does not say when its access token ends: revoke it and read a new one")
-	}
-	return expires, nil
+// leaseTime reads a time from a lease's internal data.
+func leaseTime(secret *logical.Secret, name string) (time.Time, error) {
+	text, _ := secret.InternalData[name].(string)
+	return time.Parse(time.RFC3339Nano, text)
 }
 
-// revoke takes a lease off its access token. Kaizala cannot revoke the token, so
-// when the last lease has ended before its time the engine gives it up instead,
-// in memory at once and then in storage. It makes no call, and fails only where
-// storage does, so that Vault tries again: nothing else may leave a lease that
-// cannot be revoked.
+// revoke takes a lease off its access token. When the last lease has ended early, the engine gives the token up, in memory
+// at once and then in storage, and has it revoked where the service can do that. It fails only where storage does, so that
+// Vault tries again: nothing else may leave a lease that cannot be revoked.
 func (b *backend) revoke(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	name, _ := req.Secret.InternalData[leaseTenant].(string)
 	generation, _ := req.Secret.InternalData[leaseGeneration].(string)
-	expires, err := leaseEnd(req.Secret)
-	if now := time.Now(); name == "" || generation == "" || err == nil && !now.Before(expires) {
+	now := time.Now()
+	expires, err := leaseTime(req.Secret, leaseExpires)
+	if name == "" || generation == "" || err == nil && !now.Before(expires) {
 		return nil, nil
 	}
-	early := endsEarly(req.Secret, time.Now())
-	if _, s := b.tenants.cached(name); s == nil {
-		if !early {
-			return nil, nil // the count is unknown, and stays so
-		}
-	} else if s.access == nil || s.access.Generation != generation || !s.access.end(early) {
-		return nil, nil
+	if req.Secret.InternalData[leaseOwn] == "true" {
+		err = b.endHeld(ctx, name, generation)
+	} else {
+		err = b.endShared(ctx, name, generation, endsEarly(req.Secret, now))
 	}
-	err = b.giveUp(ctx, name, generation)
 	if errors.Is(err, logical.ErrReadOnly) || errors.Is(err, errUnreadable) {
 		return nil, nil // the node that may write revokes too; what cannot be read is not handed out
 	}
 	return nil, err
 }
 
-// giveUp makes sure that an access token is never handed out again, not after a
-// restart either.
-func (b *backend) giveUp(ctx context.Context, name, generation string) error {
-	return b.tenants.with(ctx, name, func(t *tenant, base *tenantEntry) error {
-		s := t.state.Load()
-		if s == nil || s.access == nil || s.access.Generation != generation {
+// endHeld has the access token revoked that a lease alone stands for.
+func (b *backend) endHeld(ctx context.Context, name, generation string) error {
+	connector, err := b.revocations.giveUpHeld(ctx, name, generation)
+	if connector != "" {
+		b.revocations.revokeNow(ctx, connector, generation)
+	}
+	return err
+}
+
+// endShared takes a lease off the count of a shared access token.
+func (b *backend) endShared(ctx context.Context, name, generation string, early bool) error {
+	t, v := b.tenants.cached(name)
+	switch {
+	case v != nil && v.access != nil && v.access.Generation == generation:
+		if early && !b.retires(v.entry) {
+			v.access.end(false, false)
 			return nil
 		}
-		s.access.leases.Store(givenUp)
-		next := *base
-		if next.Access != nil && next.Access.Generation == generation {
-			next.Access = nil
+		if !v.access.end(early, false) {
+			return nil
 		}
-		return b.tenants.saveDetached(ctx, t, &next)
-	})
+	case t != nil:
+		if known, last := t.endReplaced(generation, early); known {
+			if !last {
+				return nil
+			}
+			return b.endHeld(ctx, name, generation)
+		}
+		fallthrough
+	default:
+		if !early {
+			return nil // the count is unknown, and stays so
+		}
+	}
+	return b.giveUp(ctx, name, generation)
+}
+
+// giveUp gives an access token up, whether it is its tenant's current one or one that a newer one has replaced.
+func (b *backend) giveUp(ctx context.Context, name, generation string) error {
+	ctx, cancel := context.WithTimeout(ctx, storeWithin)
+	defer cancel()
+	t, v, err := b.tenants.load(ctx, name)
+	switch {
+	case err != nil && !errors.Is(err, errUnreadable):
+		return err
+	case t != nil && v.access != nil && v.access.Generation == generation:
+		if !b.retires(v.entry) {
+			return nil
+		}
+		t.giveUp(generation)
+		connector, err := b.tenants.giveUp(ctx, name, generation)
+		if err != nil || connector == "" {
+			return err
+		}
+		b.afterGivingUp(ctx, t, connector, generation)
+		return nil
+	}
+	return b.endHeld(ctx, name, generation)
+}
+
+// afterGivingUp has a token that was given up revoked at the service, in the way that the connector says.
+func (b *backend) afterGivingUp(ctx context.Context, t *tenant, connector, generation string) {
+	via := b.connectors.present(connector)
+	switch {
+	case via == nil:
+	case via.about.Revocation == tokenservice.RevokeAccessToken:
+		b.revocations.revokeNow(ctx, connector, generation)
+	case via.about.Revocation == tokenservice.RevokeByExchange:
+		b.exchangeUnasked(t)
+	}
+}
+
+// retires says whether the early end of the last lease gives an access token up: always where that ends the token at the
+// service.
+func (b *backend) retires(e *tenantEntry) bool {
+	if !e.KeepOnRevoke {
+		return true
+	}
+	via := b.connectors.present(e.Connector)
+	return via != nil && via.about.Revocation != tokenservice.RevokeNothing
 }
 
 // endsEarly tells a revocation from a lease that has come to its end.

@@ -149,7 +149,7 @@ func TestEveryKeyWritten(t *testing.T) {
 		keys := maps.Clone(e.storage.keys)
 		e.storage.mu.Unlock()
 		assert.Contains(t, keys, callPrefix+"default/0")
-		assert.Contains(t, keys, callPrefix+"default/"+pausePlace)
+		assert.Contains(t, keys, callPrefix+"default/pause")
 		assert.Contains(t, keys, "tenants/acme")
 		assert.Contains(t, keys, "config/hr")
 		wrapped := e.SpecialPaths().SealWrapStorage
@@ -192,8 +192,8 @@ func TestEveryKeyWritten(t *testing.T) {
 				assert.NotEqual(t, 7, before.entry.ExchangesPerMinute)
 				assert.Equal(t, 7, after.entry.ExchangesPerMinute)
 			}
-			if strings.HasPrefix(key, callPrefix+"default/"+pausePlace) {
-				require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, callEntry{Until: time.Now().Add(time.Hour)}))
+			if strings.HasPrefix(key, callPrefix+"default/pause") {
+				require.NoError(t, putEntry(context.Background(), e.storage.InmemStorage, key, map[string]any{"format": 1, "until": time.Now().Add(time.Hour)}))
 				e.InvalidateKey(context.Background(), key)
 				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 				assert.Equal(t, 429, status)

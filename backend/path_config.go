@@ -5,27 +5,24 @@ import (
 	"errors"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
-	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
-	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-const (
-	defaultRequestTimeout     = time.Minute
-	defaultExchangesPerMinute = 50
-)
+const defaultExchangesPerMinute = 50
 
 func (b *backend) configPaths() []*framework.Path {
-	one := b.configPath("config/?$", "default connector", connectorFields)
+	fields := connectorFields()
+	one := b.configPath("config/?$", "default connector", fields)
 	one.Operations[logical.ListOperation] = operation("list", "connectors", "List the connectors.",
 		"Names alone, config's own \"default\" among them.",
 		responses(http.StatusOK, "The connectors' names.", connectorListFields), b.listConnectors)
-	named := b.configPath("config/"+framework.GenericNameRegex("connector"), "connector", namedConnectorFields)
+	named := b.configPath("config/"+framework.GenericNameRegex("connector"), "connector", merged(fields, namedConnectorField))
 	return []*framework.Path{one, named}
 }
 
@@ -46,19 +43,18 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 				noContent("The connector was changed."), b.patchConnector),
 			logical.ReadOperation: operation("read", suffix, "Read the "+what+", without its secret.",
 				"All of its settings but connector_secret, which nobody can read back.",
-				responses(http.StatusOK, "The connector, without its secret.", connectorReadFields), b.readConnector),
+				responses(http.StatusOK, "The connector, without its secret.", connectorReadFields()), b.readConnector),
 			logical.DeleteOperation: operation("delete", suffix, "Delete the "+what+".",
 				"Refused while tenants use it: move them to another connector, or delete them, first.",
 				noContent("There is no such connector any more."), b.deleteConnector),
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
-		HelpSynopsis:    "The " + what + ": how the engine reaches Kaizala.",
+		HelpSynopsis:    "The " + what + ": how the engine reaches a token service.",
 		HelpDescription: configHelp,
 	}
 }
 
-// connectorName is the name in the path, or the default connector's where the
-// path has none.
+// connectorName is the name in the path, or the default connector's where the path has none.
 func connectorName(d *framework.FieldData) (string, error) {
 	if d.Schema["connector"] == nil {
 		return defaultConnector, nil
@@ -71,15 +67,11 @@ func (b *backend) connectorExists(ctx context.Context, _ *logical.Request, d *fr
 	if err != nil {
 		return false, nil // for the handler to refuse
 	}
-	entry, err := b.storedConnector(ctx, name)
+	entry, err := getConnector(ctx, b.storage, name)
 	if errors.Is(err, errUnreadable) {
 		return true, nil // for the handler to explain: Vault shows no error of this function
 	}
 	return entry != nil, err
-}
-
-func (b *backend) storedConnector(ctx context.Context, name string) (*connectorEntry, error) {
-	return getEntry[connectorEntry](ctx, b.storage, connectorPrefix+name)
 }
 
 func (b *backend) writeConnector(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -90,125 +82,204 @@ func (b *backend) patchConnector(ctx context.Context, _ *logical.Request, d *fra
 	return b.changeConnector(ctx, d, true)
 }
 
+// changeConnector answers a write of config: it makes the connector that the write asks for, makes sure that what uses the
+// connector allows the change, and stores it.
 func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, patch bool) (*logical.Response, error) {
 	name, err := connectorName(d)
 	if err != nil {
 		return answer(err)
 	}
-	b.connectors.binding.Lock()
-	defer b.connectors.binding.Unlock()
-	entry, err := b.storedConnector(ctx, name)
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	found, err := b.discovered(ctx, name, d, patch)
 	if err != nil {
 		return answer(err)
 	}
-	isNew := entry == nil
-	if isNew {
-		if patch {
-			return answer(notFound("connector %q is not configured, so there is nothing to patch", name))
-		}
-		entry = &connectorEntry{
-			APIRoot:            kaizala.DefaultAPIRoot,
-			RedirectHosts:      kaizala.DefaultRedirectHosts,
-			RequestTimeout:     defaultRequestTimeout,
-			ExchangesPerMinute: defaultExchangesPerMinute,
-		}
-	}
-	was := entry.ConnectorID
-	if err := entry.change(d); err != nil {
+	binding := b.connectors.record(name).binding
+	if err := binding.Acquire(ctx, everybody); err != nil {
 		return answer(err)
 	}
-	if !isNew && entry.ConnectorID != was {
-		if err := b.unused(ctx, name, "its connector_id is not changed"); err != nil {
-			return answer(err)
-		}
+	defer binding.Release(everybody)
+
+	was, next, err := b.changedConnector(ctx, name, d, patch)
+	if err != nil {
+		return answer(err)
+	}
+	if found != nil {
+		found(next)
+	}
+	service, err := next.service(b.connectors.transport)
+	if err != nil {
+		return answer(fieldProblem(err))
+	}
+	dropped, err := b.mayChange(ctx, name, was, next, service.About())
+	if err != nil {
+		service.Close()
+		return answer(err)
 	}
 	// A write that was cut off would leave memory and storage in doubt.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	if err := b.connectors.put(ctx, name, entry); err != nil {
+	if err := b.connectors.put(ctx, name, next, service); err != nil {
 		return answer(err)
 	}
-	return done(d), nil
-}
-
-// change sets what a write names. A null sets a field to its default.
-func (e *connectorEntry) change(d *framework.FieldData) (err error) {
-	e.Format = entryFormat
-	for name, raw := range d.Raw {
-		if d.Schema[name] == nil {
-			continue
+	b.tenants.replan(name)
+	b.index.resume(name)
+	resp := done(d)
+	if dropped {
+		n, err := b.revocations.drop(ctx, name)
+		if err != nil {
+			return answer(err)
 		}
-		isNull := raw == nil
-		switch name {
-		case "connector_id":
-			e.ConnectorID = strings.TrimSpace(d.Get(name).(string))
-		case "connector_secret":
-			e.ConnectorSecret = strings.TrimSpace(d.Get(name).(string))
-		case "api_root":
-			e.APIRoot = strings.TrimSpace(d.Get(name).(string))
-			if isNull {
-				e.APIRoot = kaizala.DefaultAPIRoot
-			}
-		case "ca_cert":
-			e.CACert = d.Get(name).(string)
-		case "redirect_hosts":
-			e.RedirectHosts = d.Get(name).([]string)
-			if isNull {
-				e.RedirectHosts = kaizala.DefaultRedirectHosts
-			}
-		case "request_timeout":
-			e.RequestTimeout = defaultRequestTimeout
-			if !isNull {
-				if e.RequestTimeout, err = seconds(d, name); err != nil {
-					return err
-				}
-			}
-		case "exchanges_per_minute":
-			e.ExchangesPerMinute = defaultExchangesPerMinute
-			if !isNull {
-				// The framework would take 1.9, true and 0x10 as well.
-				if e.ExchangesPerMinute, err = strconv.Atoi(plain(raw)); err != nil {
-					return badValue("exchanges_per_minute has to be a whole number, 1 or more")
-				}
-			}
+		if n > 0 {
+			resp = &logical.Response{}
+			resp.AddWarning(plural(n, "revocation") + " that had not been sent yet will not be made.")
 		}
 	}
+	return resp, nil
+}
+
+// changedConnector returns the stored connector, nil for none, and what a write makes of it.
+func (b *backend) changedConnector(ctx context.Context, name string, d *framework.FieldData, patch bool) (was, next *connectorEntry, err error) {
+	if was, err = getConnector(ctx, b.storage, name); err != nil {
+		return nil, nil, err
+	}
+	if was == nil && patch {
+		return nil, nil, notFound("connector %q is not configured, so there is nothing to patch", name)
+	}
+	service := defaultService
+	if was != nil {
+		service = was.Service
+	}
+	if raw, ok := d.Raw["service"]; ok {
+		service = textOf(d, "service")
+		if raw == nil {
+			service = defaultService
+		}
+		if _, ok := serviceKinds[service]; !ok {
+			return nil, nil, badValue("service has to be one of %s", strings.Join(serviceNames(), ", "))
+		}
+	}
+	next = newConnectorEntry(service)
 	switch {
-	case e.ConnectorID == "":
-		return badValue("connector_id is required: give the ID that Kaizala's portal shows for the connector")
-	case e.ConnectorSecret == "":
-		return badValue("connector_secret is required: give the secret that Kaizala's portal shows for the connector")
-	case e.APIRoot == "":
-		return badValue("api_root is empty: give an https URL, or leave it out for %s", kaizala.DefaultAPIRoot)
-	case e.RequestTimeout < time.Second:
-		return badValue("request_timeout has to be 1s or more")
-	case e.ExchangesPerMinute < 1:
-		return badValue("exchanges_per_minute has to be 1 or more")
+	case was == nil:
+	case service == was.Service:
+		copied := *was
+		copied.Settings = was.Settings.clone()
+		next = &copied
+	default:
+		next.ConnectorID, next.ConnectorSecret, next.CACert = was.ConnectorID, was.ConnectorSecret, was.CACert
 	}
-	return nil
+	return was, next, next.change(d)
 }
 
-// unused refuses what is not done to a connector that tenants use. The caller
-// holds binding alone.
+// discovered asks the service for what it says about itself, where the write wants that, before anything is locked. It returns
+// a function that takes the answer into the connector.
+func (b *backend) discovered(ctx context.Context, name string, d *framework.FieldData, patch bool) (func(*connectorEntry), error) {
+	_, next, err := b.changedConnector(ctx, name, d, patch)
+	if err != nil {
+		return nil, err
+	}
+	asked := false
+	permit := func(ctx context.Context) (func(), error) {
+		if !b.node.WriteSafeReplicationState() {
+			return nil, logical.ErrReadOnly
+		}
+		asked = true
+		via, err := b.connectors.get(ctx, name)
+		if err != nil || via == nil {
+			return func() {}, err // a connector that is not there yet has no share
+		}
+		p := passage{via: via, want: share.Want{Wait: patience}, discovery: true}
+		return p.permit(ctx)
+	}
+	err = next.Settings.discover(ctx, next, d, b.connectors.transport, permit)
+	failure := (*tokenservice.Failure)(nil)
+	limit := (*share.LimitError)(nil)
+	switch {
+	case errors.As(err, &failure):
+		return nil, tryAgain("nothing was stored: %s", failure.Text)
+	case errors.As(err, &limit):
+		return nil, limitReached(b.connectors.about(name), name, limit, "the share of calls of the connector is used up")
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, tryAgain("nothing was stored: the issuer has not answered in time; try again later")
+	case err != nil:
+		return nil, fieldProblem(err)
+	case !asked:
+		return nil, nil
+	}
+	return func(c *connectorEntry) { c.Settings = next.Settings }, nil
+}
+
+// mayChange refuses changes that what uses the connector does not allow. dropped says that the revocations which are pending
+// will not be made. The caller holds the binding alone.
+func (b *backend) mayChange(ctx context.Context, name string, was, next *connectorEntry, about tokenservice.About) (dropped bool, err error) {
+	if was == nil {
+		return false, nil
+	}
+	if next.Service != was.Service {
+		if err := b.unused(ctx, name, "its service is not changed"); err != nil {
+			return false, err
+		}
+	}
+	if next.ConnectorID != was.ConnectorID && was.ConnectorID != "" {
+		if err := b.unused(ctx, name, "its connector_id is not changed"); err != nil {
+			return false, err
+		}
+	}
+	if about.Revocation != tokenservice.RevokeAccessToken || about.ExchangeInvalidates {
+		if err := b.noTokenPerLease(ctx, name); err != nil {
+			return false, err
+		}
+	}
+	return about.Revocation != tokenservice.RevokeAccessToken && !about.RevokeOnDelete, nil
+}
+
+// noTokenPerLease refuses what a tenant with token_per_lease does not allow.
+func (b *backend) noTokenPerLease(ctx context.Context, name string) error {
+	if !b.awaitIndex(ctx) {
+		return stillReading(name)
+	}
+	var found []string
+	b.tenants.each(func(t *tenant) {
+		if s := t.view.Load().summary; s.stored && s.ownTokens && s.connector == name {
+			found = append(found, t.name)
+		}
+	})
+	if len(found) == 0 {
+		return nil
+	}
+	slices.Sort(found)
+	return badValue("tenant %q has token_per_lease, which needs revocation=access_token and exchange_invalidates=false: write token_per_lease=false there first", found[0])
+}
+
+func stillReading(connector string) error {
+	return tryAgain("the engine is still reading its tenants, so it cannot tell yet who uses connector %q: try again in a moment", connector)
+}
+
+// unused refuses what is not done to a connector that tenants use, or that still has revocations to make. The caller holds
+// the binding alone.
 func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	if !b.awaitIndex(ctx) {
-		return tryAgain("the engine is still reading its tenants, so it cannot tell yet who uses connector %q: try again in a moment", name)
+		return stillReading(name)
 	}
+	b.readUnread()
 	var users []string
 	b.tenants.each(func(t *tenant) {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		if t.stored && t.summary.connector == name || t.pending == name {
+		if t.uses(name) {
 			users = append(users, t.name)
 		}
 	})
-	if len(users) == 0 {
-		return nil
-	}
-	slices.Sort(users)
 	const shown = 10
-	return badValue("%d tenants use connector %q, so %s: move them to another connector or delete them first (%s)",
-		len(users), name, refusal, strings.Join(users[:min(shown, len(users))], ", "))
+	if len(users) > 0 {
+		slices.Sort(users)
+		return badValue("%d tenants use connector %q, so %s: move them to another connector or delete them first (%s)",
+			len(users), name, refusal, strings.Join(users[:min(shown, len(users))], ", "))
+	}
+	if pending, _ := b.revocations.pendingOf(name, ""); pending > 0 {
+		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)
+	}
+	return nil
 }
 
 func (b *backend) readConnector(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -216,18 +287,13 @@ func (b *backend) readConnector(ctx context.Context, _ *logical.Request, d *fram
 	if err != nil {
 		return nil, nil
 	}
-	entry, err := b.storedConnector(ctx, name)
+	entry, err := getConnector(ctx, b.storage, name)
 	if err != nil || entry == nil {
 		return nil, err
 	}
-	return &logical.Response{Data: map[string]any{
-		"connector_id":         entry.ConnectorID,
-		"api_root":             entry.APIRoot,
-		"ca_cert":              entry.CACert,
-		"redirect_hosts":       entry.RedirectHosts,
-		"request_timeout":      int64(entry.RequestTimeout.Seconds()),
-		"exchanges_per_minute": entry.ExchangesPerMinute,
-	}}, nil
+	data := entry.show()
+	b.showRevocations(data, name, "")
+	return &logical.Response{Data: data}, nil
 }
 
 func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
@@ -235,9 +301,14 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	if err != nil {
 		return nil, nil
 	}
-	b.connectors.binding.Lock()
-	defer b.connectors.binding.Unlock()
-	entry, err := b.storedConnector(ctx, name)
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	binding := b.connectors.record(name).binding
+	if err := binding.Acquire(ctx, everybody); err != nil {
+		return answer(err)
+	}
+	defer binding.Release(everybody)
+	entry, err := getConnector(ctx, b.storage, name)
 	switch {
 	case entry == nil && err == nil:
 		return done(d), nil
@@ -247,7 +318,7 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	if err := b.unused(ctx, name, "it is not deleted"); err != nil {
 		return answer(err)
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	if err := b.connectors.remove(ctx, name); err != nil {
 		return answer(err)

@@ -2,21 +2,22 @@ package backend
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 
-	"github.com/hashicorp/go-secure-stdlib/parseutil"
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 const (
-	originOperator = "operator" // somebody wrote the refresh token
-	originService  = "service"  // Kaizala replaced the one before
+	originOperator = "operator" // a write or a person's consent has brought the refresh token
+	originService  = "service"  // the service has replaced the one before
 )
 
 const defaultMinTTL = 15 * time.Minute
@@ -85,17 +86,31 @@ func (b *backend) tenantExists(ctx context.Context, _ *logical.Request, d *frame
 	return t != nil, err
 }
 
-// tenantChange is what a write names.
+// tenantChange is what a write of a tenant names.
 type tenantChange struct {
 	refreshToken, connector *string
 	ttl, maxTTL, minTTL     *time.Duration
+	retireOnRevoke          *bool
+	tokenPerLease           *bool
+	patch                   bool
 	verify                  bool
-	facts                   refreshFacts // of the refresh token, once it is checked
+
+	lineage string             // the tenant's, once the write is stored, where it retires tokens
+	target  string             // the connector that the tenant uses then
+	facts   tokenservice.Facts // of the refresh token, once it is checked
+	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
+}
+
+// grantOf is what is known of a person's consent.
+type grantOf struct {
+	by      string
+	at      time.Time
+	subject string
 }
 
 // newTenantChange reads a write. A null sets a field to its default.
-func newTenantChange(d *framework.FieldData) (*tenantChange, error) {
-	c := &tenantChange{verify: true}
+func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) {
+	c := &tenantChange{verify: true, patch: patch, lineage: rand.Text()}
 	for name, raw := range d.Raw {
 		if d.Schema[name] == nil {
 			continue
@@ -107,24 +122,24 @@ func newTenantChange(d *framework.FieldData) (*tenantChange, error) {
 			token = strings.TrimSpace(token)
 			c.refreshToken = &token
 			if token == "" {
-				err = badValue("refresh_token is empty: give the refresh token that Kaizala's portal shows")
+				err = badValue("refresh_token is empty: give the refresh token that the service has issued")
 			}
 		case "connector":
 			connector := d.Get("connector").(string)
 			c.connector = &connector
-			if connector == "" {
-				err = badValue("connector is empty: give a connector's name, or leave it out for %q", defaultConnector)
-			} else if len(connector) > maxName || strings.Contains(connector, "/") || strings.Contains(connector, "..") {
-				err = badValue("connector is not a connector's name, such as %q", defaultConnector)
-			}
+			err = checkName(connector, "connector")
 		case "ttl":
-			c.ttl, err = duration(d, name, raw, 0)
+			c.ttl, err = duration(d, name, 0)
 		case "max_ttl":
-			c.maxTTL, err = duration(d, name, raw, 0)
+			c.maxTTL, err = duration(d, name, 0)
 		case "min_ttl":
-			c.minTTL, err = duration(d, name, raw, defaultMinTTL)
+			c.minTTL, err = duration(d, name, defaultMinTTL)
+		case "retire_on_revoke":
+			c.retireOnRevoke = boolOr(d, name, true)
+		case "token_per_lease":
+			c.tokenPerLease = boolOr(d, name, false)
 		case "verify":
-			c.verify = raw == nil || d.Get("verify").(bool)
+			c.verify = *boolOr(d, name, true)
 		}
 		if err != nil {
 			return nil, err
@@ -133,31 +148,16 @@ func newTenantChange(d *framework.FieldData) (*tenantChange, error) {
 	return c, nil
 }
 
-func duration(d *framework.FieldData, name string, raw any, byDefault time.Duration) (*time.Duration, error) {
-	if raw == nil {
-		return &byDefault, nil
-	}
-	v, err := seconds(d, name)
+func duration(d *framework.FieldData, name string, byDefault time.Duration) (*time.Duration, error) {
+	v, err := secondsOr(d, name, byDefault)
 	return &v, err
 }
 
-// seconds reads a duration. The framework would cut off fractions of seconds
-// without a word, and make 0.5s the default.
-func seconds(d *framework.FieldData, name string) (time.Duration, error) {
-	v, err := parseutil.ParseDurationSecond(plain(d.Raw[name]))
-	if err != nil || v < 0 || v%time.Second != 0 {
-		return 0, badValue("%s has to be a duration of whole seconds, such as 90s, 15m or 24h", name)
+func boolOr(d *framework.FieldData, name string, byDefault bool) *bool {
+	if d.Raw[name] != nil {
+		byDefault = d.Get(name).(bool)
 	}
-	return v, nil
-}
-
-// plain is a value as a person would have typed it. A number of JSON comes
-// through Vault as a float64.
-func plain(raw any) string {
-	if n, ok := raw.(float64); ok {
-		return strconv.FormatFloat(n, 'f', -1, 64)
-	}
-	return fmt.Sprint(raw)
+	return &byDefault
 }
 
 // retiresTokens says whether the write replaces what access tokens come from.
@@ -165,27 +165,44 @@ func (c *tenantChange) retiresTokens() bool { return c.refreshToken != nil || c.
 
 // apply makes the change to an entry, nil for a tenant that is new.
 func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
-	next := &tenantEntry{Format: entryFormat, Connector: defaultConnector, MinTTL: defaultMinTTL}
+	next := &tenantEntry{Connector: defaultConnector, MinTTL: defaultMinTTL}
 	if base != nil {
 		*next = *base
-		next.Format = entryFormat
 	}
+	next.Format = entryFormat
 	set(&next.Connector, c.connector)
 	set(&next.TTL, c.ttl)
 	set(&next.MaxTTL, c.maxTTL)
 	set(&next.MinTTL, c.minTTL)
+	set(&next.TokenPerLease, c.tokenPerLease)
+	if c.retireOnRevoke != nil {
+		next.KeepOnRevoke = !*c.retireOnRevoke
+	}
 	if c.refreshToken != nil {
 		next.RefreshToken = *c.refreshToken
 		next.RefreshTokenOrigin = originOperator
 		next.RefreshTokenSet = time.Now().UTC().Truncate(time.Millisecond)
-		next.Facts = c.facts
-		next.Move = nil
+		next.Granted, next.GrantedBy, next.Subject = time.Time{}, "", ""
+		if c.grant != nil {
+			next.Granted, next.GrantedBy, next.Subject = c.grant.at, c.grant.by, c.grant.subject
+		}
 	}
 	if c.retiresTokens() {
+		next.Lineage = c.lineage
+		next.Facts = c.facts
+		next.Move = nil
 		next.Verified, next.Rejected, next.LastExchange = false, time.Time{}, time.Time{}
 		next.Access, next.AccessTokenLife = nil, 0
 	}
 	return next
+}
+
+// applied is the entry that an exchange is made with: the tenant's, or what a write that it verifies makes of that.
+func (c *tenantChange) applied(v *tenantView) *tenantEntry {
+	if c == nil {
+		return v.base()
+	}
+	return c.apply(v.base())
 }
 
 func set[T any](field *T, value *T) {
@@ -194,12 +211,22 @@ func set[T any](field *T, value *T) {
 	}
 }
 
-func (e *tenantEntry) validate() error {
-	if e.RefreshToken == "" {
-		return badValue("refresh_token is required: give the refresh token that Kaizala's portal shows")
-	}
-	if e.MaxTTL > 0 && e.TTL > e.MaxTTL {
+// validate says what is wrong with an entry that is about to be stored.
+func (ts *tenants) validate(ctx context.Context, e *tenantEntry) error {
+	switch {
+	case e.RefreshToken == "":
+		return badValue("refresh_token is required: give the refresh token that the service has issued")
+	case e.MaxTTL > 0 && e.TTL > e.MaxTTL:
 		return badValue("ttl is over max_ttl: give a ttl of %s at most", e.MaxTTL)
+	case !e.TokenPerLease:
+		return nil
+	}
+	via, err := ts.connectors.of(ctx, e.Connector)
+	if err != nil {
+		return err
+	}
+	if via.about.Revocation != tokenservice.RevokeAccessToken || via.about.ExchangeInvalidates {
+		return badValue("token_per_lease needs a connector with revocation=access_token and exchange_invalidates=false: connector %q cannot revoke one access token alone while others live", e.Connector)
 	}
 	return nil
 }
@@ -217,167 +244,162 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 	if err != nil {
 		return answer(err)
 	}
-	change, err := newTenantChange(d)
+	change, err := newTenantChange(d, patch)
 	if err != nil {
 		return answer(err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	t, s, err := b.tenants.load(ctx, name)
-	if err != nil {
-		return answer(err)
-	}
-	var base *tenantEntry
-	if t != nil {
-		base = s.entry
-	} else if patch {
-		return answer(notFound("there is no tenant %q to patch", name))
-	}
-	if err := change.apply(base).validate(); err != nil {
-		return answer(err)
-	}
-	if !change.retiresTokens() {
-		err = b.storeTenant(ctx, name, change, patch)
+	if change.retiresTokens() {
+		err = b.replaceTokens(ctx, name, change)
 	} else {
-		err = b.replaceTokens(ctx, name, base, change, patch)
+		err = b.tenants.change(ctx, name, change)
 	}
 	if err != nil {
 		return answer(err)
 	}
 	resp := done(d)
-	if t, _ := b.tenants.cached(name); t != nil && change.retiresTokens() {
-		if trouble := t.trouble.Load(); trouble != nil {
+	warn := func(text string) {
+		if resp == nil {
 			resp = &logical.Response{}
-			resp.AddWarning("The write is stored, but " + trouble.text)
+		}
+		resp.AddWarning(text)
+	}
+	if _, v := b.tenants.cached(name); v != nil {
+		if change.retiresTokens() && v.trouble != nil {
+			warn("The write is stored, but " + v.trouble.text)
+		}
+		if change.retireOnRevoke != nil && v.entry.KeepOnRevoke && b.retires(v.entry) {
+			warn("retire_on_revoke=false has no effect here: connector " + v.entry.Connector + " revokes access tokens at the service.")
 		}
 	}
 	return resp, nil
 }
 
-// replaceTokens writes a refresh token or a connector, once what can be known
-// beforehand speaks for it, and Kaizala does.
-func (b *backend) replaceTokens(ctx context.Context, name string, base *tenantEntry, change *tenantChange, patch bool) error {
-	next := change.apply(base)
-	via, err := b.connectorOf(ctx, next)
+// replaceTokens writes a refresh token or a connector, once what can be known beforehand speaks for it, and the service does.
+func (b *backend) replaceTokens(ctx context.Context, name string, change *tenantChange) error {
+	for {
+		t, v, err := b.tenants.load(ctx, name)
+		if err != nil {
+			return err
+		}
+		if t == nil && change.patch {
+			return notFound("there is no tenant %q to patch", name)
+		}
+		via, err := b.prepare(ctx, v, change)
+		if err != nil {
+			return err
+		}
+		if change.refreshToken != nil {
+			if err := b.revocations.spare(ctx, *change.refreshToken); err != nil {
+				return err
+			}
+		}
+		if !change.verify {
+			return b.storeUnverified(ctx, name, via, change)
+		}
+		err = b.verify(ctx, name, t, v, via, change)
+		if !errors.Is(err, errSuperseded) {
+			return err
+		}
+	}
+}
+
+// prepare checks what can be known before the service is asked, and returns the connector.
+func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChange) (*loadedConnector, error) {
+	next := change.apply(v.base())
+	if next.RefreshToken == "" {
+		return nil, b.tenants.validate(ctx, next)
+	}
+	change.target = next.Connector
+	via, err := b.connectors.of(ctx, next.Connector)
 	if err != nil {
+		return nil, err
+	}
+	facts, err := via.service.Check(next.RefreshToken)
+	if err != nil {
+		return nil, badValue("refresh_token does not fit connector %q: %s", next.Connector, err)
+	}
+	change.facts = facts
+	next.Facts = facts
+	if next.expired(time.Now()) {
+		return nil, badValue("refresh_token expired at %s: %s", stamp(facts.Expires), via.about.NewRefreshToken)
+	}
+	return via, b.tenants.validate(ctx, next)
+}
+
+// storeUnverified stores a write without asking the service. The connector stays while that is done.
+func (b *backend) storeUnverified(ctx context.Context, name string, via *loadedConnector, change *tenantChange) error {
+	if err := via.binding.Acquire(ctx, 1); err != nil {
 		return err
 	}
-	facts, err := via.service.check(next.RefreshToken)
-	if err != nil {
-		return badValue("refresh_token does not fit connector %q: %s", next.Connector, err)
+	defer via.binding.Release(1)
+	if _, err := b.connectors.of(ctx, change.target); err != nil {
+		return err
 	}
-	change.facts, next.Facts = facts, facts
-	if next.expired(time.Now()) {
-		return badValue("refresh_token expired at %s: generate a new one on Kaizala's portal", stamp(facts.Expires))
-	}
-	if !change.verify {
-		b.connectors.binding.RLock()
-		defer b.connectors.binding.RUnlock()
-		if _, err := b.connectorOf(ctx, next); err != nil {
-			return err
-		}
-		return b.storeTenant(ctx, name, change, patch)
-	}
-	if !b.node.WriteSafeReplicationState() {
-		return logical.ErrReadOnly
-	}
-	return b.verify(ctx, name, via, next, change)
+	return b.tenants.change(ctx, name, change)
 }
 
-// storeTenant stores an operator's write, on top of whatever is there by then.
-func (b *backend) storeTenant(ctx context.Context, name string, change *tenantChange, patch bool) error {
-	return b.tenants.with(ctx, name, func(t *tenant, base *tenantEntry) error {
-		if base == nil && (patch || change.refreshToken == nil) {
-			return notFound("tenant %q was deleted meanwhile", name)
-		}
-		next := change.apply(base)
-		if err := next.validate(); err != nil {
+// verify exchanges the refresh token that a write names, and stores the write when that succeeds. The exchange outlives the
+// writer's patience: its answer may hold the only refresh token that is still good. errSuperseded says to look at the tenant
+// again: nothing of the write has been tried yet.
+func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantView, via *loadedConnector, change *tenantChange) error {
+	if t == nil {
+		t = b.tenants.record(name)
+	}
+	if v != nil && v.kept != nil && change.refreshToken == nil {
+		// The write goes on with the refresh token that the service has sent, once storage has that.
+		if _, err := b.exchanger.exchange(ctx, t, v, want{}); err != nil && !errors.Is(err, errSuperseded) {
 			return err
 		}
-		if err := b.tenants.saveDetached(ctx, t, next); err != nil {
-			t.doubted.Store(true) // storage may have taken it all the same
-			return err
-		}
-		if change.retiresTokens() {
-			t.mu.Lock()
-			t.epoch++
-			t.mu.Unlock()
-			t.recovered()
-		}
-		return nil
-	})
-}
-
-// verify exchanges a refresh token that somebody wrote, and stores it when that
-// succeeds. The exchange outlives the writer's patience: its answer may hold the
-// only refresh token that is still good.
-func (b *backend) verify(ctx context.Context, name string, via *loadedConnector, next *tenantEntry, change *tenantChange) error {
-	f, err := b.launchVerification(ctx, name, via, next, change)
+		return errSuperseded
+	}
+	w := want{change: change}
+	// Whoever deletes the connector sees this flight, or is seen here.
+	if err := via.binding.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	f, own, err := b.startVerified(ctx, t, v, w)
+	via.binding.Release(1)
 	if err != nil {
 		return err
 	}
 	select {
 	case <-f.done:
-		if errors.Is(f.err, errSuperseded) {
-			return tryAgain("somebody else wrote or deleted tenant %q meanwhile: nothing of this write was stored; look at the tenant, and write again", name)
-		}
-		return verifyError(name, next.Connector, f.err)
 	case <-ctx.Done():
-		return tryAgain("Kaizala has not answered yet, so nothing is stored for now: if it accepts the refresh token later, the write will be stored then; read tenants/%s in a minute, and write again if it is not there", name)
+		if !own {
+			return tryAgain("another exchange of tenant %q is under way: nothing of this write was stored; write again in a minute", name)
+		}
+		return tryAgain("%s has not answered yet, so nothing is stored for now: if it accepts the refresh token later, the write will be stored then; read tenants/%s in a minute, and write again if it is not there", upperFirst(via.about.Name), name)
 	}
+	switch {
+	case !own:
+		return errSuperseded // its turn comes now
+	case errors.Is(f.err, errSuperseded):
+		return tryAgain("another write or a delete of tenant %q came meanwhile: nothing of this write was stored; look at the tenant, and write again", name)
+	case f.err != nil:
+		return verifyError(via.about, name, change.target, f.err)
+	}
+	return nil
 }
 
-func (b *backend) launchVerification(ctx context.Context, name string, via *loadedConnector, next *tenantEntry, change *tenantChange) (*flight, error) {
-	for {
-		t := b.tenants.record(name)
-		t.mu.Lock()
-		if t.removed {
-			t.mu.Unlock()
-			continue
-		}
-		if busy := t.flight; busy != nil {
-			t.mu.Unlock()
-			select {
-			case <-busy.done:
-				continue
-			case <-ctx.Done():
-				return nil, tryAgain("another exchange of tenant %q is under way: nothing of this write was stored; write again in a minute", name)
-			}
-		}
-		if change.refreshToken == nil {
-			// The exchange that was waited for may have replaced the refresh token.
-			if base := t.latest(); base != nil {
-				next = change.apply(base)
-			}
-		}
-		a := attempt{t: t, entry: next, via: via, epoch: t.epoch, change: change}
-		t.pending = next.Connector
-		f, err := b.launch(t, func() error {
-			// Whoever deletes the connector sees pending, or is seen here.
-			b.connectors.binding.RLock()
-			_, err := b.connectorOf(b.ctx, next)
-			b.connectors.binding.RUnlock()
-			if err != nil {
-				return err
-			}
-			return b.exchange(b.ctx, a)
-		})
-		if err != nil {
-			t.pending = ""
-		}
-		t.mu.Unlock()
-		return f, err
+// startVerified starts the exchange that verifies a write, while its connector cannot be deleted.
+func (b *backend) startVerified(ctx context.Context, t *tenant, v *tenantView, w want) (*flight, bool, error) {
+	if _, err := b.connectors.of(ctx, w.change.target); err != nil {
+		return nil, false, err
 	}
+	return b.exchanger.start(ctx, t, v, w)
 }
 
 // verifyError says what a failed verification means to the writer.
-func verifyError(tenant, connector string, err error) error {
-	refusal := (*serviceError)(nil)
-	if errors.As(err, &refusal) && refusal.kind == refusedRefreshToken {
-		return badValue("Kaizala refuses this refresh token with connector %q: nothing was stored; generate a new one for that connector on Kaizala's portal and write it to tenants/%s", connector, tenant)
+func verifyError(about tokenservice.About, tenant, connector string, err error) error {
+	if isRejection(err) {
+		return badValue("%s refuses this refresh token with connector %q: nothing was stored; %s for that connector and write it to tenants/%s", upperFirst(about.Name), connector, about.NewRefreshToken, tenant)
 	}
 	var coded logical.HTTPCodedError
-	switch err = readerError(tenant, connector, err); {
+	switch err = readerError(about, tenant, connector, err); {
+	case errors.Is(err, context.Canceled):
+		return errStopping
 	case errors.As(err, &coded):
 		return logical.CodedError(coded.Code(), "nothing was stored: "+coded.Error())
 	default:
@@ -390,47 +412,37 @@ func (b *backend) readTenant(ctx context.Context, _ *logical.Request, d *framewo
 	if err != nil {
 		return nil, nil
 	}
-	t, s, err := b.tenants.load(ctx, name)
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	t, v, err := b.tenants.load(ctx, name)
 	if err != nil {
 		return answer(err)
 	}
 	if t == nil {
 		return nil, nil
 	}
-	return b.statusResponse(t, s.entry), nil
+	return b.statusResponse(t, v), nil
 }
 
-// deleteTenant forgets a tenant. Nothing of it needs to be readable, and an
-// exchange under way will find that it has come too late.
+// deleteTenant forgets a tenant, and has revoked at the service what its connector says.
 func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
 		return nil, nil
 	}
-	err = b.tenants.locked(ctx, name, func(t *tenant) error {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
-		defer cancel()
-		if err := b.storage.Delete(ctx, tenantPrefix+name); err != nil {
-			t.doubted.Store(true)
-			return err
-		}
-		t.mu.Lock()
-		t.epoch++
-		t.version++
-		t.stored, t.unsaved, t.fresh = false, nil, nil
-		t.state.Store(nil)
-		t.mu.Unlock()
-		t.recovered()
-		b.renewer.remove(name)
-		return nil
-	})
-	if err != nil {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	if err := b.tenants.remove(ctx, name); err != nil {
 		return answer(err)
 	}
-	b.tenants.loaded.Remove(name)
+	if err := b.endAttempts(ctx, name); err != nil {
+		return answer(err)
+	}
+	b.revocations.wakeAll()
 	return done(d), nil
 }
 
+// refreshTenant exchanges a tenant's refresh token now, so that the access token of before is not handed out any more.
 func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
@@ -440,7 +452,7 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 	defer cancel()
 	var retired *string // the generation that readers had when this began
 	for {
-		t, s, err := b.tenants.load(waiting, name)
+		t, v, err := b.tenants.load(waiting, name)
 		switch {
 		case err != nil:
 			return answer(err)
@@ -448,22 +460,27 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 			return answer(notFound("there is no tenant %q", name))
 		}
 		generation := ""
-		if s.entry.Access != nil {
-			generation = s.entry.Access.Generation
+		if v.entry.Access != nil {
+			generation = v.entry.Access.Generation
 		}
 		if retired == nil {
 			retired = &generation
 		} else if generation != *retired && generation != "" {
-			return b.statusResponse(t, s.entry), nil
+			resp := b.statusResponse(t, v)
+			if v.access != nil && !v.access.Planned.IsZero() && *retired != "" {
+				resp.AddWarning("The exchange has ended the access token of before: leases on it are of no use any more.")
+			}
+			b.revocations.wakeAll()
+			return resp, nil
 		}
-		switch err := b.exchangeAndWait(waiting, t, s, true); {
+		switch _, err := b.exchanger.exchange(waiting, t, v, want{force: true}); {
 		case err == nil, errors.Is(err, errSuperseded):
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
-			return answer(tryAgain("Kaizala has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there", name))
+			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there", upperFirst(b.serviceName(v.entry.Connector)), name))
 		default:
-			return answer(readerError(name, s.entry.Connector, err))
+			return answer(b.readerError(name, v.entry.Connector, err))
 		}
 	}
 }
@@ -481,15 +498,13 @@ func (b *backend) listTenants(ctx context.Context, _ *logical.Request, _ *framew
 		if t == nil {
 			continue
 		}
-		t.mu.Lock()
-		known, summary := t.stored, t.summary
-		t.mu.Unlock()
-		if !known {
+		v := t.view.Load()
+		if !v.summary.stored {
 			continue
 		}
-		one := map[string]any{"status": summary.status(now, t.trouble.Load()), "connector": summary.connector}
-		if summary.expires != 0 {
-			one["refresh_token_expire_time"] = stamp(time.Unix(summary.expires, 0))
+		one := map[string]any{"status": v.summary.status(now, v.trouble), "connector": v.summary.connector}
+		if v.summary.expires != 0 {
+			one["refresh_token_expire_time"] = stamp(time.Unix(v.summary.expires, 0))
 		}
 		info[name] = one
 	}

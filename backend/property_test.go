@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 // rapidTB lets an engine run under rapid, which has a T of its own.
@@ -256,9 +257,7 @@ func (m *model) check(*rapid.T) {
 		t := m.engine.tenants.named(name)
 		busy := false
 		if t != nil {
-			t.mu.Lock()
-			busy = t.flight != nil
-			t.mu.Unlock()
+			busy = t.underway() != nil
 		}
 		entry, held := m.stored(name), m.held(name)
 		tenant.lost = tenant.lost || m.losing && held != "" && !m.kaizala.RefreshTokenAlive(held)
@@ -286,7 +285,7 @@ func (m *model) expires(token string) time.Time {
 	if err != nil || via == nil {
 		return time.Time{}
 	}
-	facts, _ := via.service.check(token)
+	facts, _ := via.service.Check(token)
 	return facts.Expires
 }
 
@@ -296,7 +295,7 @@ func (m *model) heals() {
 	m.storageHeals(nil)
 	m.pass(5 * time.Minute)
 	m.check(nil)
-	time.Sleep(window) // a tenant's fifth of the share may be a single call
+	time.Sleep(share.Window) // a tenant's fifth of the share may be a single call
 	for name, tenant := range m.tenants {
 		if tenant.exists == nil || !*tenant.exists || tenant.lost || !time.Now().Before(m.expires(m.held(name))) {
 			continue

@@ -93,10 +93,10 @@ func TestPeriodicFunctionAloneRenews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
-		e.renewer.mu.Lock()
-		e.renewer.timer.Stop()
-		e.renewer.armed = time.Unix(0, 0)
-		e.renewer.mu.Unlock()
+		e.index.mu.Lock()
+		e.index.timer.Stop()
+		e.index.armed = time.Unix(0, 0)
+		e.index.mu.Unlock()
 		time.Sleep(340 * day)
 		require.Zero(t, e.kaizala.CallCount())
 		e.minute()
@@ -121,10 +121,10 @@ func TestOpaqueTokenIsExchangedEachMonth(t *testing.T) {
 		require.NotEmpty(t, calls)
 		last := e.stored("acme").RefreshTokenSet
 		for _, call := range calls {
-			assert.LessOrEqual(t, call.Start.Sub(last), unknownLife)
+			assert.LessOrEqual(t, call.Start.Sub(last), (30 * day))
 			last = call.Start
 		}
-		assert.LessOrEqual(t, time.Since(last), unknownLife)
+		assert.LessOrEqual(t, time.Since(last), (30 * day))
 		assert.LessOrEqual(t, len(calls), 16, "and not much more often")
 		time.Sleep(40 * day) // the window comes, and with it a token that says when it ends
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)

@@ -209,7 +209,7 @@ func TestAHundredThousandTenants(t *testing.T) {
 	t.Run("no more tokens in memory than the bound", func(t *testing.T) {
 		inMemory := func() (loaded int) {
 			e.tenants.each(func(t *tenant) {
-				if t.state.Load() != nil {
+				if t.view.Load().entry != nil {
 					loaded++
 				}
 			})

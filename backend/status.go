@@ -2,10 +2,13 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // A tenant's status, as its path and LIST show it.
@@ -17,13 +20,12 @@ const (
 	statusUnverified = "unverified" // the service has not seen the refresh token yet
 )
 
-// dangerAhead is how long before a refresh token's end its tenant's users are
-// warned, where no new one has come.
+// dangerAhead is how long before a refresh token's end its tenant's readers are warned, where no new one has come.
 const dangerAhead = 30 * 24 * time.Hour
 
 func (s tenantSummary) status(now time.Time, trouble *trouble) string {
 	switch {
-	case s.expires != 0 && now.Unix() >= s.expires:
+	case s.expires != 0 && !s.assumed && now.Unix() >= s.expires:
 		return statusExpired
 	case s.rejected:
 		return statusRejected
@@ -35,40 +37,56 @@ func (s tenantSummary) status(now time.Time, trouble *trouble) string {
 	return statusOK
 }
 
+// about returns what a connector's service says of itself, as far as memory knows it.
+func (cs *connectors) about(connector string) tokenservice.About {
+	if via := cs.present(connector); via != nil {
+		return via.about
+	}
+	return tokenservice.About{Name: "the token service", NewRefreshToken: "get a new one"}
+}
+
+func (b *backend) serviceName(connector string) string { return b.connectors.about(connector).Name }
+
 // danger says who has to do what before a tenant's refresh token ends, or "".
-func (t *tenant) danger(e *tenantEntry, now time.Time) string {
-	trouble := t.trouble.Load()
+func (b *backend) danger(t *tenant, e *tenantEntry, trouble *trouble, now time.Time) string {
 	switch {
 	case e.expired(now):
-		return expiredText(t.name, e)
+		return expiredText(b.connectors.about(e.Connector), t.name, e)
 	case !e.Rejected.IsZero():
-		return fmt.Sprintf("Kaizala refuses the refresh token of tenant %q: its tenant user has to generate a new one on Kaizala's portal and write it to tenants/%s.", t.name, t.name)
+		return rejectedText(b.connectors.about(e.Connector), t.name) + "."
 	case e.Facts.RotatesFrom.IsZero() || now.Before(latest(e.Facts.RotatesFrom, e.Facts.Expires.Add(-dangerAhead))):
 		return ""
 	case trouble == nil && e.LastExchange.Before(e.Facts.RotatesFrom):
-		return "" // nobody has tried yet
+		return "" // nothing has been tried yet
 	}
-	return fmt.Sprintf("The refresh token of tenant %q ends at %s and Kaizala has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to generate a new one on Kaizala's portal and write it there.", t.name, stamp(e.Facts.Expires), t.name)
+	about := b.connectors.about(e.Connector)
+	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s and write it there.",
+		t.name, stamp(e.Facts.Expires), about.Name, t.name, about.NewRefreshToken)
 }
 
-func expiredText(name string, e *tenantEntry) string {
-	return fmt.Sprintf("The refresh token of tenant %q expired at %s: its tenant user has to generate a new one on Kaizala's portal and write it to tenants/%s.", name, stamp(e.Facts.Expires), name)
+func rejectedText(about tokenservice.About, tenant string) string {
+	return fmt.Sprintf("%s refuses the refresh token of tenant %q: its tenant user has to %s and write it to tenants/%s", upperFirst(about.Name), tenant, about.NewRefreshToken, tenant)
+}
+
+func expiredText(about tokenservice.About, tenant string, e *tenantEntry) string {
+	return fmt.Sprintf("The refresh token of tenant %q expired at %s: its tenant user has to %s and write it to tenants/%s.", tenant, stamp(e.Facts.Expires), about.NewRefreshToken, tenant)
 }
 
 // stamp is how the engine writes times: RFC 3339, in UTC.
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
 // statusResponse is all about a tenant that may be shown.
-func (b *backend) statusResponse(t *tenant, e *tenantEntry) *logical.Response {
+func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 	now := time.Now()
-	trouble := t.trouble.Load()
+	e, trouble := v.entry, v.trouble
 	data := map[string]any{
 		"connector":            e.Connector,
 		"ttl":                  int64(e.TTL.Seconds()),
 		"max_ttl":              int64(e.MaxTTL.Seconds()),
 		"min_ttl":              int64(e.MinTTL.Seconds()),
-		"status":               summarize(e).status(now, trouble),
-		"kind":                 e.Facts.Kind,
+		"retire_on_revoke":     !e.KeepOnRevoke,
+		"token_per_lease":      e.TokenPerLease,
+		"status":               v.summary.status(now, trouble),
 		"refresh_token_origin": e.RefreshTokenOrigin,
 	}
 	text := func(name, value string) {
@@ -81,49 +99,52 @@ func (b *backend) statusResponse(t *tenant, e *tenantEntry) *logical.Response {
 			data[name] = stamp(value)
 		}
 	}
+	text("kind", e.Facts.Kind)
 	text("group_id", e.Facts.GroupID)
+	text("granted_by", e.GrantedBy)
+	text("subject", e.Subject)
+	at("granted_time", e.Granted)
 	at("refresh_token_set_time", e.RefreshTokenSet)
 	at("refresh_token_expire_time", e.Facts.Expires)
 	at("last_exchange_time", e.LastExchange)
-	at("next_exchange_time", t.exchangeDue(e, now).Truncate(time.Second))
+	at("next_exchange_time", b.exchangeDue(t, v, now).Truncate(time.Second))
 	if a := e.Access; a != nil {
 		text("scope", a.Scope)
 		text("endpoint_url", a.EndpointURL)
 		at("access_token_expire_time", a.Expires)
 	}
+	danger := b.danger(t, e, trouble, now)
 	switch {
 	case trouble != nil:
 		data["last_error"] = trouble.text
 		at("last_error_time", trouble.at.UTC().Truncate(time.Millisecond))
 	case !e.Rejected.IsZero():
-		data["last_error"] = t.danger(e, now)
+		data["last_error"] = danger
 		at("last_error_time", e.Rejected)
 	}
+	b.showRevocations(data, e.Connector, t.name)
 	resp := &logical.Response{Data: data}
-	if danger := t.danger(e, now); danger != "" {
+	if danger != "" {
 		resp.AddWarning(danger)
 	}
 	return resp
 }
 
-// Events about tenants, as Vault's subscribers see them.
-const (
-	eventRotated  = "kaizala/tenant-rotated"  // the service has replaced the refresh token
-	eventRejected = "kaizala/tenant-rejected" // the service refuses the refresh token
-	eventExpiring = "kaizala/tenant-expiring" // the refresh token ends before it can be replaced
-)
-
-// announce tells the log and Vault's events of a change of a tenant's state.
-func (b *backend) announce(ctx context.Context, t *tenant, e *tenantEntry, event string) {
-	about := []any{"tenant", t.name, "connector", e.Connector}
-	switch event {
-	case eventRotated:
-		b.Logger().Info("Kaizala has replaced a tenant's refresh token", about...)
-	case eventRejected:
-		b.Logger().Error("Kaizala refuses a tenant's refresh token: its tenant user has to generate a new one and write it", about...)
-	case eventExpiring:
-		b.Logger().Warn("a tenant's refresh token is at its end", append(about, "reason", t.danger(e, time.Now()))...)
+// showRevocations adds how many revocations wait, of a connector or of one of its tenants.
+func (b *backend) showRevocations(data map[string]any, connector, tenant string) {
+	pending, lastError := b.revocations.pendingOf(connector, tenant)
+	if pending > 0 {
+		data["pending_revocations"] = pending
 	}
-	// Where Vault has no events, or nobody listens, there is nothing to do.
-	_ = logical.SendEvent(ctx, b, event, "tenant", t.name, "connector", e.Connector, logical.EventMetadataPath, tenantPrefix+t.name)
+	if lastError != "" {
+		data["last_revocation_error"] = lastError
+	}
+}
+
+// readerError says what the failure of a tenant's exchange means to the reader, and who has to do what.
+func (b *backend) readerError(tenant, connector string, err error) error {
+	if errors.Is(err, context.Canceled) {
+		return errStopping
+	}
+	return readerError(b.connectors.about(connector), tenant, connector, err)
 }

@@ -11,7 +11,7 @@ import (
 
 // entryFormat is the format of what storage holds. A change that an older
 // engine could not read raises it.
-const entryFormat = 1
+const entryFormat = 2
 
 // errUnreadable is the error of an entry that storage has and this engine cannot
 // make anything of.

@@ -1,36 +1,41 @@
 package backend
 
 import (
-	"context"
-	"maps"
+	"errors"
 	"math"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/hashicorp/vault/sdk/helper/backoff"
-	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// tenantPrefix is where storage keeps tenants, each under its name.
-const tenantPrefix = "tenants/"
-
-// tenantEntry is all that storage keeps of a tenant, in one entry, so that a
-// refresh token and the access token that came with it are stored together or
-// not at all. An entry that has been published is never changed, but replaced.
+// tenantEntry is all that storage keeps of a tenant, in one entry, so that a refresh token and the access token that
+// came with it are stored together or not at all. An entry that has been published is never changed, but replaced.
 type tenantEntry struct {
-	Format    int           `json:"format"`
-	Connector string        `json:"connector"`
-	TTL       time.Duration `json:"ttl,omitempty"`     // 0: the mount's
-	MaxTTL    time.Duration `json:"max_ttl,omitempty"` // 0: the mount's
-	MinTTL    time.Duration `json:"min_ttl"`
+	Format int `json:"format"`
+	// Lineage is random, new with each operator's write of refresh_token or connector, and kept by exchanges: a result is
+	// superseded where storage has another. It is empty in entries of version 0.1.0.
+	Lineage string `json:"lineage,omitempty"`
 
-	RefreshToken       string       `json:"refresh_token"`
-	RefreshTokenOrigin string       `json:"refresh_token_origin"` // operator or service
-	RefreshTokenSet    time.Time    `json:"refresh_token_set_time"`
-	Facts              refreshFacts `json:"facts"`
+	Connector     string        `json:"connector"`
+	TTL           time.Duration `json:"ttl,omitempty"`     // 0: the mount's
+	MaxTTL        time.Duration `json:"max_ttl,omitempty"` // 0: the mount's
+	MinTTL        time.Duration `json:"min_ttl"`
+	KeepOnRevoke  bool          `json:"keep_on_revoke,omitempty"` // retire_on_revoke is false
+	TokenPerLease bool          `json:"token_per_lease,omitempty"`
+
+	RefreshToken       string             `json:"refresh_token"`
+	RefreshTokenOrigin string             `json:"refresh_token_origin"` // operator or service
+	RefreshTokenSet    time.Time          `json:"refresh_token_set_time"`
+	Facts              tokenservice.Facts `json:"facts"`
+
+	// Granted: a person has granted access by one of the paths authorize, device or pin.
+	Granted   time.Time `json:"granted_time,omitzero"`
+	GrantedBy string    `json:"granted_by,omitempty"`
+	Subject   string    `json:"subject,omitempty"`
 
 	// Verified: the service has accepted this refresh token with this connector.
 	Verified bool `json:"verified"`
@@ -44,84 +49,81 @@ type tenantEntry struct {
 	// AccessTokenLife outlasts the access token: it bounds what a reader may ask.
 	AccessTokenLife time.Duration `json:"access_token_life,omitempty"`
 	Access          *accessEntry  `json:"access,omitempty"`
+	// Unleased is an access token for one lease whose own record is not stored yet. It is revoked where that record never
+	// comes.
+	Unleased *accessEntry `json:"unleased,omitempty"`
 }
 
-// move holds for as long as the connector has the api_root that it came from.
+// move holds for as long as the connector has the address that it came from.
 type move struct {
 	From string `json:"from"`
 	To   string `json:"to"`
 }
 
-type accessEntry struct {
-	Token       string    `json:"token"`
-	Generation  string    `json:"generation"` // random; leases carry it
-	EndpointURL string    `json:"endpoint_url"`
-	Scope       string    `json:"scope"`
-	Obtained    time.Time `json:"obtained"`
-	Expires     time.Time `json:"expires"`
-}
-
+// expired says whether the refresh token's end is known and over.
 func (e *tenantEntry) expired(now time.Time) bool {
-	return !e.Facts.Expires.IsZero() && !now.Before(e.Facts.Expires)
+	return !e.Facts.Assumed && !e.Facts.Expires.IsZero() && !now.Before(e.Facts.Expires)
 }
 
-// tenant is the one owner of a tenant's state. It is small, for there is one
-// for each tenant of the mount; what is large hangs off state, and leaves memory
-// when it has not been used for long.
+func (e *tenantEntry) supersedes(o *outcome) bool {
+	if e == nil {
+		return o.from != noLineage
+	}
+	return e.Lineage != o.from && (o.change == nil || e.Lineage != o.change.lineage)
+}
+
+// noLineage stands for the lineage of a tenant that does not exist.
+const noLineage = "-"
+
+// tenant owns the state of one tenant and is the only type that writes it. Readers look at view; each change replaces
+// view as a whole, in one of the transitions below.
 type tenant struct {
 	name string
+	view atomic.Pointer[tenantView]
 
-	// state is what readers see; nil: storage has to be read.
-	state atomic.Pointer[tenantState]
-	// trouble is why the last exchange failed; nil: it did not.
-	trouble atomic.Pointer[trouble]
-	// used: somebody has read the current access token.
-	used atomic.Bool
+	// storing is the right to change the tenant in storage. Readers of a usable token never wait for it.
+	storing lock
 
-	// doubted: storage may have something else, after a write that failed. Readers
-	// of a usable token go on; whoever needs more reads storage again.
-	doubted atomic.Bool
-
-	// writing is the right to change the tenant's entry in storage, and is held
-	// for as long as that takes. Readers of a usable token never wait for it. It
-	// is there while somebody holds it or waits: of an idle tenant's memory it
-	// would be a quarter.
-	writing chan struct{}
-
-	// mu guards writing, and what follows, and is never held while something is
-	// waited for.
+	// mu guards the replacement of view and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
-	writers int32 // who hold writing or wait for it
 	flight  *flight
-	epoch   uint64 // counts operators' writes of refresh_token and connector, and deletes
-	version uint64 // counts what makes a load in progress out of date
-	stored  bool   // storage has the tenant
-	removed bool   // the registry has dropped this record
-	// unsaved is what the service has sent and storage has not taken yet.
-	unsaved *tenantEntry
-	// fresh is the last access token that this process has obtained: the count
-	// of its leases begins at a known zero.
-	fresh *accessToken
-	// pending is the connector of a write that is being verified.
-	pending string
-	retry   *backoff.Backoff
-	warned  int64 // in seconds since 1970, when the log last warned of the refresh token's end
+	dropped bool // the registry has dropped this record
+	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
+	replaced map[string]*accessToken
+	retry    *backoff.Backoff
+	warned   int64 // in seconds since 1970, when the log last warned of the refresh token's end
+}
+
+type knowledge int8
+
+const (
+	unknown knowledge = iota // storage has to be asked
+	absent                   // storage has no such tenant
+	loaded                   // entry is what storage has
+	doubted                  // storage may have something else than entry, after a write that failed
+)
+
+// tenantView is all that holds of a tenant at one moment. It is never changed once it is published.
+type tenantView struct {
+	knows   knowledge
 	summary tenantSummary
+	entry   *tenantEntry // nil unless loaded or doubted
+	access  *accessToken // entry's, unless it was given up
+	// kept is what the service has sent and storage has not taken yet.
+	kept *outcome
+	// trouble is why the last exchange failed; nil: it did not.
+	trouble *trouble
 }
 
 // tenantSummary is what LIST and the renewer know without reading storage.
 type tenantSummary struct {
-	connector string
-	expires   int64 // of the refresh token, in seconds since 1970; 0: unknown
+	stored    bool // storage has the tenant
 	rejected  bool
 	verified  bool
-}
-
-// tenantState is what readers see of a tenant: an entry, and its access token
-// unless that was given up.
-type tenantState struct {
-	entry  *tenantEntry
-	access *accessToken
+	assumed   bool // expires is an assumption
+	ownTokens bool // token_per_lease
+	connector string
+	expires   int64 // of the refresh token, in seconds since 1970; 0: unknown
 }
 
 // trouble is a failed exchange.
@@ -130,426 +132,440 @@ type trouble struct {
 	text     string // safe to show
 	at       time.Time
 	until    time.Time // no exchange before
-	revision uint64    // of the connector's configuration; another one ends the trouble's backoff
+	lost     bool      // the service may have carried the exchange out
+	revision uint64    // of the connector; another one ends the trouble's backoff
 }
 
-// accessToken is an access token in memory, with the parts of its responses and
-// the count of its live leases.
-type accessToken struct {
-	*accessEntry
-	// shown is what responses are made of, strings all: to make an interface
-	// value of each anew would be half of what a read allocates.
-	shown struct{ token, endpointURL, scope, expires, obtained, tenant, generation any }
-	// leases is the number of live leases, or one of the two states below.
-	leases atomic.Int64
+// flight is a tenant's one exchange under way, or a new try to store what an exchange has brought.
+type flight struct {
+	t    *tenant
+	want want
+	v    *tenantView // what it began with
+	// connector is the one that it goes through. A verification makes the tenant use it.
+	connector string
+	done      chan struct{}
+	err       error        // to be read once done is closed
+	token     *accessToken // for a lease of its own; to be read once done is closed
+
+	joined   chan struct{} // closed when a reader waits for background work
+	joinOnce sync.Once
+
+	placed    chan struct{} // closed when the flight has its place in the share
+	placeOnce sync.Once
 }
 
-const (
-	leasesUnknown = -1 // the count cannot be trusted: one early revocation is enough
-	givenUp       = -2 // never to be handed out again
-)
+// place notes that the flight has its place in the share.
+func (f *flight) place() { f.placeOnce.Do(func() { close(f.placed) }) }
 
-// lease counts a lease that is about to be issued, unless the token was given up.
-func (a *accessToken) lease() bool {
-	for {
-		n := a.leases.Load()
-		switch {
-		case n == givenUp:
-			return false
-		case n == leasesUnknown || a.leases.CompareAndSwap(n, n+1):
-			return true
-		}
-	}
-}
+// join notes that a reader waits for this flight.
+func (f *flight) join() { f.joinOnce.Do(func() { close(f.joined) }) }
 
-// current says whether the token may be handed out without a lease.
-func (a *accessToken) current() bool { return a.leases.Load() != givenUp }
-
-// doubt makes the count unknown.
-func (a *accessToken) doubt() {
-	for {
-		n := a.leases.Load()
-		if n < 0 || a.leases.CompareAndSwap(n, leasesUnknown) {
-			return
-		}
-	}
-}
-
-// end takes a lease off the count and says whether the token is given up now, or
-// was before: that is so once the last lease has ended before its time.
-func (a *accessToken) end(early bool) bool {
-	for {
-		n := a.leases.Load()
-		next := max(n-1, 0)
-		switch {
-		case n == givenUp:
-			return true
-		case n == leasesUnknown && !early:
-			return false
-		case early && (n == leasesUnknown || next == 0):
-			next = givenUp
-		}
-		if a.leases.CompareAndSwap(n, next) {
-			return next == givenUp
-		}
-	}
-}
-
-// life is how long the token lived when it was obtained, by Vault's clock.
-func (a *accessEntry) life() time.Duration { return a.Expires.Sub(a.Obtained) }
-
-// usableUntil is when the token stops being handed out to readers who want
-// minTTL of life left, or what the tenant asks for where that is more.
-func (e *tenantEntry) usableUntil(minTTL time.Duration) time.Time {
-	return e.Access.Expires.Add(-max(min(e.MinTTL, e.Access.life()/2), minTTL))
-}
-
-// usable returns the access token if it may be handed out now.
-func (s *tenantState) usable(now time.Time, minTTL time.Duration) *accessToken {
-	if s.access == nil || !s.access.current() || now.After(s.entry.usableUntil(minTTL)) {
-		return nil
-	}
-	return s.access
-}
-
-// lock takes the right to change the tenant's entry in storage.
-func (t *tenant) lock(ctx context.Context) error {
-	t.mu.Lock()
-	if t.writing == nil {
-		t.writing = make(chan struct{}, 1)
-	}
-	writing := t.writing
-	t.writers++
-	t.mu.Unlock()
+// urgent says whether a reader waits for this flight.
+func (f *flight) urgent() bool {
 	select {
-	case writing <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.leaveWriting()
-		return ctx.Err()
+	case <-f.joined:
+		return true
+	default:
+		return false
 	}
 }
 
-func (t *tenant) unlock() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	<-t.writing
-	t.leaveWriting()
+// shared says whether what this flight brings is also for a request of that kind. What a verification brings is the
+// writer's alone, and a token for one lease is that reader's.
+func (f *flight) shared(w want) bool {
+	return w.change == nil && !w.ownToken && f.want.change == nil && !f.want.ownToken
 }
 
-func (t *tenant) leaveWriting() {
-	if t.writers--; t.writers == 0 {
-		t.writing = nil
-	}
-}
-
-// base is the entry that the next change is made to: what the service has sent,
-// stored or not. It is nil where there is no tenant, or none in memory.
-func (t *tenant) base() *tenantEntry {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.latest()
-}
-
-// latest is base, for who holds mu.
-func (t *tenant) latest() *tenantEntry {
-	if t.unsaved != nil {
-		return t.unsaved
-	}
-	if s := t.state.Load(); s != nil {
-		return s.entry
-	}
-	return nil
-}
-
-// tenants owns every tenant of the mount.
-type tenants struct {
-	storage logical.Storage
-	loaded  *lru.Cache[string, *tenant] // those whose state is in memory
-	changed func(*tenant, *tenantEntry)
-
-	mu     sync.RWMutex
-	byName map[string]*tenant
-}
-
-// each calls f for every tenant in the registry.
-func (ts *tenants) each(f func(*tenant)) {
-	ts.mu.RLock()
-	all := slices.Collect(maps.Values(ts.byName))
-	ts.mu.RUnlock()
-	for _, t := range all {
-		f(t)
-	}
-}
-
-func (ts *tenants) named(name string) *tenant {
-	ts.mu.RLock()
-	defer ts.mu.RUnlock()
-	return ts.byName[name]
-}
-
-// record returns the tenant's record, made where there is none. Whoever finds
-// that storage has no such tenant drops it again.
-func (ts *tenants) record(name string) *tenant {
-	if t := ts.named(name); t != nil {
-		return t
-	}
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	t := ts.byName[name]
-	if t == nil {
-		t = &tenant{name: name}
-		ts.byName[name] = t
-	}
+func newTenant(name string) *tenant {
+	t := &tenant{name: name}
+	t.view.Store(&tenantView{})
 	return t
 }
 
-// drop removes the record of a tenant that neither storage nor a flight has.
-func (ts *tenants) drop(t *tenant) {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
+// update replaces the view. The caller holds mu.
+func (t *tenant) update(change func(*tenantView)) {
+	next := *t.view.Load()
+	change(&next)
+	t.view.Store(&next)
+}
+
+func (v *tenantView) show(e *tenantEntry, a *accessToken) {
+	v.knows, v.entry, v.access = loaded, e, a
+	v.summary = tenantSummary{stored: true, rejected: !e.Rejected.IsZero(), verified: e.Verified, assumed: e.Facts.Assumed, ownTokens: e.TokenPerLease, connector: e.Connector}
+	if !e.Facts.Expires.IsZero() {
+		v.summary.expires = e.Facts.Expires.Unix()
+	}
+}
+
+// found takes in what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the
+// view has changed since storage was asked. An access token that readers have seen keeps the count of its leases; the
+// count of another one cannot be trusted.
+func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !t.stored && t.flight == nil && t.unsaved == nil && !t.removed {
-		t.removed = true
-		delete(ts.byName, t.name)
+	if t.view.Load() != before {
+		return false
 	}
+	t.update(func(v *tenantView) {
+		if e == nil {
+			*v = tenantView{knows: absent, kept: v.kept, trouble: v.trouble}
+			return
+		}
+		v.show(e, t.known(e))
+	})
+	return true
 }
 
-// cached returns a tenant whose state is in memory, without waiting for anybody.
-func (ts *tenants) cached(name string) (*tenant, *tenantState) {
-	t, ok := ts.loaded.Get(name)
-	if !ok {
-		if t = ts.named(name); t == nil {
-			return nil, nil
-		}
-		if t.state.Load() != nil {
-			ts.loaded.Add(name, t) // it was busy when its turn came to leave memory
-		}
-	}
-	return t, t.state.Load()
-}
-
-// load returns a tenant and its state, from storage where memory has it not. The
-// tenant is nil where there is none.
-func (ts *tenants) load(ctx context.Context, name string) (t *tenant, s *tenantState, err error) {
-	if t, s := ts.cached(name); s != nil && !t.doubted.Load() {
-		return t, s, nil
-	}
-	err = ts.with(ctx, name, func(found *tenant, base *tenantEntry) error {
-		switch s = found.state.Load(); {
-		case s != nil:
-			t = found
-		case base != nil:
-			return keptTrouble(name) // a new tenant that storage has not taken yet
-		}
+// known returns the access token of an entry, as it is in memory where it is. The caller holds mu.
+func (t *tenant) known(e *tenantEntry) *accessToken {
+	if e.Access == nil {
 		return nil
-	})
-	return t, s, err
-}
-
-// with calls f with the right to change a tenant's entry, once that is in
-// memory. The entry is nil where there is no such tenant.
-func (ts *tenants) with(ctx context.Context, name string, f func(t *tenant, base *tenantEntry) error) error {
-	return ts.locked(ctx, name, func(t *tenant) error {
-		if err := ts.read(ctx, t); err != nil {
-			return err
-		}
-		return f(t, t.base())
-	})
-}
-
-// locked calls f with the right to change a tenant's entry in storage.
-func (ts *tenants) locked(ctx context.Context, name string, f func(t *tenant) error) error {
-	for {
-		t := ts.record(name)
-		if err := t.lock(ctx); err != nil {
-			return err
-		}
-		t.mu.Lock()
-		removed := t.removed
-		t.mu.Unlock()
-		if removed {
-			t.unlock()
-			continue
-		}
-		err := f(t)
-		t.unlock()
-		ts.drop(t)
-		return err
 	}
-}
-
-// read loads a tenant's state into memory. The caller holds its lock.
-func (ts *tenants) read(ctx context.Context, t *tenant) error {
-	for t.state.Load() == nil || t.doubted.Load() {
-		t.mu.Lock()
-		version := t.version
-		t.mu.Unlock()
-		entry, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+t.name)
-		if err != nil {
-			return err
-		}
-		t.mu.Lock()
-		fresh := t.version == version
-		if fresh {
-			t.stored = entry != nil
-			t.doubted.Store(false)
-		}
-		if fresh && entry == nil {
-			t.state.Store(nil)
-		}
-		t.mu.Unlock()
-		switch {
-		case fresh && entry == nil:
-			return nil
-		case fresh:
-			ts.publish(t, entry)
-		}
+	if a := t.view.Load().access; a != nil && a.Generation == e.Access.Generation {
+		return a
 	}
-	return nil
-}
-
-// index notes what the index needs of a tenant, without taking its tokens into
-// memory.
-func (ts *tenants) index(ctx context.Context, name string) error {
-	return ts.locked(ctx, name, func(t *tenant) error {
-		if t.state.Load() != nil {
-			return nil
-		}
-		entry, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
-		if err != nil || entry == nil {
-			return err
-		}
-		t.mu.Lock()
-		t.stored, t.summary = true, summarize(entry)
-		t.mu.Unlock()
-		ts.changed(t, entry)
-		return nil
-	})
-}
-
-// save stores an entry and lets readers see it. The caller holds the tenant's
-// lock. What is not stored is not seen.
-func (ts *tenants) save(ctx context.Context, t *tenant, next *tenantEntry) error {
-	if err := ts.put(ctx, t, next); err != nil {
-		return err
-	}
-	t.mu.Lock()
-	t.unsaved, t.stored = nil, true
-	t.mu.Unlock()
-	ts.publish(t, next)
-	return nil
-}
-
-// saveDetached saves whatever becomes of the caller: a write that was cut off
-// would leave memory and storage in doubt about one another.
-func (ts *tenants) saveDetached(ctx context.Context, t *tenant, next *tenantEntry) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
-	defer cancel()
-	return ts.save(ctx, t, next)
-}
-
-func (ts *tenants) put(ctx context.Context, t *tenant, e *tenantEntry) error {
-	return putEntry(ctx, ts.storage, tenantPrefix+t.name, e)
-}
-
-// publish lets readers see an entry. An access token that they have seen before
-// keeps its count of leases; one that comes from storage has none to be trusted.
-func (ts *tenants) publish(t *tenant, e *tenantEntry) {
-	next := &tenantState{entry: e}
-	if e.Access != nil {
-		next.access = t.known(e.Access.Generation)
-		if next.access == nil {
-			next.access = newAccessToken(t.name, e.Access)
-			next.access.leases.Store(leasesUnknown)
-		}
-	}
-	ts.show(t, next)
-}
-
-// known returns the access token of that generation if memory has it.
-func (t *tenant) known(generation string) *accessToken {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if s := t.state.Load(); s != nil && s.access != nil && s.access.Generation == generation {
-		return s.access
-	}
-	if t.fresh != nil && t.fresh.Generation == generation {
-		return t.fresh
-	}
-	return nil
-}
-
-func newAccessToken(tenant string, e *accessEntry) *accessToken {
-	a := &accessToken{accessEntry: e}
-	a.shown.token, a.shown.endpointURL, a.shown.scope = e.Token, e.EndpointURL, e.Scope
-	a.shown.expires, a.shown.obtained = stamp(e.Expires), stamp(e.Obtained)
-	a.shown.tenant, a.shown.generation = tenant, e.Generation
+	a := newAccessToken(t.name, e.Access)
+	a.leases.Store(leasesUnknown)
 	return a
 }
 
-func (ts *tenants) show(t *tenant, s *tenantState) {
-	t.mu.Lock()
-	t.state.Store(s)
-	t.summary = summarize(s.entry)
-	t.mu.Unlock()
-	ts.loaded.Add(t.name, t)
-	ts.changed(t, s.entry)
-}
-
-func summarize(e *tenantEntry) tenantSummary {
-	s := tenantSummary{connector: e.Connector, rejected: !e.Rejected.IsZero(), verified: e.Verified}
-	if !e.Facts.Expires.IsZero() {
-		s.expires = e.Facts.Expires.Unix()
-	}
-	return s
-}
-
-// forget lets a tenant's state leave memory, and with it the count of leases. It
-// stays while somebody works on it, or while it holds what storage has not.
-func (t *tenant) forget() {
+// summarized takes in what the index needs of a tenant, and no tokens.
+func (t *tenant) summarized(e *tenantEntry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	s := t.state.Load()
-	givenUp := s != nil && s.access != nil && !s.access.current() // and storage may not know it yet
-	if t.flight == nil && t.unsaved == nil && len(t.writing) == 0 && !givenUp {
-		t.fresh = nil
-		t.state.Store(nil)
-	}
-}
-
-// invalidate drops what another node has changed.
-func (ts *tenants) invalidate(name string) {
-	t := ts.named(name)
-	if t == nil {
+	if t.view.Load().knows != unknown {
 		return
 	}
-	t.mu.Lock()
-	t.version++
-	t.state.Store(nil)
-	t.mu.Unlock()
-	ts.loaded.Remove(name)
+	t.update(func(v *tenantView) {
+		v.show(e, nil)
+		v.knows, v.entry = unknown, nil
+	})
 }
 
-// backOff says how long a tenant rests after another failure: seconds at first,
-// a minute at most, with jitter.
+// stored takes in that storage has an entry. What was kept is part of it, or superseded by it. fresh is the access token
+// that has just been obtained, nil for none: the count of its leases begins at a known zero.
+func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(func(v *tenantView) {
+		a := fresh
+		if a == nil || e.Access == nil || a.Generation != e.Access.Generation {
+			a = t.known(e)
+		}
+		if old := v.access; old != nil && old != a && old.leased() {
+			if t.replaced == nil {
+				t.replaced = map[string]*accessToken{}
+			}
+			t.replaced[old.Generation] = old
+		}
+		v.show(e, a)
+		v.kept = nil
+	})
+}
+
+// rewritten takes in that an operator has written another refresh token or connector: what failed before is over.
+func (t *tenant) rewritten() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retry = nil
+	t.update(func(v *tenantView) { v.trouble = nil })
+}
+
+// deleted takes in that storage has the tenant no more.
+func (t *tenant) deleted() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retry, t.replaced, t.warned = nil, nil, 0
+	t.view.Store(&tenantView{knows: absent})
+}
+
+// doubt takes in that a write has failed, and that storage may have it all the same. Readers of a usable token go on; who
+// needs more reads storage again.
+func (t *tenant) doubt() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(func(v *tenantView) {
+		if v.knows != unknown {
+			v.knows = doubted
+		}
+	})
+}
+
+// keep holds on to what the service has sent and storage has not taken. It ends in stored, deleted or dropKept.
+func (t *tenant) keep(o *outcome) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(func(v *tenantView) {
+		v.kept = o
+		if v.knows != unknown {
+			v.knows = doubted
+		}
+	})
+}
+
+// dropKept takes in that what was kept is superseded.
+func (t *tenant) dropKept() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(func(v *tenantView) { v.kept = nil })
+}
+
+// giveUp makes sure that readers do not see an access token any more.
+func (t *tenant) giveUp(generation string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if a := t.view.Load().access; a != nil && a.Generation == generation {
+		a.leases.Store(givenUp)
+	}
+}
+
+// failed notes why an exchange failed, and says whether the one before had not.
+func (t *tenant) failed(next *trouble) (news bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(func(v *tenantView) {
+		news = v.trouble == nil
+		v.trouble = next
+	})
+	return news
+}
+
+// recovered ends a tenant's trouble, and says whether there was any.
+func (t *tenant) recovered() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retry = nil
+	had := t.view.Load().trouble != nil
+	t.update(func(v *tenantView) { v.trouble = nil })
+	return had
+}
+
+// backOff says how long the tenant rests after another failure: seconds at first, a minute at most, with jitter.
 func (t *tenant) backOff() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.retry == nil {
-		t.retry = backoff.NewBackoff(math.MaxInt, time.Second, window)
+		t.retry = backoff.NewBackoff(math.MaxInt, time.Second, time.Minute)
 	}
 	d, _ := t.retry.Next()
 	return d
 }
 
-// recovered ends a tenant's trouble.
-func (t *tenant) recovered() {
+// forget lets what storage has leave memory, and with it the count of leases. It stays while somebody works on the
+// tenant, or while memory knows what storage does not.
+func (t *tenant) forget() {
 	t.mu.Lock()
-	t.retry = nil
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	if t.flight != nil || v.kept != nil || t.storing.busy() || v.access != nil && !v.access.current() {
+		return
+	}
+	t.clear()
+}
+
+// invalidate takes in that another node has changed the tenant in storage.
+func (t *tenant) invalidate() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.clear()
+}
+
+// clear makes the tenant unknown, but for its summary. The caller holds mu.
+func (t *tenant) clear() {
+	t.replaced = nil
+	t.update(func(v *tenantView) { v.knows, v.entry, v.access = unknown, nil, nil })
+}
+
+// endReplaced takes a lease off an access token that another has replaced. It says whether memory knows the token, and
+// whether it is given up with this lease.
+func (t *tenant) endReplaced(generation string, early bool) (known, last bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	a := t.replaced[generation]
+	if a == nil {
+		return false, false
+	}
+	if last = a.end(early, true); last {
+		delete(t.replaced, generation)
+	}
+	return true, last
+}
+
+// begin makes f the tenant's flight. Where there is one already it returns that; where the view has changed since f was
+// planned, or the registry has dropped the record, it returns errSuperseded.
+func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case t.flight != nil:
+		return t.flight, nil
+	case t.dropped, f.v != nil && t.view.Load() != f.v:
+		return nil, errSuperseded
+	case !start():
+		return nil, errStopping
+	}
+	t.flight = f
+	return f, nil
+}
+
+// land ends the tenant's flight.
+func (t *tenant) land(f *flight, err error) {
+	f.err = err
+	if failure := (*tokenservice.Failure)(nil); err != nil && (!errors.As(err, &failure) || !failure.Lost) {
+		t.spare()
+	}
+	t.mu.Lock()
+	t.flight = nil
 	t.mu.Unlock()
-	t.trouble.Store(nil)
+	close(f.done)
+}
+
+// underway returns the tenant's flight, or nil.
+func (t *tenant) underway() *flight {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.flight
+}
+
+// uses says whether the tenant uses a connector, or is about to.
+func (t *tenant) uses(connector string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	return v.summary.stored && v.summary.connector == connector ||
+		t.flight != nil && t.flight.connector == connector ||
+		v.kept != nil && v.kept.change != nil && v.kept.change.connector != nil && *v.kept.change.connector == connector
+}
+
+// idle marks the record as dropped where neither storage nor anybody at work has the tenant.
+func (t *tenant) drop() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	if v.summary.stored || v.kept != nil || t.flight != nil || v.knows == doubted || t.dropped {
+		return false
+	}
+	t.dropped = true
+	return true
+}
+
+func (t *tenant) isDropped() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.dropped
+}
+
+// warnNow notes that the log warns of the refresh token's end now.
+func (t *tenant) warnNow(now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.warned = now.Unix()
+}
+
+func (t *tenant) lastWarned() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return time.Unix(t.warned, 0)
+}
+
+// takeReplaced gives up the access tokens that newer ones have replaced, and returns them.
+func (t *tenant) takeReplaced() (all []*accessEntry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.replaced {
+		a.leases.Store(givenUp)
+		all = append(all, a.accessEntry)
+	}
+	t.replaced = nil
+	return all
+}
+
+// base is the entry that a change is made to, nil where there is no tenant.
+func (v *tenantView) base() *tenantEntry {
+	if v == nil {
+		return nil
+	}
+	return v.entry
+}
+
+// mayEnd says whether an exchange that no reader asked for may begin, where it ends the access token that there is. It
+// waits for the planned time of a token that has been read. Once it returns true, readers do not get the token any more.
+func (t *tenant) mayEnd(now time.Time) bool {
+	v := t.view.Load()
+	a := v.access
+	if a == nil || a.Planned.IsZero() || !now.Before(v.bound()) {
+		return true
+	}
+	return !a.leased() && (a.use.CompareAndSwap(unread, ending) || a.use.Load() == ending)
+}
+
+// spare lets readers have the access token again, where the exchange that was to end it has not.
+func (t *tenant) spare() {
+	if a := t.view.Load().access; a != nil {
+		a.use.CompareAndSwap(ending, unread)
+	}
+}
+
+// bound is when leases on the access token must be over: its end, or the exchange that ends it. While exchanges fail, that
+// is the next try; after an answer that was lost the planned time does not hold.
+func (v *tenantView) bound() time.Time {
+	a := v.access
+	if a.Planned.IsZero() {
+		return a.Expires
+	}
+	x := a.Planned
+	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(x)) {
+		x = v.trouble.until
+	}
+	return earliest(x, a.Expires)
+}
+
+// usableUntil is when the access token stops being handed out to readers who want minTTL of life left, or what the tenant
+// asks for where that is more. Where an exchange ends it, that is shortly before the exchange, so that a lease has room.
+func (v *tenantView) usableUntil(minTTL time.Duration) time.Time {
+	a := v.access
+	until := a.Expires.Add(-max(a.margin(v.entry.MinTTL), minTTL))
+	if !a.Planned.IsZero() {
+		until = earliest(until, v.bound().Add(-leaseMargin))
+	}
+	return until
+}
+
+// usable returns the access token if it may be handed out now. A reader who has waited for the token gets it in the
+// moments before its planned exchange too.
+func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *accessToken {
+	a := v.access
+	if a == nil || !a.current() {
+		return nil
+	}
+	until := v.usableUntil(minTTL)
+	if !a.Planned.IsZero() {
+		if v.kept != nil {
+			return nil // an exchange has ended it, and storage has not taken what came instead
+		}
+		if !waited {
+			until = until.Add(-a.guard())
+		}
+	}
+	if now.After(until) {
+		return nil
+	}
+	return a
+}
+
+// guard is how long before a planned exchange's own margin a reader waits for the next token instead of taking this one.
+func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time.Second, a.life()/10)) }
+
+// closing is until when a reader waits before the access token is exchanged: the planned exchange is near, and leases on
+// the token live until then. Zero where there is nothing to wait for.
+func (v *tenantView) closing(now time.Time) time.Time {
+	a := v.access
+	if a == nil || a.Planned.IsZero() || !a.current() || v.kept != nil {
+		return time.Time{}
+	}
+	until := latest(v.bound().Add(-leaseMargin), time.Unix(0, a.leasedTo.Load()))
+	if !now.Before(until) || until.Sub(now) > a.guard()+leaseMargin {
+		return time.Time{}
+	}
+	return until
 }

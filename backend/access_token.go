@@ -1,0 +1,155 @@
+package backend
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// accessEntry is an access token as storage keeps it.
+type accessEntry struct {
+	Token       string    `json:"token"`
+	Generation  string    `json:"generation"` // random; leases carry it
+	Type        string    `json:"token_type,omitempty"`
+	EndpointURL string    `json:"endpoint_url,omitempty"`
+	Scope       string    `json:"scope,omitempty"`
+	Obtained    time.Time `json:"obtained"` // when its exchange was sent
+	Expires     time.Time `json:"expires"`
+	// Planned is when the exchange that ends this token is planned, fixed when the token arrives; zero where an exchange
+	// does not end older access tokens.
+	Planned time.Time `json:"planned,omitzero"`
+}
+
+// life is how long the token lived when it was obtained, by Vault's clock.
+func (a *accessEntry) life() time.Duration { return a.Expires.Sub(a.Obtained) }
+
+// margin is how much life the token must have left to be handed out.
+func (a *accessEntry) margin(minTTL time.Duration) time.Duration { return min(minTTL, a.life()/2) }
+
+// accessToken is an access token in memory, with the parts of its responses and what is known of its use.
+type accessToken struct {
+	*accessEntry
+	// shown is what responses are made of, strings all: making an interface value of each for each answer would be half
+	// of what a read allocates.
+	shown struct{ token, endpointURL, scope, kind, expires, obtained, tenant, generation any }
+	// leases is the number of live leases, or one of the two states below.
+	leases atomic.Int64
+	// use says whether the token has been read.
+	use atomic.Int32
+	// leasedTo is the end of the longest lease that could not end before the planned exchange, in nanoseconds since 1970.
+	leasedTo atomic.Int64
+}
+
+const (
+	leasesUnknown = -1 // the count cannot be trusted: one early revocation is enough
+	givenUp       = -2 // never to be handed out again
+)
+
+const (
+	unread = iota
+	read
+	ending // an exchange that ends the token has begun, and nobody had read it
+)
+
+func newAccessToken(tenant string, e *accessEntry) *accessToken {
+	a := &accessToken{accessEntry: e}
+	a.shown.token, a.shown.endpointURL, a.shown.scope, a.shown.kind = e.Token, e.EndpointURL, e.Scope, e.Type
+	a.shown.expires, a.shown.obtained = stamp(e.Expires), stamp(e.Obtained)
+	a.shown.tenant, a.shown.generation = tenant, e.Generation
+	return a
+}
+
+// response is what creds and token both answer.
+func (a *accessToken) response() map[string]any {
+	data := map[string]any{
+		"access_token": a.shown.token,
+		"expire_time":  a.shown.expires,
+		"tenant":       a.shown.tenant,
+	}
+	if a.EndpointURL != "" {
+		data["endpoint_url"] = a.shown.endpointURL
+	}
+	if a.Scope != "" {
+		data["scope"] = a.shown.scope
+	}
+	if a.Type != "" {
+		data["token_type"] = a.shown.kind
+	}
+	return data
+}
+
+// lease counts a lease that is about to be issued, unless the token was given up.
+func (a *accessToken) lease() bool {
+	for {
+		n := a.leases.Load()
+		switch {
+		case n == givenUp:
+			return false
+		case n == leasesUnknown || a.leases.CompareAndSwap(n, n+1):
+			return true
+		}
+	}
+}
+
+// current says whether the token may be handed out without a lease.
+func (a *accessToken) current() bool { return a.leases.Load() != givenUp }
+
+// doubt makes the count unknown.
+func (a *accessToken) doubt() {
+	for {
+		n := a.leases.Load()
+		if n < 0 || a.leases.CompareAndSwap(n, leasesUnknown) {
+			return
+		}
+	}
+}
+
+// end takes a lease off the count and says whether the token is given up now, or was before. That is so once the last
+// lease has ended early. For a token that another has replaced any end of the last lease is enough.
+func (a *accessToken) end(early, replaced bool) bool {
+	for {
+		n := a.leases.Load()
+		next := max(n-1, 0)
+		switch {
+		case n == givenUp:
+			return true
+		case n == leasesUnknown && !early:
+			return false
+		case n == leasesUnknown, next == 0 && (early || replaced):
+			next = givenUp
+		}
+		if a.leases.CompareAndSwap(n, next) {
+			return next == givenUp
+		}
+	}
+}
+
+// leased says whether a live lease may exist.
+func (a *accessToken) leased() bool {
+	n := a.leases.Load()
+	return n > 0 || n == leasesUnknown
+}
+
+// markRead notes a reader. It fails where an exchange that ends the token has begun; news says that this is the first
+// reader.
+func (a *accessToken) markRead() (ok, news bool) {
+	if a.use.Load() == read {
+		return true, false
+	}
+	if a.use.CompareAndSwap(unread, read) {
+		return true, true
+	}
+	return a.use.Load() == read, false
+}
+
+// wanted says whether the token has been read, or may have been before this process started.
+func (a *accessToken) wanted() bool { return a.use.Load() == read || a.leased() }
+
+// leasedUntil notes that a lease lasts until then: the exchange that ends the token waits for it.
+func (a *accessToken) leasedUntil(end time.Time) {
+	for {
+		old := a.leasedTo.Load()
+		if old >= end.UnixNano() || a.leasedTo.CompareAndSwap(old, end.UnixNano()) {
+			return
+		}
+	}
+}

@@ -1,0 +1,423 @@
+package backend
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+// exchanger makes exchanges: one at a time for a tenant, on the engine's own context, each written down before it is made
+// and stored before anybody sees what it brought.
+type exchanger struct {
+	tenants     *tenants
+	connectors  *connectors
+	revocations *revocations
+	announce    *announcer
+	node        interface{ WriteSafeReplicationState() bool }
+	ctx         context.Context
+	work        func(func()) bool    // runs a function in a goroutine that the engine's end waits for
+	ahead       func()               // runs at the start of each exchange
+	landed      func(*tenant, error) // schedules a tenant after its flight
+}
+
+// want is what somebody asks of an exchange.
+type want struct {
+	// force: disregard the tenant's backoff and rejection, and retire the access token that there is.
+	force bool
+	// background: no reader waits.
+	background bool
+	// ownToken: the access token is for one lease alone.
+	ownToken bool
+	// change is an operator's write that the exchange verifies; nil: none. It is stored when the exchange succeeds, and
+	// nothing of it when that fails.
+	change *tenantChange
+	// result is what a grant has brought already, so that no exchange is needed to verify the change.
+	result *granted
+}
+
+// granted is what a service has given for a code, a device code or a PIN.
+type granted struct {
+	via    *loadedConnector
+	result tokenservice.Result
+}
+
+// errSuperseded ends an exchange whose refresh token an operator has replaced or deleted meanwhile.
+var errSuperseded = errors.New("superseded by a write or a delete")
+
+// outcome is what an exchange has brought. It is a value: it can be stored at once, or later, on top of whatever storage
+// has by then.
+type outcome struct {
+	from      string        // the lineage that was exchanged; noLineage where the exchange makes the tenant
+	change    *tenantChange // the operator's write that it verified, or nil
+	connector string
+	sent      string // the refresh token that was exchanged
+	at        time.Time
+
+	access       *accessToken // nil: none came
+	refreshToken string       // "": no new one came
+	facts        *tokenservice.Facts
+	subject      string
+	move         *move
+	rejected     bool // the service refuses the refresh token
+	retires      bool // the access token that there was is given up
+	ownToken     bool
+	keepAlive    time.Duration
+	planned      bool // an exchange ends the access tokens before it
+}
+
+// succeeded says whether the exchange has brought what it was made for.
+func (o *outcome) succeeded() bool { return o.access != nil }
+
+// precious says whether what the exchange has brought must not be lost.
+func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != "" }
+
+// changes says whether there is anything to store.
+func (o *outcome) changes(e *tenantEntry) bool {
+	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
+}
+
+func (m *move) equal(other *move) bool {
+	return m == other || m != nil && other != nil && *m == *other
+}
+
+// rotates says whether the service has replaced the refresh token that an entry holds.
+func (o *outcome) rotates(e *tenantEntry) bool {
+	return e != nil && o.refreshToken != "" && e.RefreshToken == o.sent
+}
+
+// rotationAlone is the part of the outcome that holds whatever connector the tenant uses by now.
+func (o *outcome) rotationAlone(e *tenantEntry) *outcome {
+	return &outcome{from: e.Lineage, connector: e.Connector, sent: o.sent, at: o.at, refreshToken: o.refreshToken, facts: o.facts, move: e.Move}
+}
+
+// onto makes the tenant's entry of what storage has, nil for nothing, and of what the exchange has brought.
+func (o *outcome) onto(base *tenantEntry) *tenantEntry {
+	var next tenantEntry
+	if o.change != nil {
+		next = *o.change.apply(base)
+	} else {
+		next = *base
+	}
+	next.Move, next.Unleased = o.move, nil
+	if o.refreshToken != "" {
+		next.RefreshToken, next.RefreshTokenOrigin, next.RefreshTokenSet = o.refreshToken, originService, o.at
+		next.Rejected = time.Time{}
+	}
+	switch {
+	case o.facts != nil:
+		next.Facts = *o.facts
+	case o.access != nil && next.Facts.Assumed && !o.at.Before(next.Facts.Expires):
+		// The refresh token has outlived what was assumed.
+		next.Facts.Expires, next.Facts.RotatesFrom, next.Facts.Assumed = time.Time{}, time.Time{}, false
+	}
+	if o.subject != "" {
+		next.Subject = o.subject
+	}
+	if o.rejected {
+		next.Rejected = o.at
+	}
+	if o.access == nil {
+		return &next
+	}
+	next.Verified, next.Rejected, next.LastExchange = true, time.Time{}, o.at
+	next.AccessTokenLife = o.access.life()
+	if o.ownToken {
+		next.Unleased = o.access.accessEntry
+	} else {
+		next.Access = o.access.accessEntry
+	}
+	return &next
+}
+
+// exchange has the tenant's refresh token exchanged, or joins the exchange under way, and waits for its end. It returns the
+// access token where w asks for one of its own. errSuperseded says to look at the tenant again.
+func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w want) (*accessToken, error) {
+	f, own, err := x.start(ctx, t, v, w)
+	if err != nil {
+		return nil, err
+	}
+	f.join()
+	select {
+	case <-f.done:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if !own && !f.shared(w) {
+		return nil, errSuperseded // it was not for this request
+	}
+	return f.token, f.err
+}
+
+// start begins the tenant's flight, or returns the one under way. own says that it is a new one, for this request.
+func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want) (_ *flight, own bool, _ error) {
+	if !x.node.WriteSafeReplicationState() {
+		return nil, false, logical.ErrReadOnly
+	}
+	f := &flight{t: t, want: w, v: v, done: make(chan struct{}), joined: make(chan struct{}), placed: make(chan struct{})}
+	switch {
+	case w.change != nil:
+		f.connector = w.change.target
+	case v.kept != nil:
+		f.connector = v.kept.connector
+	default:
+		f.connector = v.entry.Connector
+		if busy := t.underway(); busy != nil {
+			return busy, false, nil
+		}
+		if err := x.blocked(ctx, t, v, w); err != nil {
+			return nil, false, err
+		}
+	}
+	begun, err := t.begin(f, func() bool { return x.work(func() { x.fly(f) }) })
+	return begun, begun == f, err
+}
+
+// blocked says why the tenant is not to be exchanged now, without a call.
+func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w want) error {
+	via, err := x.connectors.of(ctx, v.entry.Connector)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	trouble := v.trouble
+	if err := via.blocked(now); err != nil {
+		return err
+	}
+	switch {
+	case v.entry.expired(now):
+		return badValue("%s", expiredText(via.about, t.name, v.entry))
+	case w.force:
+		return nil
+	case !v.entry.Rejected.IsZero():
+		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
+	case trouble != nil && trouble.until.After(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
+		return trouble.err // what storage alone is to blame for is tried at once
+	}
+	return nil
+}
+
+// fly is a tenant's flight from its start to its end.
+func (x *exchanger) fly(f *flight) {
+	t := f.t
+	var err error
+	if f.want.change == nil && f.v.kept != nil {
+		err = x.tenants.settle(x.ctx, t, f.v.kept)
+		if err != nil && !errors.Is(err, errSuperseded) {
+			x.fail(f, nil, err)
+		}
+	} else {
+		err = x.call(f)
+	}
+	t.land(f, err)
+	x.tenants.drop(t)
+	x.landed(t, err)
+}
+
+// call makes the exchange of a flight, and stores what comes of it.
+func (x *exchanger) call(f *flight) error {
+	entry := f.want.change.applied(f.v)
+	if err := x.tenants.resolveUnleased(x.ctx, f.t, entry); err != nil {
+		return storageTrouble(f.t.name, err)
+	}
+	if f.want.background && !f.t.mayEnd(time.Now()) {
+		return errSuperseded // somebody has begun to use the access token that this exchange would end
+	}
+	for retried := false; ; {
+		via, err := x.connectors.of(x.ctx, f.connector)
+		if err != nil {
+			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
+		}
+		result := x.ask(f, entry, via)
+		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
+			continue // the connector was written meanwhile: begin anew, with what it is now
+		}
+		x.connectors.judge(x.ctx, via, result.Err)
+		if lostAnswer(result) && via.about.RetryLost && !retried && x.ctx.Err() == nil {
+			retried = true
+			continue
+		}
+		return x.settle(f, entry, via, result)
+	}
+}
+
+// ask makes one request for an access token, unless a grant has brought one already.
+func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Result {
+	if g := f.want.result; g != nil {
+		return g.result
+	}
+	x.ahead()
+	return via.service.Exchange(x.ctx, tokenservice.Exchange{
+		RefreshToken: entry.RefreshToken,
+		Endpoint:     via.endpointOf(entry.Move),
+		Permit:       x.permit(f, via),
+	})
+}
+
+// permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
+// work.
+func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit {
+	p := passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience}, placed: f.place}
+	if f.want.background && !f.urgent() {
+		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined
+	}
+	return func(ctx context.Context) (func(), error) {
+		done, err := p.permit(ctx)
+		if isStorages(err) && ctx.Err() == nil {
+			// A node whose storage takes no writes calls nobody: what comes back would be lost with the process.
+			err = storageTrouble(f.t.name, err)
+		}
+		return done, err
+	}
+}
+
+// isStorages says whether the error of a permit comes from storage.
+func isStorages(err error) bool {
+	return err != nil && !errors.As(err, new(*tokenservice.Failure)) && !errors.As(err, new(*share.LimitError)) &&
+		!errors.Is(err, errReplaced) && !errors.As(err, new(logical.HTTPCodedError))
+}
+
+func lostAnswer(r tokenservice.Result) bool {
+	failure := (*tokenservice.Failure)(nil)
+	return r.RefreshToken == "" && errors.As(r.Err, &failure) && failure.Lost
+}
+
+// settle turns the service's answer into an outcome and stores it. It runs to its end whatever becomes of the callers.
+func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
+	o := x.outcome(f, entry, via, r)
+	if o.access == nil && f.want.change != nil && o.refreshToken == "" {
+		return r.Err // the operator's write is not stored
+	}
+	if r.Err != nil && !o.changes(entry) {
+		return x.fail(f, via, r.Err)
+	}
+	err := x.tenants.settle(x.ctx, f.t, o)
+	switch {
+	case errors.Is(err, errSuperseded):
+		return err
+	case err != nil && f.want.change != nil && o.refreshToken == "":
+		return err // nothing is kept: the writer still has the refresh token
+	case err != nil:
+		return x.fail(f, via, err)
+	case r.Err == nil:
+		return x.issueOwn(f, o)
+	}
+	if err := x.fail(f, via, r.Err); f.want.change == nil {
+		return err
+	}
+	return nil // the write is stored, and the tenant says what is wrong
+}
+
+// outcome makes a value of what the service has answered.
+func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) *outcome {
+	o := &outcome{
+		from:         noLineage,
+		change:       f.want.change,
+		connector:    f.connector,
+		sent:         entry.RefreshToken,
+		at:           time.Now().UTC().Truncate(time.Millisecond),
+		refreshToken: r.RefreshToken,
+		facts:        r.Facts,
+		subject:      r.Subject,
+		move:         entry.Move,
+		rejected:     isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
+		retires:      f.want.force || f.want.change != nil,
+		ownToken:     f.want.ownToken,
+	}
+	if f.v != nil && f.v.entry != nil {
+		o.from = f.v.entry.Lineage
+	}
+	if via == nil {
+		return o
+	}
+	if f.want.result == nil && !r.Sent.IsZero() {
+		o.move = via.moveTo(r.Endpoint)
+	}
+	if r.Err != nil || r.AccessToken == nil {
+		return o
+	}
+	access := &accessEntry{
+		Token:       r.AccessToken.Token,
+		Generation:  rand.Text(),
+		Type:        r.AccessToken.Type,
+		EndpointURL: r.AccessToken.EndpointURL,
+		Scope:       r.AccessToken.Scope,
+		Obtained:    r.Sent.UTC().Truncate(time.Millisecond),
+		Expires:     r.AccessToken.Expires,
+	}
+	if via.about.ExchangeInvalidates && !o.ownToken {
+		planned := *o.onto(f.v.base()).withAccess(access, r)
+		access.Planned = plannedExchange(f.t.name, &planned, via.service.KeepAlive(planned.Facts))
+	}
+	o.access = newAccessToken(f.t.name, access)
+	return o
+}
+
+// withAccess is the entry as it will be with an access token.
+func (e *tenantEntry) withAccess(a *accessEntry, r tokenservice.Result) *tenantEntry {
+	next := *e
+	next.Access, next.LastExchange = a, r.Sent
+	return &next
+}
+
+// issueOwn stores the record of an access token for one lease, without which it is revoked.
+func (x *exchanger) issueOwn(f *flight, o *outcome) error {
+	if !o.ownToken {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
+	defer cancel()
+	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry); err != nil {
+		if err := x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry); err == nil {
+			x.revocations.wake(o.connector)
+		}
+		return storageTrouble(f.t.name, err)
+	}
+	f.token = o.access
+	return nil
+}
+
+// fail notes why the tenant's exchange failed, and when it is tried again. It returns the error.
+func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
+	switch {
+	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), f.want.change != nil && f.v.base() == nil:
+		return err // nobody has failed
+	}
+	now := time.Now()
+	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff())}
+	about := tokenservice.About{Name: "the service"}
+	if via != nil {
+		next.revision, about = via.revision, via.about
+	}
+	next.text = readerError(about, f.t.name, f.connector, err).Error()
+	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
+		next.lost = failure.Lost
+		switch failure.Kind {
+		case tokenservice.RefusedConnector:
+			next.until = via.nextProbe()
+		case tokenservice.Limited:
+			next.until = via.share.PausedUntil()
+		default:
+			next.until = latest(next.until, now.Add(min(failure.RetryAfter, time.Minute)))
+		}
+	}
+	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
+		// Until the next try older access tokens live, and are handed out for leases that end before it.
+		next.until = latest(next.until, now.Add(plannedRetryLeast))
+	}
+	// One line for each outage: reasons differ from one try to the next, and the status has the last.
+	if f.t.failed(next) && !isRejection(err) {
+		x.announce.failed(f.t.name, f.connector, next)
+	}
+	return err
+}
+
+func isRejection(err error) bool {
+	failure := (*tokenservice.Failure)(nil)
+	return errors.As(err, &failure) && failure.Kind == tokenservice.RefusedRefreshToken
+}

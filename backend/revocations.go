@@ -1,0 +1,633 @@
+package backend
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+const (
+	// intentPrefix is where storage keeps the tokens that are to be revoked: <connector>/<id>.
+	intentPrefix = "revocations/"
+	// heldPrefix is where storage keeps access tokens that leases stand for and that are not their tenant's current one:
+	// <tenant>/<generation>.
+	heldPrefix = "held/"
+
+	// refreshTokenTries is how long the engine tries to revoke a refresh token.
+	refreshTokenTries = 24 * time.Hour
+	// lastMoments is how long before its end an access token is not sent any more: at some services the revocation of an
+	// expired token ends the whole grant.
+	lastMoments = 5 * time.Second
+
+	// A revocation waits for its call so long at most, and only while the service answers quickly and such waits of the
+	// last minute are short: Vault unmounts and moves a mount by revoking its leases one after another.
+	revocationPatience = 5 * time.Second
+	quickRevocation    = 2 * time.Second
+	waitsPerMinute     = 10 * time.Second
+
+	longestRevocationRest = 30 * time.Second
+	// revocationsAtOnce bounds the revocation calls of a connector under way.
+	revocationsAtOnce = 4
+)
+
+// intent is a token that is to be revoked at the service.
+type intent struct {
+	Format  int                    `json:"format"`
+	Tenant  string                 `json:"tenant"`
+	Token   string                 `json:"token"`
+	Type    tokenservice.TokenType `json:"type"`
+	Expires time.Time              `json:"expires"` // no call after
+
+	connector, id string
+	next          time.Time // no call before
+	rest          time.Duration
+	busy          bool
+}
+
+// held is an access token that leases stand for.
+type held struct {
+	Format    int       `json:"format"`
+	Connector string    `json:"connector"`
+	Token     string    `json:"token"`
+	Expires   time.Time `json:"expires"`
+}
+
+// revocations owns the tokens that are to be revoked at services, and those that may have to be.
+type revocations struct {
+	storage    logical.Storage
+	connectors *connectors
+	node       interface{ WriteSafeReplicationState() bool }
+	ctx        context.Context
+	work       func(func()) bool
+
+	mu       sync.Mutex
+	intents  map[string]map[string]*intent // by connector and id
+	expiries map[string]time.Time          // of what is held, by key below heldPrefix
+	loaded   bool
+	draining map[string]chan struct{} // by connector; a value in it wakes the worker
+	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
+	slow     map[string]bool          // by connector: the last call failed, or took long
+	waits    []spentWait
+}
+
+type spentWait struct {
+	at time.Time
+	d  time.Duration
+}
+
+func newRevocations(storage logical.Storage) *revocations {
+	return &revocations{
+		storage:  storage,
+		intents:  map[string]map[string]*intent{},
+		expiries: map[string]time.Time{},
+		draining: map[string]chan struct{}{},
+		errors:   map[string]string{},
+		slow:     map[string]bool{},
+	}
+}
+
+// mayRevoke says whether something of a tenant may have to be revoked at its service. A connector that memory does not
+// know may.
+func (r *revocations) mayRevoke(s tenantSummary) bool {
+	if !s.stored {
+		return true
+	}
+	via := r.connectors.present(s.connector)
+	return via == nil || via.about.Revocation == tokenservice.RevokeAccessToken || via.about.RevokeOnDelete
+}
+
+// giveUp notes an access token for revocation where its service can revoke it. The intent is in storage before it returns.
+func (r *revocations) giveUp(ctx context.Context, connector, tenant string, a *accessEntry) error {
+	if !a.Expires.Add(-lastMoments).After(time.Now()) {
+		return nil
+	}
+	via, err := r.connectors.get(ctx, connector)
+	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
+		return ignoreUnusable(err)
+	}
+	return r.put(ctx, connector, a.Generation, &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments)})
+}
+
+// giveUpRefreshToken notes a deleted tenant's refresh token for revocation where its connector says so.
+func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) error {
+	via, err := r.connectors.get(ctx, connector)
+	if via == nil || !via.about.RevokeOnDelete {
+		return ignoreUnusable(err)
+	}
+	return r.put(ctx, connector, rand.Text(), &intent{
+		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken,
+		Expires: time.Now().Add(refreshTokenTries).UTC().Truncate(time.Millisecond),
+	})
+}
+
+// ignoreUnusable leaves of a connector's error only what a later try may not meet: a connector that cannot be used
+// revokes nothing.
+func ignoreUnusable(err error) error {
+	if errors.Is(err, errUnreadable) {
+		return nil
+	}
+	return err
+}
+
+func (r *revocations) put(ctx context.Context, connector, id string, i *intent) error {
+	i.Format, i.connector, i.id = entryFormat, connector, id
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	if err := putEntry(ctx, r.storage, intentPrefix+connector+"/"+id, i); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known := r.intents[connector][id]; known == nil {
+		r.add(i)
+	}
+	return nil
+}
+
+// add takes an intent into memory. The caller holds mu.
+func (r *revocations) add(i *intent) {
+	of := r.intents[i.connector]
+	if of == nil {
+		of = map[string]*intent{}
+		r.intents[i.connector] = of
+	}
+	of[i.id] = i
+}
+
+// spare takes a refresh token that somebody writes out of the intents: it is wanted again.
+func (r *revocations) spare(ctx context.Context, token string) error {
+	r.mu.Lock()
+	var found []*intent
+	for _, of := range r.intents {
+		for _, i := range of {
+			if i.Type == tokenservice.TypeRefreshToken && i.Token == token {
+				found = append(found, i)
+			}
+		}
+	}
+	r.mu.Unlock()
+	for _, i := range found {
+		if err := r.settle(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settle ends an intent. Where storage fails it stays, and is settled with the next call.
+func (r *revocations) settle(ctx context.Context, i *intent) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	if err := storageError(r.storage.Delete(ctx, intentPrefix+i.connector+"/"+i.id)); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if of := r.intents[i.connector]; of[i.id] == i {
+		delete(of, i.id)
+		if len(of) == 0 {
+			delete(r.intents, i.connector)
+		}
+	}
+	return nil
+}
+
+// hold stores an access token that leases stand for, where its service can revoke it.
+func (r *revocations) hold(ctx context.Context, connector, tenant string, a *accessEntry) error {
+	via, err := r.connectors.get(ctx, connector)
+	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
+		return ignoreUnusable(err)
+	}
+	key := tenant + "/" + a.Generation
+	if err := putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Connector: connector, Token: a.Token, Expires: a.Expires}); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.expiries[key] = a.Expires
+	return nil
+}
+
+// holds says whether the record of a token is in storage.
+func (r *revocations) holds(ctx context.Context, tenant, generation string) (bool, error) {
+	h, err := getEntry[held](ctx, r.storage, heldPrefix+tenant+"/"+generation)
+	return h != nil, err
+}
+
+// giveUpHeld notes the access token that a lease stands for, for revocation. It returns its connector, "" where there is
+// nothing to revoke.
+func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string) (connector string, err error) {
+	key := tenant + "/" + generation
+	h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
+	if err != nil || h == nil {
+		return "", err
+	}
+	if err := r.giveUp(ctx, h.Connector, tenant, &accessEntry{Token: h.Token, Generation: generation, Expires: h.Expires}); err != nil {
+		return "", err
+	}
+	return h.Connector, r.release(ctx, key)
+}
+
+// release deletes the record of a token.
+func (r *revocations) release(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	if err := storageError(r.storage.Delete(ctx, heldPrefix+key)); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.expiries, key)
+	return nil
+}
+
+// revokeNow has an intent's call made, and waits for it while that does not hold Vault up.
+func (r *revocations) revokeNow(ctx context.Context, connector, generation string) {
+	r.mu.Lock()
+	i := r.intents[connector][generation]
+	wait := i != nil && !i.busy && r.mayWait(connector)
+	if wait {
+		i.busy = true
+	}
+	r.mu.Unlock()
+	if !wait {
+		r.wake(connector)
+		return
+	}
+	begun := time.Now()
+	done := make(chan struct{})
+	if !r.work(func() {
+		defer close(done)
+		r.call(i, share.RevocationWait)
+		r.wake(connector)
+	}) {
+		r.unmark(i)
+		return
+	}
+	timer := time.NewTimer(revocationPatience)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.waits = append(r.waits, spentWait{at: time.Now(), d: time.Since(begun)})
+}
+
+func (r *revocations) unmark(i *intent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i.busy = false
+}
+
+// mayWait says whether a revocation may wait for its call. The caller holds mu.
+func (r *revocations) mayWait(connector string) bool {
+	if r.slow[connector] {
+		return false
+	}
+	now := time.Now()
+	r.waits = slices.DeleteFunc(r.waits, func(w spentWait) bool { return now.Sub(w.at) > time.Minute })
+	var spent time.Duration
+	for _, w := range r.waits {
+		spent += w.d
+	}
+	return spent < waitsPerMinute
+}
+
+// wake makes sure that somebody works on a connector's intents.
+func (r *revocations) wake(connector string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.intents[connector]) == 0 {
+		return
+	}
+	if wake, ok := r.draining[connector]; ok {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
+		return
+	}
+	wake := make(chan struct{}, 1)
+	if r.work(func() { r.drain(connector, wake) }) {
+		r.draining[connector] = wake
+	}
+}
+
+// wakeAll makes sure that somebody works on every connector's intents.
+func (r *revocations) wakeAll() {
+	r.mu.Lock()
+	connectors := slices.Collect(maps.Keys(r.intents))
+	r.mu.Unlock()
+	for _, connector := range connectors {
+		r.wake(connector)
+	}
+}
+
+// drain revokes a connector's tokens, one after another as the share allows, until none is left.
+func (r *revocations) drain(connector string, wake <-chan struct{}) {
+	var calls errgroup.Group
+	calls.SetLimit(revocationsAtOnce)
+	defer func() { _ = calls.Wait() }()
+	for r.ctx.Err() == nil && r.node.WriteSafeReplicationState() {
+		i, next, some := r.pick(connector)
+		switch {
+		case i != nil:
+			calls.Go(func() error {
+				r.call(i, share.Housekeeping)
+				return nil
+			})
+			continue
+		case !some:
+			return // pick has taken the worker off
+		}
+		timer := time.NewTimer(time.Until(next))
+		select {
+		case <-timer.C:
+		case <-wake:
+		case <-r.ctx.Done():
+		}
+		timer.Stop()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.draining, connector)
+}
+
+// pick chooses the intent whose token ends first among those that may be tried now, or says when to look again.
+func (r *revocations) pick(connector string) (best *intent, next time.Time, some bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	next = now.Add(time.Minute)
+	for _, i := range r.intents[connector] {
+		some = true
+		switch {
+		case i.busy:
+		case i.next.After(now):
+			next = earliest(next, i.next)
+		case best == nil || i.Expires.Before(best.Expires):
+			best = i
+		}
+	}
+	if best != nil {
+		best.busy = true
+	}
+	if !some {
+		delete(r.draining, connector)
+	}
+	return best, next, some
+}
+
+// call makes one try to revoke a token.
+func (r *revocations) call(i *intent, class share.Class) {
+	err := r.try(i, class)
+	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)
+	isFailure := errors.As(err, &failure)
+	if err == nil || isFailure && failure.Kind == tokenservice.Unsupported {
+		err = r.settle(r.ctx, i)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i.busy = false
+	now := time.Now()
+	switch {
+	case isFailure && failure.Kind == tokenservice.Unsupported:
+		r.note(i, failure.Text)
+	case err == nil:
+		r.note(i, "")
+	case errors.As(err, &limit):
+		i.next = limit.Until
+	default:
+		i.rest = min(max(2*i.rest, time.Second), longestRevocationRest)
+		i.next = now.Add(i.rest)
+		if isFailure {
+			r.note(i, failure.Text)
+			i.next = latest(i.next, now.Add(min(failure.RetryAfter, longestRest)))
+		}
+	}
+}
+
+// note keeps why the last call for a tenant failed; "" where it did not. The caller holds mu.
+func (r *revocations) note(i *intent, text string) {
+	for _, about := range []string{i.connector, i.connector + "/" + i.Tenant} {
+		if text == "" {
+			delete(r.errors, about)
+		} else {
+			r.errors[about] = text
+		}
+	}
+}
+
+// try makes one call. It returns nil where the token is not valid any more, or past its end.
+func (r *revocations) try(i *intent, class share.Class) error {
+	via, err := r.connectors.get(r.ctx, i.connector)
+	if err != nil {
+		return err
+	}
+	revoker, ok := tokenservice.Revoker(nil), false
+	if via != nil {
+		revoker, ok = via.service.(tokenservice.Revoker)
+	}
+	if !ok || !time.Now().Before(i.Expires) {
+		return nil
+	}
+	p := passage{via: via, want: share.Want{Class: class}}
+	if class == share.Housekeeping {
+		p.want.Wait = hopPatience
+	}
+	begun := time.Now()
+	err = revoker.Revoke(r.ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
+		done, err := p.permit(ctx)
+		if err == nil && !time.Now().Before(i.Expires) {
+			done()
+			err = errPastEnd // it has waited too long
+		}
+		return done, err
+	})
+	switch {
+	case errors.Is(err, errPastEnd):
+		return nil
+	case err == nil || errors.As(err, new(*tokenservice.Failure)):
+		r.connectors.judge(r.ctx, via, err)
+		r.mu.Lock()
+		r.slow[i.connector] = err != nil || time.Since(begun) > quickRevocation
+		r.mu.Unlock()
+	}
+	return err
+}
+
+var errPastEnd = errors.New("the token has ended")
+
+// pendingOf says how many revocations of a connector wait, of all tenants where tenant is "", and why the last call failed.
+func (r *revocations) pendingOf(connector, tenant string) (pending int, lastError string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, i := range r.intents[connector] {
+		if tenant == "" || i.Tenant == tenant {
+			pending++
+		}
+	}
+	about := connector
+	if tenant != "" {
+		about += "/" + tenant
+	}
+	return pending, r.errors[about]
+}
+
+// drop forgets a connector's intents, and says how many there were.
+func (r *revocations) drop(ctx context.Context, connector string) (int, error) {
+	r.mu.Lock()
+	all := slices.Collect(maps.Values(r.intents[connector]))
+	r.mu.Unlock()
+	for _, i := range all {
+		if err := r.settle(ctx, i); err != nil {
+			return 0, err
+		}
+	}
+	return len(all), nil
+}
+
+// load reads what storage has into memory, and goes on with what is pending.
+func (r *revocations) load(ctx context.Context) error {
+	r.mu.Lock()
+	loaded := r.loaded
+	r.mu.Unlock()
+	if loaded {
+		return nil
+	}
+	keys, err := listBelow(ctx, r.storage, intentPrefix)
+	if err != nil {
+		return err
+	}
+	err = forEach(keys, func(key string) error {
+		i, err := getEntry[intent](ctx, r.storage, intentPrefix+key)
+		if err != nil || i == nil {
+			return ignoreUnusable(err)
+		}
+		i.connector, i.id, _ = strings.Cut(key, "/")
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.intents[i.connector][i.id] == nil {
+			r.add(i)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if keys, err = listBelow(ctx, r.storage, heldPrefix); err != nil {
+		return err
+	}
+	err = forEach(keys, func(key string) error {
+		h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
+		if err != nil || h == nil {
+			return ignoreUnusable(err)
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.expiries[key] = h.Expires
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.loaded = true
+	r.mu.Unlock()
+	r.tick()
+	return nil
+}
+
+// tick wakes the workers, and sweeps the records of tokens that have ended. With nothing pending it reads no storage.
+func (r *revocations) tick() {
+	if !r.node.WriteSafeReplicationState() {
+		return
+	}
+	r.wakeAll()
+	r.mu.Lock()
+	var over []string
+	for key, expires := range r.expiries {
+		if time.Now().After(expires) {
+			over = append(over, key)
+		}
+	}
+	r.mu.Unlock()
+	for _, key := range over {
+		if r.release(r.ctx, key) != nil {
+			return // the next tick tries again
+		}
+	}
+}
+
+func (r *revocations) isLoaded() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.loaded
+}
+
+// invalidate drops what another node has changed.
+func (r *revocations) invalidate(key string) {
+	if !strings.HasPrefix(key, intentPrefix) && !strings.HasPrefix(key, heldPrefix) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.loaded = false
+	clear(r.intents)
+	clear(r.expiries)
+}
+
+// listBelow lists the keys two levels below a prefix.
+func listBelow(ctx context.Context, s logical.Storage, prefix string) (keys []string, err error) {
+	folders, err := s.List(ctx, prefix)
+	if err != nil {
+		return nil, storageError(err)
+	}
+	for _, folder := range folders {
+		below, err := s.List(ctx, prefix+folder)
+		if err != nil {
+			return nil, storageError(err)
+		}
+		for _, key := range below {
+			keys = append(keys, folder+key)
+		}
+	}
+	return keys, nil
+}
+
+// forEach calls f for each key, some at once.
+func forEach(keys []string, f func(key string) error) error {
+	var readers errgroup.Group
+	readers.SetLimit(storageReaders)
+	for _, key := range keys {
+		readers.Go(func() error { return f(key) })
+	}
+	return readers.Wait()
+}
+
+// resolveUnleased makes sure that an access token for one lease is revoked where the lease's own record has never come.
+func (ts *tenants) resolveUnleased(ctx context.Context, t *tenant, e *tenantEntry) error {
+	if e.Unleased == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeWithin)
+	defer cancel()
+	if held, err := ts.revocations.holds(ctx, t.name, e.Unleased.Generation); held || err != nil {
+		return ignoreUnusable(err)
+	}
+	return ts.revocations.giveUp(ctx, e.Connector, t.name, e.Unleased)
+}

@@ -1,0 +1,517 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+const (
+	// tenantPrefix is where storage keeps tenants, each under its name.
+	tenantPrefix = "tenants/"
+
+	// tenantsInMemory bounds the tenants whose tokens are held in memory.
+	tenantsInMemory = 10_000
+)
+
+// tenants is all tenants of the mount: the registry, the bound on memory, and storage.
+type tenants struct {
+	storage     logical.Storage
+	connectors  *connectors
+	revocations *revocations
+	announce    *announcer
+	schedule    func(*tenant) // puts a tenant where the index of due times has to have it
+
+	loaded *lru.Cache[string, *tenant] // those whose entry is in memory
+	mu     sync.RWMutex
+	byName map[string]*tenant
+}
+
+func newTenants() (*tenants, error) {
+	ts := &tenants{byName: map[string]*tenant{}}
+	var err error
+	ts.loaded, err = lru.NewWithEvict(tenantsInMemory, func(_ string, t *tenant) { t.forget() })
+	return ts, err
+}
+
+// each calls f for every tenant in the registry.
+func (ts *tenants) each(f func(*tenant)) {
+	ts.mu.RLock()
+	all := slices.Collect(maps.Values(ts.byName))
+	ts.mu.RUnlock()
+	for _, t := range all {
+		f(t)
+	}
+}
+
+func (ts *tenants) named(name string) *tenant {
+	ts.mu.RLock()
+	defer ts.mu.RUnlock()
+	return ts.byName[name]
+}
+
+// record returns the tenant's record, made where there is none. It is dropped again where storage has no such tenant.
+func (ts *tenants) record(name string) *tenant {
+	if t := ts.named(name); t != nil {
+		return t
+	}
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	t := ts.byName[name]
+	if t == nil {
+		t = newTenant(name)
+		ts.byName[name] = t
+	}
+	return t
+}
+
+// drop removes the record of a tenant that neither storage nor anybody at work has.
+func (ts *tenants) drop(t *tenant) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	if t.drop() {
+		delete(ts.byName, t.name)
+	}
+}
+
+// cached returns a tenant and what memory has of its entry, without waiting. The view is nil where memory has none.
+func (ts *tenants) cached(name string) (*tenant, *tenantView) {
+	t, ok := ts.loaded.Get(name)
+	if !ok {
+		if t = ts.named(name); t == nil {
+			return nil, nil
+		}
+	}
+	v := t.view.Load()
+	if v.entry == nil {
+		return t, nil
+	}
+	if !ok {
+		ts.loaded.Add(name, t) // it was busy when its turn came to leave memory
+	}
+	return t, v
+}
+
+// load returns a tenant and its view, from storage where memory has it not or doubts it. Both are nil where there is no
+// such tenant.
+func (ts *tenants) load(ctx context.Context, name string) (t *tenant, v *tenantView, err error) {
+	if t, v := ts.cached(name); v != nil && v.knows == loaded {
+		return t, v, nil
+	}
+	err = ts.locked(ctx, name, func(found *tenant) error {
+		if v, err = ts.read(ctx, found); err != nil {
+			return err
+		}
+		switch {
+		case v.knows == loaded:
+			t = found
+		case v.kept != nil:
+			return keptTrouble(name) // a new tenant that storage has not taken yet
+		default:
+			v = nil
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return t, v, nil
+}
+
+// locked calls f with the right to change a tenant in storage.
+func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) error) error {
+	for {
+		t := ts.record(name)
+		if err := t.storing.acquire(ctx); err != nil {
+			return err
+		}
+		if t.isDropped() {
+			t.storing.release()
+			continue
+		}
+		err := f(t)
+		t.storing.release()
+		ts.drop(t)
+		return err
+	}
+}
+
+// read makes sure that memory knows what storage has of a tenant. The caller holds its lock.
+func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
+	for {
+		before := t.view.Load()
+		if before.knows == loaded || before.knows == absent {
+			return before, nil
+		}
+		e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+t.name)
+		if err != nil {
+			return nil, err
+		}
+		if e != nil {
+			ts.fitClock(ctx, t.name, e)
+		}
+		if t.found(before, e) && e != nil {
+			ts.loaded.Add(t.name, t)
+			ts.schedule(t)
+		}
+	}
+}
+
+// fitClock corrects times of an entry that lie further ahead than they could, because the host's clock was wrong when
+// they were written, and plans the end of its access token as the connector says now.
+func (ts *tenants) fitClock(ctx context.Context, name string, e *tenantEntry) {
+	now := time.Now()
+	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
+		if at.After(now) {
+			*at = now.UTC().Truncate(time.Millisecond)
+		}
+	}
+	a := e.Access
+	if a == nil {
+		return
+	}
+	if a.Obtained.After(now) {
+		a.Obtained = now.UTC().Truncate(time.Millisecond)
+		a.Expires = earliest(a.Expires, a.Obtained.Add(e.AccessTokenLife))
+		a.Planned = earliest(a.Planned, a.Expires)
+	}
+	via, err := ts.connectors.get(ctx, e.Connector)
+	if err != nil || via == nil {
+		return
+	}
+	switch {
+	case !via.about.ExchangeInvalidates:
+		a.Planned = time.Time{}
+	case a.Planned.IsZero():
+		a.Planned = plannedExchange(name, e, via.service.KeepAlive(e.Facts))
+	}
+}
+
+// index notes what the index of due times needs of a tenant, without taking its tokens into memory.
+func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error) {
+	var e *tenantEntry
+	err := ts.locked(ctx, name, func(t *tenant) (err error) {
+		if t.view.Load().knows != unknown {
+			return nil
+		}
+		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil || e == nil {
+			return err
+		}
+		t.summarized(e)
+		return nil
+	})
+	return e, err
+}
+
+// put stores a tenant's entry. The caller holds its lock.
+func (ts *tenants) put(ctx context.Context, t *tenant, e *tenantEntry) error {
+	return putEntry(ctx, ts.storage, tenantPrefix+t.name, e)
+}
+
+// stored lets readers see an entry that storage has taken.
+func (ts *tenants) stored(t *tenant, e *tenantEntry, fresh *accessToken) {
+	t.stored(e, fresh)
+	ts.loaded.Add(t.name, t)
+	ts.schedule(t)
+}
+
+// change stores an operator's write on top of what storage has by then. It runs to its end when the caller goes away: a
+// write that is cut off would leave memory and storage in doubt about one another.
+func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) error {
+	return ts.locked(ctx, name, func(t *tenant) error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+		defer cancel()
+		v, err := ts.read(ctx, t)
+		if err != nil {
+			return err
+		}
+		if v.kept != nil {
+			// The write is merged with what the service has sent: a rotated refresh token is not lost to a change of ttl.
+			err := ts.store(ctx, t, v.kept)
+			if err != nil && !errors.Is(err, errSuperseded) && c.refreshToken == nil {
+				return err
+			}
+			if v, err = ts.read(ctx, t); err != nil {
+				return err
+			}
+		}
+		switch {
+		case v.entry == nil && c.patch:
+			return notFound("there is no tenant %q to patch", name)
+		case v.entry == nil && c.refreshToken == nil:
+			return notFound("tenant %q was deleted meanwhile", name)
+		}
+		next := c.apply(v.entry)
+		if err := ts.validate(ctx, next); err != nil {
+			return err
+		}
+		if c.retiresTokens() {
+			if err := ts.giveUpAll(ctx, t, v.entry, v.kept, false); err != nil {
+				return err
+			}
+		}
+		if err := ts.put(ctx, t, next); err != nil {
+			t.doubt() // storage may have taken it all the same
+			return err
+		}
+		ts.stored(t, next, nil)
+		if c.retiresTokens() {
+			t.rewritten()
+			ts.schedule(t)
+		}
+		return nil
+	})
+}
+
+// remove deletes a tenant. Nothing of it needs to be readable, and an exchange under way finds that it is superseded.
+func (ts *tenants) remove(ctx context.Context, name string) error {
+	err := ts.locked(ctx, name, func(t *tenant) error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+		defer cancel()
+		v := t.view.Load()
+		if v.entry == nil && ts.revocations.mayRevoke(v.summary) {
+			var err error
+			if v, err = ts.read(ctx, t); err != nil && !errors.Is(err, errUnreadable) {
+				return err
+			}
+		}
+		if v != nil {
+			if err := ts.giveUpAll(ctx, t, v.entry, v.kept, true); err != nil {
+				return err
+			}
+		}
+		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
+			t.doubt()
+			return err
+		}
+		t.deleted()
+		ts.schedule(t)
+		return nil
+	})
+	if err == nil {
+		ts.loaded.Remove(name)
+	}
+	return err
+}
+
+// giveUpAll notes for revocation what a tenant's tokens leave behind when the tenant is rewritten or deleted: its access
+// tokens, and with a delete its refresh token too where the connector says so.
+func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome, deleted bool) error {
+	if e == nil && kept == nil {
+		return nil
+	}
+	newest := e
+	if kept != nil {
+		newest = kept.onto(e)
+		if kept.access != nil {
+			if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
+				return err
+			}
+		}
+	}
+	if e != nil && e.Access != nil {
+		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
+			return err
+		}
+	}
+	for _, a := range t.takeReplaced() {
+		if err := ts.revocations.giveUp(ctx, newest.Connector, t.name, a); err != nil {
+			return err
+		}
+	}
+	if deleted {
+		return ts.revocations.giveUpRefreshToken(ctx, newest.Connector, t.name, newest.RefreshToken)
+	}
+	return nil
+}
+
+// giveUp makes sure that an access token is never handed out again, not after a restart either, and notes it for
+// revocation where the service can revoke it. It returns the connector that the token came from, "" where the tenant
+// has no such token.
+func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connector string, err error) {
+	err = ts.locked(ctx, name, func(t *tenant) error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+		defer cancel()
+		v, err := ts.read(ctx, t)
+		if err != nil {
+			return err
+		}
+		if v.entry == nil || v.entry.Access == nil || v.entry.Access.Generation != generation {
+			return nil
+		}
+		if err := ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access); err != nil {
+			return err
+		}
+		next := *v.entry
+		next.Access = nil
+		if err := ts.put(ctx, t, &next); err != nil {
+			return err
+		}
+		connector = next.Connector
+		if kept := v.kept; kept != nil {
+			t.stored(&next, nil)
+			t.keep(kept)
+			return nil
+		}
+		ts.stored(t, &next, nil)
+		return nil
+	})
+	return connector, err
+}
+
+// settle stores what an exchange has brought, on top of what storage has by then. It runs to its end when the caller goes
+// away.
+func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	if err := t.storing.acquire(ctx); err != nil {
+		t.keep(o)
+		return keptTrouble(t.name)
+	}
+	defer t.storing.release()
+	return ts.store(ctx, t, o)
+}
+
+// store is settle for a caller who holds the tenant's lock. Its error is errSuperseded where an operator has written or
+// deleted the tenant since the exchange began.
+func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
+	v, err := ts.read(ctx, t)
+	if err != nil {
+		return ts.unstored(t, o, nil)
+	}
+	superseded := v.entry.supersedes(o)
+	if superseded && !o.rotates(v.entry) {
+		if v.kept == o {
+			t.dropKept()
+		}
+		ts.abandon(ctx, t, o, v.entry == nil)
+		return errSuperseded
+	}
+	if superseded {
+		// The write left the refresh token as it was, and the service has replaced it.
+		ts.abandon(ctx, t, o, false)
+		o = o.rotationAlone(v.entry)
+	}
+	next := o.onto(v.entry)
+	if err := ts.replace(ctx, t, o, v); err != nil {
+		return ts.unstored(t, o, nil)
+	}
+	if err := ts.put(ctx, t, next); err != nil {
+		return ts.unstored(t, o, next)
+	}
+	ts.stored(t, next, o.access)
+	ts.settled(ctx, t, o, next, v)
+	if superseded {
+		return errSuperseded
+	}
+	return nil
+}
+
+// settled does what follows once storage has what an exchange has brought.
+func (ts *tenants) settled(ctx context.Context, t *tenant, o *outcome, next *tenantEntry, was *tenantView) {
+	if o.refreshToken != "" {
+		ts.announce.rotated(ctx, t.name, next)
+	}
+	if o.rejected {
+		ts.announce.rejected(ctx, t.name, next)
+	}
+	if o.succeeded() && t.recovered() {
+		ts.announce.recovered(t.name, next.Connector)
+	}
+	if old := oldAccess(was); old != nil && o.retires && !o.ownToken {
+		// The token is no longer handed out. That it is not noted for revocation costs its remaining life.
+		_ = ts.revocations.giveUp(ctx, next.Connector, t.name, old)
+	}
+	ts.schedule(t)
+}
+
+func oldAccess(v *tenantView) *accessEntry {
+	if v.entry == nil {
+		return nil
+	}
+	return v.entry.Access
+}
+
+// replace keeps an access token that is about to be replaced, where leases on it live and the service can revoke it.
+func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
+	old := v.access
+	if o.access == nil || o.retires || o.ownToken || old == nil || !old.leased() {
+		return nil
+	}
+	return ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry)
+}
+
+// unstored takes in that storage has not taken what an exchange has brought. next is what it was asked to take, nil where
+// it was not asked.
+func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
+	switch {
+	case o.change != nil && o.refreshToken == "":
+		t.doubt()
+		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
+	case o.precious():
+		t.keep(o)
+		return keptTrouble(t.name)
+	case next != nil:
+		// Memory knows it all the same; after a restart the service is asked once more.
+		t.stored(next, nil)
+	}
+	return nil
+}
+
+// abandon gives up what a superseded exchange has brought.
+func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted bool) {
+	// The operator's write or delete has succeeded; where storage fails here, the tokens live to their end.
+	if o.access != nil {
+		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
+	}
+	if deleted && o.change == nil && o.refreshToken != "" {
+		_ = ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken)
+	}
+}
+
+// invalidate drops what another node has changed.
+func (ts *tenants) invalidate(name string) {
+	if t := ts.named(name); t != nil {
+		t.invalidate()
+		ts.loaded.Remove(name)
+		ts.schedule(t)
+	}
+}
+
+// replan makes the tenants of a connector plan their access tokens' ends anew, after a write of the connector.
+func (ts *tenants) replan(connector string) {
+	ts.each(func(t *tenant) {
+		if t.view.Load().summary.connector == connector {
+			t.forget()
+			ts.schedule(t)
+		}
+	})
+}
+
+// plannedExchange is when the exchange that ends an entry's access token is planned (SERVICES.md, section 3): in time to
+// hand out another one that has min_ttl left, and no later than the refresh token asks for an exchange.
+func plannedExchange(name string, e *tenantEntry, keepAlive time.Duration) time.Time {
+	a := e.Access
+	lead := part(a.life(), leadLeast+leadMore*spreadOf(name))
+	x := a.Expires.Add(-a.margin(e.MinTTL)).Add(-lead)
+	if r := refreshDue(name, e, keepAlive); !r.IsZero() && r.After(a.Obtained) {
+		x = earliest(x, r)
+	}
+	return x.UTC().Truncate(time.Millisecond)
+}
+
+// aboutOf returns what a connector's service says of itself; the zero About where the connector cannot be read.
+func (ts *tenants) aboutOf(ctx context.Context, connector string) tokenservice.About {
+	if via, err := ts.connectors.get(ctx, connector); err == nil && via != nil {
+		return via.about
+	}
+	return tokenservice.About{}
+}
