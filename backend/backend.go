@@ -218,7 +218,7 @@ func done(d *framework.FieldData) *logical.Response {
 // maxName bounds the names of tenants and connectors: some of Vault's storage backends fail on long keys.
 const maxName = 128
 
-const nameRule = "1 to 128 letters and digits of ASCII and _, and inside also - and . (no two dots in a row)"
+const nameRule = "1 to 128 characters: letters and digits of ASCII and _, and inside also - and . (no two dots in a row)"
 
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$`)
 

@@ -385,7 +385,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 // fail notes why the tenant's exchange failed, and when it is tried again. It returns the error.
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
-	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), f.want.change != nil && f.v.base() == nil:
+	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), f.want.change != nil && f.v.base() == nil && f.t.view.Load().kept == nil:
 		return err // nobody has failed
 	}
 	now := time.Now()

@@ -146,7 +146,7 @@ func TestOneLineForEachChangeOfATenantsState(t *testing.T) {
 		for e.read("tenants/acme")["refresh_token_origin"] == originOperator {
 			time.Sleep(24 * time.Hour)
 		}
-		e.says(&seen, about("info", "has replaced a tenant's refresh token", ""))
+		e.says(&seen, about("info", "the refresh token of a tenant was replaced", ""))
 	})
 }
 

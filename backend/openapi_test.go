@@ -201,6 +201,8 @@ func schemaError(fields map[string]*framework.FieldSchema, data map[string]any) 
 			fits = isNumber && number == float64(int64(number))
 		case framework.TypeStringSlice, framework.TypeCommaStringSlice:
 			_, fits = value.([]any)
+		case framework.TypeBool:
+			_, fits = value.(bool)
 		case framework.TypeMap:
 			_, fits = value.(map[string]any)
 		}

@@ -32,6 +32,7 @@ func TestConnectorIsReadWithoutItsSecret(t *testing.T) {
 		"api_root":             "https://api.kaiza.la",
 		"ca_cert":              "",
 		"redirect_hosts":       []string{"kaiza.la", "osi.office.net"},
+		"service":              "kaizala",
 		"request_timeout":      int64(60),
 		"exchanges_per_minute": 50,
 	}

@@ -127,7 +127,11 @@ func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) 
 		case "connector":
 			connector := d.Get("connector").(string)
 			c.connector = &connector
-			err = checkName(connector, "connector")
+			if connector == "" {
+				err = badValue("connector is empty: give a connector's name, or leave it out for %q", defaultConnector)
+			} else {
+				err = checkName(connector, "connector")
+			}
 		case "ttl":
 			c.ttl, err = duration(d, name, 0)
 		case "max_ttl":

@@ -203,7 +203,7 @@ func TestExpiredRefreshTokenIsRefused(t *testing.T) {
 		time.Sleep(366 * 24 * time.Hour)
 		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
 		assert.Equal(t, 400, status)
-		assert.Contains(t, text, "refresh_token expired at")
+		assert.Contains(t, text, "the token expired at")
 		assert.Zero(t, e.kaizala.CallCount())
 	})
 }

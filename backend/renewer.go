@@ -157,6 +157,10 @@ func (b *backend) tick() {
 		for _, name := range names {
 			if t := b.tenants.named(name); t != nil {
 				v := t.view.Load()
+				if v.kept != nil {
+					b.attend(name) // no call is needed
+					continue
+				}
 				b.index.wait(v.summary.connector, name, endOf(v.summary))
 				lines[v.summary.connector] = true
 			}

@@ -27,7 +27,7 @@ var kaizalaKind = serviceKind{
 		},
 	},
 	settings: func() serviceSettings {
-		return &kaizalaSettings{APIRoot: kaizala.DefaultAPIRoot, RedirectHosts: kaizala.DefaultRedirectHosts}
+		return &kaizalaSettings{APIRoot: kaizala.DefaultAPIRoot, RedirectHosts: slices.Clone(kaizala.DefaultRedirectHosts)}
 	},
 	requestTimeout: kaizala.DefaultRequestTimeout,
 }
@@ -48,7 +48,7 @@ func (s *kaizalaSettings) set(d *framework.FieldData, name string) error {
 	case "redirect_hosts":
 		s.RedirectHosts = d.Get(name).([]string)
 		if isNull {
-			s.RedirectHosts = kaizala.DefaultRedirectHosts
+			s.RedirectHosts = slices.Clone(kaizala.DefaultRedirectHosts)
 		}
 	}
 	return nil

@@ -247,7 +247,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 		case v.entry == nil && c.patch:
 			return notFound("there is no tenant %q to patch", name)
 		case v.entry == nil && c.refreshToken == nil:
-			return notFound("tenant %q was deleted meanwhile", name)
+			return badValue("there is no tenant %q yet: refresh_token is required, the refresh token that the service has issued", name)
 		}
 		next := c.apply(v.entry)
 		if err := ts.validate(ctx, next); err != nil {

@@ -14,6 +14,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // body is a good answer, changed: nil deletes a field, and json.RawMessage is written as it is.
@@ -53,57 +55,156 @@ func TestGrant(t *testing.T) {
 		{"an empty errorCode", map[string]any{"errorCode": ""}, ""},
 		{"a null errorCode", map[string]any{"errorCode": null}, ""},
 		{"an errorCode of 0", map[string]any{"errorCode": 0}, ""},
+		{"refreshToken new, then as it was", map[string]any{"RefreshToken": newCanary, "refreshToken": refreshCanary}, newCanary},
+		{"refreshToken a number", map[string]any{"refreshToken": 5}, ""},
+		{"refreshToken false", map[string]any{"refreshToken": false}, ""},
+		{"an errorCode of \"0\"", map[string]any{"errorCode": "0"}, ""},
+		{"an errorCode of white space", map[string]any{"errorCode": " "}, ""},
+		{"an errorCode that is false", map[string]any{"errorCode": false}, ""},
 		{"fields that nobody knows", map[string]any{"x": map[string]any{"refreshToken": "inner", "list": []any{1, []any{}, "a"}}}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g, err := through(t, answering(200, nil, body(t, c.changes)+"\n")).exchange(t)
-			require.NoError(t, err)
-			assert.Equal(t, accessCanary, g.AccessToken)
+			r := through(t, answering(200, nil, body(t, c.changes)+"\n")).exchange(t)
+			g := requireGranted(t, r)
+			assert.Equal(t, accessCanary, g.Token)
 			assert.Equal(t, "https://inc-000.KaizalaMessaging.osi.office.net/", g.EndpointURL, "as sent")
 			assert.Equal(t, "token.write", g.Scope)
-			assert.Equal(t, c.newToken, g.RefreshToken)
+			assert.Equal(t, c.newToken, r.RefreshToken)
+			assert.Equal(t, c.newToken != "", r.Facts != nil)
+			assert.Empty(t, g.Type)
+			assert.Empty(t, r.Endpoint)
 			assert.Equal(t, time.UTC, g.Expires.Location())
 			assert.WithinDuration(t, time.Now().Add(24*time.Hour), g.Expires, time.Minute)
 		})
 	}
 
 	t.Run("scope is optional", func(t *testing.T) {
-		g, err := through(t, answering(200, nil, body(t, map[string]any{"scope": nil}))).exchange(t)
-		require.NoError(t, err)
+		r := through(t, answering(200, nil, body(t, map[string]any{"scope": nil}))).exchange(t)
+		g := requireGranted(t, r)
 		assert.Empty(t, g.Scope)
 	})
 	t.Run("an endpoint on a loopback address", func(t *testing.T) {
-		g, err := through(t, answering(200, nil, body(t, map[string]any{"endpointUrl": "http://127.0.0.1:1"}))).exchange(t)
-		require.NoError(t, err)
+		r := through(t, answering(200, nil, body(t, map[string]any{"endpointUrl": "http://127.0.0.1:1"}))).exchange(t)
+		g := requireGranted(t, r)
 		assert.Equal(t, "http://127.0.0.1:1", g.EndpointURL)
 	})
 	t.Run("the expiry is milliseconds, exactly", func(t *testing.T) {
 		millis := time.Now().Add(time.Hour).UnixMilli()
-		g, err := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": millis}))).exchange(t)
-		require.NoError(t, err)
+		r := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": millis}))).exchange(t)
+		g := requireGranted(t, r)
 		assert.Equal(t, millis, g.Expires.UnixMilli())
 	})
 	t.Run("an expiry is capped at 400 days", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			far := time.Now().Add(401 * 24 * time.Hour).UnixMilli()
-			g, err := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": far}))).exchange(t)
-			require.NoError(t, err)
+			r := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": far}))).exchange(t)
+			g := requireGranted(t, r)
 			assert.Equal(t, time.Now().Add(400*24*time.Hour).UTC(), g.Expires)
 		})
 	})
 	t.Run("the last of two keys wins", func(t *testing.T) {
 		b := strings.Replace(body(t, map[string]any{"refreshToken": newCanary}), "{", `{"refreshToken":"first",`, 1)
-		g, err := through(t, answering(200, nil, b)).exchange(t)
-		require.NoError(t, err)
-		assert.Equal(t, newCanary, g.RefreshToken)
+		r := through(t, answering(200, nil, b)).exchange(t)
+		requireGranted(t, r)
+		assert.Equal(t, newCanary, r.RefreshToken)
 	})
-	t.Run("but a null takes nothing away", func(t *testing.T) {
-		b := strings.TrimSuffix(body(t, map[string]any{"refreshToken": newCanary}), "}") + `,"refreshToken":null,"accessToken":null}`
-		g, err := through(t, answering(200, nil, b)).exchange(t)
-		require.NoError(t, err)
-		assert.Equal(t, newCanary, g.RefreshToken)
-		assert.Equal(t, accessCanary, g.AccessToken)
+	t.Run("but a null or an empty one takes nothing away", func(t *testing.T) {
+		b := strings.TrimSuffix(body(t, map[string]any{"refreshToken": newCanary}), "}") + `,"refreshToken":null,"accessToken":null,"refreshToken":"","accessToken":" ","endpointUrl":"","accessTokenExpiry":""}`
+		r := through(t, answering(200, nil, b)).exchange(t)
+		g := requireGranted(t, r)
+		assert.Equal(t, newCanary, r.RefreshToken)
+		assert.Equal(t, accessCanary, g.Token)
 	})
+}
+
+// What a careful reader understands is understood.
+func TestSpellings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		millis := time.Now().Add(24 * time.Hour).UnixMilli()
+		for name, spelling := range map[string]string{
+			"a number":    fmt.Sprint(millis),
+			"a decimal":   fmt.Sprintf("%d.0", millis),
+			"a fraction":  fmt.Sprintf("%d.999", millis),
+			"E notation":  fmt.Sprintf("%d.%012de12", millis/1e12, millis%1e12),
+			"a string":    fmt.Sprintf("%q", fmt.Sprint(millis)),
+			"all of them": fmt.Sprintf(`" %d.%012dE+12\n"`, millis/1e12, millis%1e12),
+		} {
+			r := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": json.RawMessage(spelling)}))).exchange(t)
+			assert.Equal(t, millis, requireGranted(t, r).Expires.UnixMilli(), name)
+		}
+		for name, far := range map[string]string{
+			"beyond 400 days": fmt.Sprint(time.Now().Add(400*24*time.Hour + time.Millisecond).UnixMilli()),
+			"microseconds":    fmt.Sprintf("%d000", millis),
+			"beyond 2262":     "1e15",
+			"beyond 64 bits":  "99999999999999999999",
+			"beyond reason":   "1e999999999",
+		} {
+			r := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": json.RawMessage(far)}))).exchange(t)
+			assert.Equal(t, time.Now().Add(400*24*time.Hour).UTC(), requireGranted(t, r).Expires, name)
+		}
+		r := through(t, answering(200, nil, "\ufeff"+body(t, map[string]any{"refreshToken": newCanary}))).exchange(t)
+		requireGranted(t, r)
+		assert.Equal(t, newCanary, r.RefreshToken, "behind a byte-order mark")
+	})
+	for name, c := range map[string]struct {
+		field       string
+		value, want any
+	}{
+		"a scope that is a list": {"scope", []any{"token.write", 5, "token.read"}, "token.write,token.read"},
+		"a scope that is none":   {"scope", map[string]any{"a": 1}, ""},
+		"the longest scope":      {"scope", strings.Repeat("a", 4<<10), strings.Repeat("a", 4<<10)},
+		"a longer scope":         {"scope", strings.Repeat("a", 4<<10+1), ""},
+	} {
+		g := requireGranted(t, through(t, answering(200, nil, body(t, map[string]any{c.field: c.value}))).exchange(t))
+		assert.Equal(t, c.want, g.Scope, name)
+	}
+	const e = "https://e.osi.office.net/"
+	for url, want := range map[string]string{
+		" " + e + "\n":                         e,
+		e + strings.Repeat("a", 2048-len(e)):   e + strings.Repeat("a", 2048-len(e)),
+		e + strings.Repeat("a", 2048-len(e)+1): "",
+	} {
+		g := requireGranted(t, through(t, answering(200, nil, body(t, map[string]any{"endpointUrl": url}))).exchange(t))
+		assert.Equal(t, want, g.EndpointURL)
+	}
+}
+
+func TestFactsOfANewRefreshToken(t *testing.T) {
+	issued := time.Now().Truncate(time.Second).UTC()
+	token := jwt(t, claimSet{"iat": issued.Unix(), "exp": issued.Add(1000 * time.Hour).Unix(), "urn:microsoft:credentials": claimSet{"applicationId": connectorID, "data": claimSet{"GroupId": "g-1"}}})
+	r := through(t, answering(200, nil, body(t, map[string]any{"refreshToken": token}))).exchange(t)
+	requireGranted(t, r)
+	assert.Equal(t, &tokenservice.Facts{Kind: "group", GroupID: "g-1", Expires: issued.Add(1000 * time.Hour), RotatesFrom: issued.Add(900 * time.Hour)}, r.Facts)
+
+	r = through(t, answering(200, nil, body(t, map[string]any{"refreshToken": newCanary}))).exchange(t)
+	assert.Equal(t, &tokenservice.Facts{Kind: "unknown"}, r.Facts)
+}
+
+// An answer is lost where something may be in it that was not read.
+func TestLost(t *testing.T) {
+	whole := body(t, nil)
+	for name, c := range map[string]struct {
+		status int
+		body   string
+		lost   bool
+	}{
+		"half a success":               {200, whole[:len(whole)/2], true},
+		"a web page that is a success": {200, "<html>", true},
+		"no body":                      {204, "", true},
+		"over the cap":                 {200, whole + strings.Repeat(" ", tokenservice.MaxAnswerBytes), true},
+		"an error over the cap":        {500, strings.Repeat(" ", tokenservice.MaxAnswerBytes+1), true},
+		"a refusal over the cap":       {400, strings.Repeat(" ", tokenservice.MaxAnswerBytes+1), true},
+		"a success without a token":    {200, "{}", false},
+		"a refusal":                    {401, `{"errorCode":"InvalidToken"}`, false},
+		"an error":                     {503, "<html>", false},
+		"a web page":                   {404, "<html>", false},
+		"a redirect to a stranger":     {308, "", false},
+	} {
+		var f *tokenservice.Failure
+		require.ErrorAs(t, through(t, answering(c.status, nil, c.body)).exchange(t).Err, &f, name)
+		assert.Equal(t, c.lost, f.Lost, name)
+		assert.Equal(t, c.status, f.Status, name)
+	}
 }
 
 // Each answer holds a new refresh token beside something that is wrong. The token comes back beside the error, alone.
@@ -114,74 +215,78 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 	token := `"refreshToken":"` + newCanary + `"`
 	whole := with("x", 1)
 	for name, b := range map[string]string{
-		"cut off after it":           `{` + token,
-		"cut off in the next key":    `{` + token + `,"acc`,
-		"cut off in the next value":  `{` + token + `,"accessToken":"abc`,
-		"cut off in a number":        `{` + token + `,"accessTokenExpiry":17`,
-		"cut off before the brace":   whole[:len(whole)-1],
-		"followed by junk":           whole + bodyCanary,
-		"followed by an object":      whole + whole,
-		"junk after it":              `{` + token + ` ` + bodyCanary,
-		"over the cap":               whole + strings.Repeat(" ", maxAnswerBytes),
-		"over the cap in a string":   `{` + token + `,"x":"` + strings.Repeat("a", maxAnswerBytes) + `"}`,
-		"nested over the cap":        `{` + token + `,"x":` + strings.Repeat("[", maxAnswerBytes),
-		"no accessToken":             with("accessToken", nil),
-		"empty accessToken":          with("accessToken", ""),
-		"accessToken with LF":        with("accessToken", accessCanary+"\nx"),
-		"accessToken of 17 KiB":      with("accessToken", strings.Repeat("a", 17<<10)),
-		"accessToken a number":       with("accessToken", 5),
-		"accessToken an object":      with("accessToken", map[string]any{"a": accessCanary}),
-		"no expiry":                  with("accessTokenExpiry", nil),
-		"expiry a string":            with("accessTokenExpiry", bodyCanary),
-		"expiry a fraction":          with("accessTokenExpiry", 1.5),
-		"expiry with an exponent":    with("accessTokenExpiry", json.RawMessage("1e15")),
-		"expiry beyond 64 bits":      with("accessTokenExpiry", json.RawMessage("99999999999999999999")),
-		"expiry negative":            with("accessTokenExpiry", -1),
-		"expiry in seconds":          with("accessTokenExpiry", time.Now().Add(time.Hour).Unix()),
-		"expiry just past":           with("accessTokenExpiry", time.Now().UnixMilli()),
-		"no endpointUrl":             with("endpointUrl", nil),
-		"endpointUrl relative":       with("endpointUrl", "/"+bodyCanary),
-		"endpointUrl http":           with("endpointUrl", "http://"+bodyCanary+".osi.office.net"),
-		"endpointUrl with a user":    with("endpointUrl", "https://"+bodyCanary+"@osi.office.net"),
-		"endpointUrl a list":         with("endpointUrl", []string{bodyCanary}),
-		"scope a list":               with("scope", []string{bodyCanary}),
-		"then a refreshToken number": strings.TrimSuffix(whole, "}") + `,"refreshToken":1}`,
+		"cut off after it":          `{` + token,
+		"cut off in the next key":   `{` + token + `,"acc`,
+		"cut off in the next value": `{` + token + `,"accessToken":"abc`,
+		"cut off in a number":       `{` + token + `,"accessTokenExpiry":17`,
+		"cut off before the brace":  whole[:len(whole)-1],
+		"followed by junk":          whole + bodyCanary,
+		"followed by an object":     whole + whole,
+		"junk after it":             `{` + token + ` ` + bodyCanary,
+		"over the cap":              whole + strings.Repeat(" ", tokenservice.MaxAnswerBytes),
+		"over the cap in a string":  `{` + token + `,"x":"` + strings.Repeat("a", tokenservice.MaxAnswerBytes) + `"}`,
+		"nested over the cap":       `{` + token + `,"x":` + strings.Repeat("[", tokenservice.MaxAnswerBytes),
+		"no accessToken":            with("accessToken", nil),
+		"empty accessToken":         with("accessToken", ""),
+		"accessToken with LF":       with("accessToken", accessCanary+"\nx"),
+		"accessToken of 17 KiB":     with("accessToken", strings.Repeat("a", 17<<10)),
+		"accessToken a number":      with("accessToken", 5),
+		"accessToken an object":     with("accessToken", map[string]any{"a": accessCanary}),
+		"no expiry":                 with("accessTokenExpiry", nil),
+		"expiry a string":           with("accessTokenExpiry", bodyCanary),
+		"expiry a fraction":         with("accessTokenExpiry", 1.5),
+		"expiry negative":           with("accessTokenExpiry", -1),
+		"expiry in seconds":         with("accessTokenExpiry", time.Now().Add(time.Hour).Unix()),
+		"expiry just past":          with("accessTokenExpiry", time.Now().UnixMilli()),
+		"no endpointUrl":            with("endpointUrl", nil),
+		"endpointUrl relative":      with("endpointUrl", "/"+bodyCanary),
+		"endpointUrl http":          with("endpointUrl", "http://"+bodyCanary+".osi.office.net"),
+		"endpointUrl with a user":   with("endpointUrl", "https://"+bodyCanary+"@osi.office.net"),
+		"endpointUrl a list":        with("endpointUrl", []string{bodyCanary}),
+		"junk before it":            `{"accessToken":` + bodyCanary + `,` + token + `}`,
+		"a line break before it":    "{\"scope\":\"a\nb\"," + token + "}",
+		"a comma too many":          strings.TrimSuffix(whole, "}") + ",}",
 	} {
 		t.Run(name, func(t *testing.T) {
-			g, err := through(t, answering(200, nil, b)).exchange(t)
-			e := requireKind(t, Unavailable, err)
+			r := through(t, answering(200, nil, b)).exchange(t)
+			e := requireKind(t, tokenservice.Unavailable, r.Err)
 			assert.Contains(t, e.Text, "did not make sense")
-			assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+			requireRescued(t, newCanary, r)
 
 			// The same without a new refresh token is an error alone.
-			g, err = through(t, answering(200, nil, strings.ReplaceAll(b, newCanary, refreshCanary))).exchange(t)
-			requireKind(t, Unavailable, err)
-			assert.Nil(t, g)
+			r = through(t, answering(200, nil, strings.ReplaceAll(b, newCanary, refreshCanary))).exchange(t)
+			requireKind(t, tokenservice.Unavailable, r.Err)
+			requireRescued(t, "", r)
 		})
 	}
 
 	t.Run("beside an errorCode", func(t *testing.T) {
-		g, err := through(t, answering(200, nil, with("errorCode", "InvalidParameters"))).exchange(t)
-		requireKind(t, Refused, err)
-		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+		r := through(t, answering(200, nil, with("errorCode", "InvalidParameters"))).exchange(t)
+		requireKind(t, tokenservice.Refused, r.Err)
+		requireRescued(t, newCanary, r)
 	})
 	t.Run("but an error page's is not believed", func(t *testing.T) {
 		for _, status := range []int{301, 400, 404, 429, 500, 503} {
-			g, err := through(t, answering(status, nil, whole)).exchange(t)
-			require.Error(t, err)
-			assert.Nil(t, g, "%d", status)
+			r := through(t, answering(status, nil, whole)).exchange(t)
+			require.Error(t, r.Err)
+			requireRescued(t, "", r)
 		}
 	})
 	t.Run("nor half of one", func(t *testing.T) {
-		g, err := through(t, answering(200, nil, `{"refreshToken":"`+newCanary)).exchange(t)
-		requireKind(t, Unavailable, err)
-		assert.Nil(t, g)
+		r := through(t, answering(200, nil, `{"refreshToken":"`+newCanary)).exchange(t)
+		requireKind(t, tokenservice.Unavailable, r.Err)
+		requireRescued(t, "", r)
 	})
-	for name, bad := range map[string]string{"LF": newCanary + "\nx", "not ASCII": newCanary + "é", "too long": strings.Repeat("a", MaxTokenBytes+1)} {
-		t.Run("nor one that cannot be sent: "+name, func(t *testing.T) {
-			g, err := through(t, answering(200, nil, with("refreshToken", bad))).exchange(t)
-			requireKind(t, Unavailable, err)
-			assert.Nil(t, g)
+	for name, bad := range map[string]string{"LF": newCanary + "\nx", "not ASCII": newCanary + "é", "too long": strings.Repeat("a", tokenservice.MaxTokenBytes+1)} {
+		t.Run("nor one that cannot be sent, which costs itself alone: "+name, func(t *testing.T) {
+			r := through(t, answering(200, nil, with("refreshToken", bad))).exchange(t)
+			requireGranted(t, r)
+			assert.Empty(t, r.RefreshToken)
+			assert.Nil(t, r.Facts)
+
+			r = through(t, answering(200, nil, strings.TrimSuffix(whole, "}")+`,"refreshToken":`+text(t, bad)+`}`)).exchange(t)
+			requireGranted(t, r)
+			assert.Equal(t, newCanary, r.RefreshToken, "and no other")
 		})
 	}
 }
@@ -189,8 +294,8 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 func TestClocksThatDiffer(t *testing.T) {
 	for ago, mentioned := range map[time.Duration]bool{0: true, 23 * time.Hour: true, 25 * time.Hour: false} {
 		b := body(t, map[string]any{"accessTokenExpiry": time.Now().Add(-ago).UnixMilli()})
-		_, err := through(t, answering(200, nil, b)).exchange(t)
-		assert.Equal(t, mentioned, strings.Contains(requireKind(t, Unavailable, err).Text, "clock"), "%v", ago)
+		r := through(t, answering(200, nil, b)).exchange(t)
+		assert.Equal(t, mentioned, strings.Contains(requireKind(t, tokenservice.Unavailable, r.Err).Text, "clock"), "%v", ago)
 	}
 }
 
@@ -206,40 +311,40 @@ func TestRefusals(t *testing.T) {
 		name   string
 		body   string
 		status []int
-		kind   Kind
+		kind   tokenservice.Kind
 		code   string
 	}{
-		{"InvalidToken", invalidToken, []int{200, 302, 400, 401, 403, 500, 503}, RefusedRefreshToken, "InvalidToken"},
-		{"InvalidToken in another case", object("", " invalidTOKEN "), []int{200, 401}, RefusedRefreshToken, "InvalidToken"},
-		{"the connector's message", object(wrongConnector, "Unauthenticated"), []int{200, 401, 500}, RefusedConnector, "Unauthenticated"},
-		{"the connector's message in another case", object(strings.ToUpper(wrongConnector), bodyCanary), []int{401}, RefusedConnector, ""},
-		{"the connector's message outweighs InvalidToken", object(wrongConnector, "InvalidToken"), []int{401}, RefusedConnector, "InvalidToken"},
-		{"the connector's message without errorCode", object(wrongConnector, ""), []int{400, 401, 403}, RefusedConnector, ""},
-		{"the connector's message without errorCode, but no 4xx", object(wrongConnector, ""), []int{200, 302, 500}, Unavailable, ""},
-		{"half of the connector's message", object("no secret "+bodyCanary, "InvalidParameters"), []int{400}, Refused, "InvalidParameters"},
-		{"Unauthenticated", object(bodyCanary, "unauthenticated"), []int{200, 401}, Refused, "Unauthenticated"},
-		{"an unknown code", object(bodyCanary, bodyCanary), []int{200, 400}, Refused, ""},
-		{"a code that is a number", object(bodyCanary, 7), []int{200, 400}, Refused, ""},
-		{"a code that is an object", object(bodyCanary, map[string]any{"a": 1}), []int{200, 400}, Refused, ""},
-		{"an unknown code with a 5xx", object(bodyCanary, bodyCanary), []int{500, 503}, Unavailable, ""},
-		{"a documented code with a 5xx", object(bodyCanary, "InvalidParameters"), []int{500}, Unavailable, "InvalidParameters"},
-		{"no code", object(bodyCanary, ""), []int{200, 400, 404, 500}, Unavailable, ""},
-		{"a code beside a whole grant", body(t, map[string]any{"errorCode": "InvalidToken"}), []int{200}, RefusedRefreshToken, "InvalidToken"},
-		{"half an InvalidToken", invalidToken[:len(invalidToken)-1], []int{200, 401, 500}, Unavailable, ""},
-		{"InvalidToken and junk", invalidToken + bodyCanary, []int{200, 401}, Unavailable, ""},
-		{"InvalidToken in a list", "[" + invalidToken + "]", []int{200, 401}, Unavailable, ""},
-		{"a proxy's HTML", "<html>" + bodyCanary, []int{200, 301, 302, 303, 304, 400, 401, 403, 404, 407, 500, 502, 503}, Unavailable, ""},
-		{"nothing", "", []int{200, 204, 400, 401, 500}, Unavailable, ""},
-		{"null", "null", []int{200, 400}, Unavailable, ""},
+		{"InvalidToken", invalidToken, []int{200, 302, 400, 401, 403, 500, 503}, tokenservice.RefusedRefreshToken, "InvalidToken"},
+		{"InvalidToken in another case", object("", " invalidTOKEN "), []int{200, 401}, tokenservice.RefusedRefreshToken, "InvalidToken"},
+		{"the connector's message", object(wrongConnector, "Unauthenticated"), []int{200, 401, 500}, tokenservice.RefusedConnector, "Unauthenticated"},
+		{"the connector's message in another case", object(strings.ToUpper(wrongConnector), bodyCanary), []int{401}, tokenservice.RefusedConnector, ""},
+		{"the connector's message outweighs InvalidToken", object(wrongConnector, "InvalidToken"), []int{401}, tokenservice.RefusedConnector, "InvalidToken"},
+		{"the connector's message without errorCode", object(wrongConnector, ""), []int{400, 401, 403}, tokenservice.RefusedConnector, ""},
+		{"the connector's message without errorCode, but no 4xx", object(wrongConnector, ""), []int{200, 302, 500}, tokenservice.Unavailable, ""},
+		{"half of the connector's message", object("no secret "+bodyCanary, "InvalidParameters"), []int{400}, tokenservice.Refused, "InvalidParameters"},
+		{"Unauthenticated", object(bodyCanary, "unauthenticated"), []int{200, 401}, tokenservice.Refused, "Unauthenticated"},
+		{"an unknown code", object(bodyCanary, bodyCanary), []int{200, 400}, tokenservice.Refused, ""},
+		{"a code that is a number", object(bodyCanary, 7), []int{200, 400}, tokenservice.Refused, ""},
+		{"a code that is an object", object(bodyCanary, map[string]any{"a": 1}), []int{200, 400}, tokenservice.Refused, ""},
+		{"an unknown code with a 5xx", object(bodyCanary, bodyCanary), []int{500, 503}, tokenservice.Unavailable, ""},
+		{"a documented code with a 5xx", object(bodyCanary, "InvalidParameters"), []int{500}, tokenservice.Unavailable, "InvalidParameters"},
+		{"no code", object(bodyCanary, ""), []int{200, 400, 404, 500}, tokenservice.Unavailable, ""},
+		{"a code beside a whole grant", body(t, map[string]any{"errorCode": "InvalidToken"}), []int{200}, tokenservice.RefusedRefreshToken, "InvalidToken"},
+		{"half an InvalidToken", invalidToken[:len(invalidToken)-1], []int{200, 401, 500}, tokenservice.Unavailable, ""},
+		{"InvalidToken and junk", invalidToken + bodyCanary, []int{200, 401}, tokenservice.Unavailable, ""},
+		{"InvalidToken in a list", "[" + invalidToken + "]", []int{200, 401}, tokenservice.Unavailable, ""},
+		{"a proxy's HTML", "<html>" + bodyCanary, []int{200, 301, 302, 303, 304, 400, 401, 403, 404, 407, 500, 502, 503}, tokenservice.Unavailable, ""},
+		{"nothing", "", []int{200, 204, 400, 401, 500}, tokenservice.Unavailable, ""},
+		{"null", "null", []int{200, 400}, tokenservice.Unavailable, ""},
 	} {
 		for _, status := range c.status {
 			t.Run(fmt.Sprintf("%s, %d", c.name, status), func(t *testing.T) {
-				g, err := through(t, answering(status, nil, c.body)).exchange(t)
-				e := requireKind(t, c.kind, err)
+				r := through(t, answering(status, nil, c.body)).exchange(t)
+				e := requireKind(t, c.kind, r.Err)
 				assert.Equal(t, status, e.Status)
 				assert.Equal(t, c.code, e.Code)
-				assert.Nil(t, g)
-				if c.kind == Refused && c.code == "" {
+				requireRescued(t, "", r)
+				if c.kind == tokenservice.Refused && c.code == "" {
 					assert.Contains(t, e.Text, "an unknown errorCode")
 				}
 			})
@@ -254,16 +359,16 @@ func TestErrorsSayWhoHasToDoWhat(t *testing.T) {
 		"connector owner": `{"errorCode":"x"}`,
 		"api_root":        `<html>`,
 	} {
-		_, err := through(t, answering(403, nil, b)).exchange(t)
-		assert.ErrorContains(t, err, want)
+		r := through(t, answering(403, nil, b)).exchange(t)
+		assert.ErrorContains(t, r.Err, want)
 	}
 }
 
 func TestLimit(t *testing.T) {
 	// The status outweighs whatever the body says.
 	for _, b := range []string{"", "<html>", `{"errorCode":"InvalidToken"}`, body(t, nil)} {
-		_, err := through(t, answering(429, http.Header{"Retry-After": {"30"}}, b)).exchange(t)
-		e := requireKind(t, Limited, err)
+		r := through(t, answering(429, http.Header{"Retry-After": {"30"}}, b)).exchange(t)
+		e := requireKind(t, tokenservice.Limited, r.Err)
 		assert.Equal(t, 429, e.Status)
 		assert.Equal(t, 30*time.Second, e.RetryAfter)
 		assert.Contains(t, e.Text, "30s")
@@ -292,12 +397,16 @@ func TestRetryAfter(t *testing.T) {
 			time.Now().UTC().String(): 0,
 		} {
 			header := http.Header{"Retry-After": {value}}
-			_, err := through(t, answering(429, header, "")).exchange(t)
-			assert.Equal(t, want, requireKind(t, Limited, err).RetryAfter, "%q", value)
+			r := through(t, answering(429, header, "")).exchange(t)
+			assert.Equal(t, want, requireKind(t, tokenservice.Limited, r.Err).RetryAfter, "%q", value)
 			for _, b := range []string{"<html>", `{"errorCode":"` + bodyCanary + `"}`} {
-				_, err = through(t, answering(503, header, b)).exchange(t)
-				assert.Equal(t, want, requireKind(t, Unavailable, err).RetryAfter, "%q", value)
+				r = through(t, answering(503, header, b)).exchange(t)
+				assert.Equal(t, want, requireKind(t, tokenservice.Unavailable, r.Err).RetryAfter, "%q", value)
 			}
+			r = through(t, answering(403, header, "<html>")).exchange(t)
+			assert.Equal(t, want, requireKind(t, tokenservice.Unavailable, r.Err).RetryAfter, "%q", value)
+			r = through(t, answering(403, header, `{"errorCode":"x"}`)).exchange(t)
+			assert.Equal(t, want, requireKind(t, tokenservice.Refused, r.Err).RetryAfter, "%q", value)
 		}
 	})
 }
@@ -305,18 +414,18 @@ func TestRetryAfter(t *testing.T) {
 func TestNoMoreIsReadThanTheCap(t *testing.T) {
 	read := 0
 	endless := readerFunc(func(p []byte) (int, error) {
-		if read > 2*maxAnswerBytes {
+		if read > 2*tokenservice.MaxAnswerBytes {
 			return 0, io.EOF
 		}
 		n := copy(p, " ")
 		read += n
 		return n, nil
 	})
-	_, err := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
+	r := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
 		return &http.Response{StatusCode: 200, Body: io.NopCloser(endless)}, nil
 	})).exchange(t)
-	assert.Contains(t, requireKind(t, Unavailable, err).Text, "256 KiB")
-	assert.Equal(t, maxAnswerBytes+1, read)
+	assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "256 KiB")
+	assert.Equal(t, tokenservice.MaxAnswerBytes+1, read)
 }
 
 func TestCapCountsDecompressedBytes(t *testing.T) {
@@ -328,14 +437,14 @@ func TestCapCountsDecompressedBytes(t *testing.T) {
 		_, _ = z.Write(zeros)
 	}
 	require.NoError(t, z.Close())
-	require.Less(t, bomb.Len(), maxAnswerBytes)
+	require.Less(t, bomb.Len(), tokenservice.MaxAnswerBytes)
 
 	c := served(t, func(w http.ResponseWriter, r *http.Request) {
 		assert.Equal(t, "gzip", r.Header.Get("Accept-Encoding"))
 		w.Header().Set("Content-Encoding", "gzip")
 		_, _ = w.Write(bomb.Bytes())
 	})
-	g, err := c.exchange(t)
-	assert.Contains(t, requireKind(t, Unavailable, err).Text, "256 KiB")
-	assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+	r := c.exchange(t)
+	assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "256 KiB")
+	requireRescued(t, newCanary, r)
 }

@@ -15,6 +15,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 func certificate(t *testing.T) string {
@@ -110,7 +112,7 @@ func TestNewRefuses(t *testing.T) {
 			config := Config{ConnectorID: connectorID, ConnectorSecret: secretCanary, APIRoot: DefaultAPIRoot}
 			c.edit(&config)
 			_, err := New(config)
-			var e *FieldError
+			var e *tokenservice.FieldError
 			require.ErrorAs(t, err, &e)
 			assert.Equal(t, c.field, e.Field)
 			assert.True(t, strings.HasPrefix(err.Error(), c.field+" "))
@@ -119,34 +121,36 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-func TestCheckToken(t *testing.T) {
-	assert.NoError(t, CheckToken(refreshCanary))
-	assert.NoError(t, CheckToken("opaque, with spaces\tand a tab"))
-	assert.NoError(t, CheckToken(strings.Repeat("a", MaxTokenBytes)))
+func TestATokenThatCannotBeSent(t *testing.T) {
 	for name, token := range map[string]string{
-		"empty":                   "",
-		"too long":                strings.Repeat("a", MaxTokenBytes+1),
-		"CR":                      refreshCanary + "\rx",
-		"LF":                      refreshCanary + "\nx",
-		"NUL":                     refreshCanary + "\x00x",
-		"DEL":                     refreshCanary + "\x7fx",
-		"not ASCII":               refreshCanary + "\u200bx",
-		"not UTF-8":               refreshCanary + "\xff",
-		"space that Go trims":     refreshCanary + " ",
-		"a line break at the end": refreshCanary + "\r\n",
+		"empty":    "",
+		"too long": strings.Repeat("a", tokenservice.MaxTokenBytes+1),
+		"LF":       refreshCanary + "\nx",
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := CheckToken(token)
-			require.Error(t, err)
-			requireNoCanary(t, err)
-
-			calls := 0
-			c := through(t, handled(nil))
-			_, err = c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(context.Context) (func(), error) { calls++; return nil, nil }})
-			requireKind(t, Refused, err)
-			assert.Zero(t, calls, "it must not come to a call")
+			r := through(t, handled(nil)).Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Endpoint: "https://eu.kaiza.la", Permit: func(context.Context) (func(), error) {
+				t.Error("it must not come to a call")
+				return nil, nil
+			}})
+			requireKind(t, tokenservice.Refused, r.Err)
+			requireRescued(t, "", r)
+			assert.Equal(t, "https://eu.kaiza.la", r.Endpoint)
+			assert.Zero(t, r.Sent)
 		})
 	}
+}
+
+func TestAbout(t *testing.T) {
+	c := client(t, nil)
+	assert.Equal(t, tokenservice.About{Name: "Kaizala", NewRefreshToken: "generate a new one on Kaizala's portal", Revocation: tokenservice.RevokeNothing}, c.About())
+	assert.Equal(t, 30*24*time.Hour, c.KeepAlive(tokenservice.Facts{}))
+	assert.Zero(t, c.KeepAlive(tokenservice.Facts{Expires: time.Unix(1, 0)}))
+
+	var service tokenservice.Service = c
+	_, revokes := service.(tokenservice.Revoker)
+	assert.False(t, revokes)
+	_, pins := service.(tokenservice.PINFlow)
+	assert.True(t, pins)
 }
 
 func TestNothingPrintsASecret(t *testing.T) {
@@ -156,8 +160,6 @@ func TestNothingPrintsASecret(t *testing.T) {
 	defer c.Close()
 	for _, v := range []any{
 		config, &config, c,
-		Request{RefreshToken: refreshCanary}, &Request{RefreshToken: refreshCanary},
-		Grant{AccessToken: accessCanary, RefreshToken: newCanary}, &Grant{AccessToken: accessCanary, RefreshToken: newCanary},
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			requireNoCanary(t, fmt.Errorf(verb, v))

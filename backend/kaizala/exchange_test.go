@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // served returns a client, with its own transport, of a server on a socket.
@@ -36,11 +37,14 @@ func TestExchange(t *testing.T) {
 			s := start()
 			defer s.Close()
 			c, token := connectorOf(t, s.Service, func(c *Config) { c.APIRoot, c.CACert, c.Transport = s.URL, s.CACert, nil })
-			g, err := c.Exchange(t.Context(), Request{RefreshToken: token})
-			require.NoError(t, err)
-			assert.True(t, s.AccessTokenAlive(g.AccessToken))
+			before := time.Now()
+			r := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token})
+			g := requireGranted(t, r)
+			assert.True(t, s.AccessTokenAlive(g.Token))
 			assert.Equal(t, s.URL, g.EndpointURL)
-			assert.Empty(t, g.RefreshToken)
+			assert.Empty(t, r.RefreshToken)
+			assert.Nil(t, r.Facts)
+			assert.False(t, r.Sent.Before(before) || r.Sent.After(time.Now()))
 			assert.WithinDuration(t, time.Now().Add(24*time.Hour), g.Expires, time.Minute)
 		})
 	}
@@ -51,27 +55,26 @@ func TestExchangeSaysWhatTheServiceMeans(t *testing.T) {
 	c, token := connectorOf(t, s, nil)
 	id := c.connectorID
 	exchange := func(token string) error {
-		_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
-		return err
+		return c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token}).Err
 	}
 	require.NoError(t, exchange(token))
-	requireKind(t, RefusedRefreshToken, exchange(token+"x"))
+	requireKind(t, tokenservice.RefusedRefreshToken, exchange(token+"x"))
 
 	newer := s.GenerateUserToken(id, "ada")
-	requireKind(t, RefusedRefreshToken, exchange(token))
+	requireKind(t, tokenservice.RefusedRefreshToken, exchange(token))
 	require.NoError(t, exchange(newer))
 
 	s.SetConnectorSecret(id, "OTHER")
-	requireKind(t, RefusedConnector, exchange(newer))
+	requireKind(t, tokenservice.RefusedConnector, exchange(newer))
 	s.SetConnectorSecret(id, c.connectorSecret)
 
 	s.SetLimits(1, 0)
-	e := requireKind(t, Limited, exchange(newer))
+	e := requireKind(t, tokenservice.Limited, exchange(newer))
 	assert.InDelta(t, 60, e.RetryAfter.Seconds(), 5)
 	s.SetLimits(0, 0)
 
 	s.DeleteConnector(id)
-	requireKind(t, RefusedConnector, exchange(newer))
+	requireKind(t, tokenservice.RefusedConnector, exchange(newer))
 }
 
 func TestRotation(t *testing.T) {
@@ -79,22 +82,23 @@ func TestRotation(t *testing.T) {
 		s := kaizalatest.New()
 		c, token := connectorOf(t, s, nil)
 		time.Sleep(time.Until(Inspect(token).RotatesFrom()) - time.Second)
-		g, err := c.Exchange(t.Context(), Request{RefreshToken: token})
-		require.NoError(t, err)
-		require.Empty(t, g.RefreshToken)
+		r := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token})
+		requireGranted(t, r)
+		require.Empty(t, r.RefreshToken)
 
 		time.Sleep(time.Second)
-		g, err = c.Exchange(t.Context(), Request{RefreshToken: token})
-		require.NoError(t, err)
-		require.Equal(t, s.CurrentRefreshToken("ada"), g.RefreshToken)
-		require.NotEqual(t, token, g.RefreshToken)
+		r = c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token})
+		requireGranted(t, r)
+		require.Equal(t, s.CurrentRefreshToken("ada"), r.RefreshToken)
+		require.NotEqual(t, token, r.RefreshToken)
+		require.Equal(t, time.Now().Truncate(time.Second).Add(365*24*time.Hour).UTC(), r.Facts.Expires)
 
 		// The answer that holds the next one is cut off behind it, then the connection breaks.
-		time.Sleep(time.Until(Inspect(g.RefreshToken).RotatesFrom()))
+		time.Sleep(time.Until(r.Facts.RotatesFrom))
 		s.Inject(kaizalatest.Fault{Times: 1, Truncate: true, TruncateAt: 1 << 20})
-		lost, err := c.Exchange(t.Context(), Request{RefreshToken: g.RefreshToken})
-		requireKind(t, Unavailable, err)
-		require.Equal(t, &Grant{RefreshToken: s.CurrentRefreshToken("ada")}, lost)
+		lost := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: r.RefreshToken})
+		require.True(t, requireKind(t, tokenservice.Unavailable, lost.Err).Lost)
+		requireRescued(t, s.CurrentRefreshToken("ada"), lost)
 	})
 }
 
@@ -109,8 +113,7 @@ func TestRequest(t *testing.T) {
 		}))
 		c := client(t, func(c *Config) { c.APIRoot = server.URL + root })
 		for range 2 {
-			_, err := c.exchange(t)
-			require.NoError(t, err)
+			requireGranted(t, c.exchange(t))
 		}
 		server.Close()
 		assert.Equal(t, http.MethodGet, seen.Method)
@@ -135,10 +138,8 @@ func TestOneRequestForOnePermit(t *testing.T) {
 		}
 		panic(http.ErrAbortHandler)
 	})
-	_, err := c.exchange(t)
-	require.NoError(t, err)
-	_, err = c.exchange(t)
-	requireKind(t, Unavailable, err)
+	requireGranted(t, c.exchange(t))
+	requireKind(t, tokenservice.Unavailable, c.exchange(t).Err)
 	assert.EqualValues(t, 2, requests.Load())
 }
 
@@ -164,8 +165,8 @@ func TestNetworkErrors(t *testing.T) {
 		client     *Client
 	}{
 		{"nobody listens", "refuses connections", client(t, func(c *Config) { c.APIRoot = closed.URL })},
-		{"no such name", "does not resolve", client(t, func(c *Config) {
-			direct := newTransport(nil)
+		{"no such name", "check api_root and DNS", client(t, func(c *Config) {
+			direct := tokenservice.NewTransport(nil)
 			direct.Proxy = nil
 			c.APIRoot, c.Transport = "https://kaizala.invalid", direct
 		})},
@@ -193,20 +194,19 @@ func TestNetworkErrors(t *testing.T) {
 			_, _ = io.WriteString(conn, bodyCanary+" "+refreshCanary+"\r\n\r\n")
 			_ = conn.Close()
 		})},
-		{"a header without end", "not HTTP", served(t, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("X", strings.Repeat(bodyCanary, maxHeaderBytes))
-		})},
 		{"an error that quotes", "broke the connection off", through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
 			return nil, errors.New(r.Header.Get("refreshToken") + r.Header.Get("applicationSecret") + bodyCanary)
 		}))},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g, err := c.client.exchange(t)
-			e := requireKind(t, Unavailable, err)
+			r := c.client.exchange(t)
+			e := requireKind(t, tokenservice.Unavailable, r.Err)
+			assert.True(t, strings.HasPrefix(e.Text, "Kaizala's token service at "+c.client.root.Hostname()+" "), e.Text)
 			assert.Contains(t, e.Text, c.says)
+			assert.False(t, r.Sent.IsZero())
 			assert.Equal(t, c.name == "a trickle", e.Status == 200, "the status of an answer, and 0 for none")
-			assert.NotContains(t, e.Text, callPath)
-			assert.Nil(t, g)
+			assert.NotContains(t, e.Text, exchangePath)
+			requireRescued(t, "", r)
 		})
 	}
 }
@@ -218,50 +218,50 @@ func TestBrokenAnswers(t *testing.T) {
 		_ = http.NewResponseController(w).Flush()
 	}
 	t.Run("reset", func(t *testing.T) {
-		g, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+		r := served(t, func(w http.ResponseWriter, _ *http.Request) {
 			start(w)
 			panic(http.ErrAbortHandler)
 		}).exchange(t)
-		assert.Contains(t, requireKind(t, Unavailable, err).Text, "broke the connection off")
-		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+		assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "broke the connection off")
+		requireRescued(t, newCanary, r)
 	})
 	t.Run("reset after the whole object", func(t *testing.T) {
-		g, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+		r := served(t, func(w http.ResponseWriter, _ *http.Request) {
 			_, _ = io.WriteString(w, body(t, map[string]any{"refreshToken": newCanary}))
 			_ = http.NewResponseController(w).Flush()
 			panic(http.ErrAbortHandler)
 		}).exchange(t)
-		requireKind(t, Unavailable, err)
-		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+		requireKind(t, tokenservice.Unavailable, r.Err)
+		requireRescued(t, newCanary, r)
 	})
 	t.Run("a refusal in a broken answer is not believed", func(t *testing.T) {
-		_, err := served(t, func(w http.ResponseWriter, _ *http.Request) {
+		r := served(t, func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(http.StatusUnauthorized)
 			_, _ = io.WriteString(w, `{"errorCode":"InvalidToken"}`)
 			_ = http.NewResponseController(w).Flush()
 			panic(http.ErrAbortHandler)
 		}).exchange(t)
-		requireKind(t, Unavailable, err)
+		requireKind(t, tokenservice.Unavailable, r.Err)
 	})
 	t.Run("timed out", func(t *testing.T) {
 		c := served(t, func(w http.ResponseWriter, r *http.Request) { start(w); <-r.Context().Done() })
 		c.timeout = 100 * time.Millisecond
-		g, err := c.exchange(t)
-		assert.Contains(t, requireKind(t, Unavailable, err).Text, "timed out")
-		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+		r := c.exchange(t)
+		assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "timed out")
+		requireRescued(t, newCanary, r)
 	})
 	t.Run("given up by the caller", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		g, err := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
+		r := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
 			b := io.MultiReader(strings.NewReader(`{"refreshToken":"`+newCanary+`",`), readerFunc(func([]byte) (int, error) {
 				cancel()
 				return 0, context.Canceled
 			}))
 			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(b)}, nil
-		})).Exchange(ctx, Request{RefreshToken: refreshCanary})
-		require.ErrorIs(t, err, context.Canceled)
-		assert.Equal(t, &Grant{RefreshToken: newCanary}, g)
+		})).Exchange(ctx, tokenservice.Exchange{RefreshToken: refreshCanary})
+		require.ErrorIs(t, r.Err, context.Canceled)
+		requireRescued(t, newCanary, r)
 	})
 }
 
@@ -275,31 +275,31 @@ func TestCallersContext(t *testing.T) {
 			s := kaizalatest.New()
 			c, token := connectorOf(t, s, nil)
 			s.Inject(fault)
-			forgotten := false
-			request := Request{RefreshToken: token, URL: DefaultAPIRoot, Moved: func(string) { forgotten = true }}
+			request := tokenservice.Exchange{RefreshToken: token, Endpoint: DefaultAPIRoot}
 
 			ctx, cancel := context.WithCancel(t.Context())
 			time.AfterFunc(5*time.Second, cancel)
-			_, err := c.Exchange(ctx, request)
-			require.ErrorIs(t, err, context.Canceled)
+			require.ErrorIs(t, c.Exchange(ctx, request).Err, context.Canceled)
 
 			ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
 			defer cancel()
 			start := time.Now()
-			_, err = c.Exchange(ctx, request)
-			require.ErrorIs(t, err, context.DeadlineExceeded)
+			r := c.Exchange(ctx, request)
+			require.ErrorIs(t, r.Err, context.DeadlineExceeded)
 			assert.Equal(t, 5*time.Second, time.Since(start))
-			var e *Error
-			assert.NotErrorAs(t, err, &e, "it says nothing of the service")
-			assert.False(t, forgotten)
+			var e *tokenservice.Failure
+			assert.NotErrorAs(t, r.Err, &e, "it says nothing of the service")
+			assert.Equal(t, DefaultAPIRoot, r.Endpoint)
+			assert.Equal(t, start, r.Sent)
 
 			calls := s.CallCount()
 			request.Permit = func(context.Context) (func(), error) {
 				t.Error("nobody waits for a share who has gone")
 				return nil, nil
 			}
-			_, err = c.Exchange(ctx, request)
-			require.ErrorIs(t, err, context.DeadlineExceeded)
+			r = c.Exchange(ctx, request)
+			require.ErrorIs(t, r.Err, context.DeadlineExceeded)
+			assert.Zero(t, r.Sent)
 			assert.Equal(t, calls, s.CallCount(), "no call for a caller who has gone")
 		})
 	}
@@ -313,12 +313,13 @@ func TestRequestTimeout(t *testing.T) {
 			s.MoveUser("ada", "https://eu.kaiza.la/")
 			s.Inject(kaizalatest.Fault{Delay: 6 * time.Second})
 			start := time.Now()
-			_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(ctx context.Context) (func(), error) {
+			r := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Permit: func(ctx context.Context) (func(), error) {
 				time.Sleep(time.Minute)
 				return nil, ctx.Err()
 			}})
-			assert.Contains(t, requireKind(t, Unavailable, err).Text, "request_timeout (10s)")
+			assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "request_timeout (10s)")
 			assert.Equal(t, 2*time.Minute+10*time.Second, time.Since(start))
+			assert.Equal(t, start.Add(2*time.Minute+6*time.Second), r.Sent, "when the last request began")
 		})
 	})
 	t.Run("a minute by default", func(t *testing.T) {
@@ -327,8 +328,7 @@ func TestRequestTimeout(t *testing.T) {
 			c, token := connectorOf(t, s, func(c *Config) { c.RequestTimeout = 0 })
 			s.Inject(kaizalatest.Fault{Hang: true})
 			start := time.Now()
-			_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
-			requireKind(t, Unavailable, err)
+			requireKind(t, tokenservice.Unavailable, c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token}).Err)
 			assert.Equal(t, time.Minute, time.Since(start))
 		})
 	})
@@ -343,15 +343,13 @@ func TestPermit(t *testing.T) {
 		events = append(events, "permit")
 		return func() { events = append(events, "done") }, nil
 	}
-	_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: permit, Moved: func(u string) { events = append(events, u) }})
-	require.NoError(t, err)
-	assert.Equal(t, []string{"permit", "done", "https://eu.kaiza.la/v1/accessToken", "permit", "done"}, events)
+	requireGranted(t, c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Permit: permit}))
+	assert.Equal(t, []string{"permit", "done", "permit", "done"}, events)
 
 	t.Run("done after a failure too, once", func(t *testing.T) {
 		events = nil
 		s.Inject(kaizalatest.Fault{Reset: true, Times: 1})
-		_, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: permit})
-		requireKind(t, Unavailable, err)
+		requireKind(t, tokenservice.Unavailable, c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Permit: permit}).Err)
 		assert.Equal(t, []string{"permit", "done"}, events)
 	})
 	t.Run("done after the body", func(t *testing.T) {
@@ -359,7 +357,7 @@ func TestPermit(t *testing.T) {
 		c := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
 			return &http.Response{StatusCode: 200, Body: io.NopCloser(readerFunc(func([]byte) (int, error) { read = true; return 0, io.EOF }))}, nil
 		}))
-		_, _ = c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(context.Context) (func(), error) {
+		_ = c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Permit: func(context.Context) (func(), error) {
 			return func() { assert.True(t, read) }, nil
 		}})
 		assert.True(t, read)
@@ -369,14 +367,16 @@ func TestPermit(t *testing.T) {
 		for allowed, calls := range []int{0, 1} {
 			s.ResetCalls()
 			left := allowed
-			g, err := c.Exchange(t.Context(), Request{RefreshToken: token, Permit: func(context.Context) (func(), error) {
+			r := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Permit: func(context.Context) (func(), error) {
 				if left--; left < 0 {
 					return nil, full
 				}
 				return nil, nil
 			}})
-			assert.True(t, err == full, "as it is")
-			assert.Nil(t, g)
+			assert.True(t, r.Err == full, "as it is")
+			assert.Equal(t, allowed == 0, r.Sent.IsZero())
+			assert.Equal(t, []string{"", "https://eu.kaiza.la/v1/accessToken"}[allowed], r.Endpoint, "the move is known, though nobody has been there")
+			requireRescued(t, "", r)
 			assert.Equal(t, calls, s.CallCount())
 		}
 	})
@@ -389,8 +389,7 @@ func TestConcurrentUse(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			_, err := c.Exchange(t.Context(), Request{RefreshToken: token})
-			assert.NoError(t, err)
+			assert.NoError(t, c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token}).Err)
 		})
 	}
 	all.Wait()

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // FuzzResponse feeds the parser with answers. Whatever comes, a grant is a whole one, what is rescued can be sent, no
@@ -24,7 +26,8 @@ func FuzzResponse(f *testing.F) {
 		`{"x":{"refreshToken":"a"},"y":[{"refreshToken":"b"}],"refreshToken":"\u00e9"}`,
 		`{"message":"Dont have correct applicationId and secret in header!","errorCode":"Unauthenticated"}`,
 		`{"errorCode":"InvalidToken"}`, `{"errorCode":{}}`, `{"errorCode":0}`, `{"errorCode":true}`,
-		`{"accessTokenExpiry":1e9999}`, `{"accessTokenExpiry":-0}`, "{\"a\":\"\xff\"}", "\ufeff{}",
+		`{"accessTokenExpiry":1e9999}`, `{"accessTokenExpiry":-0}`, strings.Replace(good, `"accessTokenExpiry":1`, `"accessTokenExpiry":1.0e0`, 1),
+		strings.Replace(good, `"scope":"token.write"`, `"scope":["a","b"],"accessTokenExpiry":"1e400"`, 1), `{"accessToken":tru,"refreshToken":"` + newCanary + `"`, "{\"a\":\"\xff\"}", "\ufeff{}",
 	} {
 		for _, status := range []int{200, 401, 429, 503} {
 			f.Add(status, "17", b, "")
@@ -33,37 +36,39 @@ func FuzzResponse(f *testing.F) {
 	f.Add(204, "Sun, 06 Nov 1994 08:49:37 GMT", good, "broken")
 	f.Fuzz(func(t *testing.T, status int, retry, b, broken string) {
 		now := time.Now()
-		a := answer{status: status, header: http.Header{"Retry-After": {retry}}, body: []byte(b), broken: broken}
-		g, e := interpret(a, refreshCanary, now)
-		require.False(t, g == nil && e == nil)
+		a := tokenservice.Answer{Status: status, Header: http.Header{"Retry-After": {retry}}, Body: []byte(b), Broken: broken, Lost: broken != ""}
+		r := interpret(a, refreshCanary, now)
+		require.NotEqual(t, r.AccessToken == nil, r.Err == nil)
+		require.Equal(t, r.RefreshToken != "", r.Facts != nil)
 
-		if e != nil {
-			require.NotEmpty(t, e.Text)
-			require.Contains(t, []Kind{RefusedRefreshToken, RefusedConnector, Refused, Limited, Unavailable}, e.Kind)
-			require.True(t, e.RetryAfter >= 0 && e.RetryAfter <= 24*time.Hour)
-			require.Equal(t, status, e.Status)
-			require.Equal(t, documentedCode(e.Code), e.Code)
-			if g != nil {
-				require.Equal(t, &Grant{RefreshToken: g.RefreshToken}, g)
-				require.NotEmpty(t, g.RefreshToken)
-			}
+		if r.Err != nil {
+			var f *tokenservice.Failure
+			require.ErrorAs(t, r.Err, &f)
+			require.NotEmpty(t, f.Text)
+			require.Contains(t, []tokenservice.Kind{tokenservice.RefusedRefreshToken, tokenservice.RefusedConnector, tokenservice.Refused, tokenservice.Limited, tokenservice.Unavailable}, f.Kind)
+			require.True(t, f.RetryAfter >= 0 && f.RetryAfter <= 24*time.Hour)
+			require.Equal(t, status, f.Status)
+			require.Equal(t, documentedCode(f.Code), f.Code)
 			// The texts are finite: they are the same whatever the body says, apart from a documented code.
 			marked, _ := json.Marshal("\u2603" + bodyCanary)
-			_, other := interpret(answer{status: status, header: a.header, body: []byte(strings.ReplaceAll(b, `"message":"`, `"message":`+string(marked)+`,"x":"`)), broken: broken}, refreshCanary, now)
-			if other != nil {
-				require.NotContains(t, other.Text, bodyCanary)
+			a.Body = []byte(strings.ReplaceAll(b, `"message":"`, `"message":`+string(marked)+`,"x":"`))
+			if other := interpret(a, refreshCanary, now); other.Err != nil {
+				require.NotContains(t, other.Err.Error(), bodyCanary)
 			}
 		} else {
 			require.True(t, status >= 200 && status <= 299)
 			require.Empty(t, broken)
-			require.NoError(t, CheckToken(g.AccessToken))
-			require.True(t, g.Expires.After(now) && !g.Expires.After(now.Add(maxAccessTokenLife)))
-			_, _, problem := parseTarget(g.EndpointURL)
-			require.Empty(t, problem)
+			require.NoError(t, tokenservice.CheckToken(r.AccessToken.Token))
+			require.True(t, r.AccessToken.Expires.After(now) && !r.AccessToken.Expires.After(now.Add(maxAccessTokenLife)))
+			require.LessOrEqual(t, len(r.AccessToken.Scope), tokenservice.MaxScopeBytes)
+			if r.AccessToken.EndpointURL != "" {
+				_, _, problem := tokenservice.ParseTarget(r.AccessToken.EndpointURL)
+				require.Empty(t, problem)
+			}
 		}
-		if g != nil && g.RefreshToken != "" {
-			require.NoError(t, CheckToken(g.RefreshToken))
-			require.NotEqual(t, refreshCanary, g.RefreshToken)
+		if r.RefreshToken != "" {
+			require.NoError(t, tokenservice.CheckToken(r.RefreshToken))
+			require.NotEqual(t, refreshCanary, r.RefreshToken)
 			require.Equal(t, 2, status/100)
 		}
 
@@ -73,14 +78,9 @@ func FuzzResponse(f *testing.F) {
 		if json.Unmarshal([]byte(b), &oracle) != nil || status/100 != 2 {
 			return
 		}
-		want := strings.TrimSpace(oracle.RefreshToken)
-		if want == refreshCanary || CheckToken(want) != nil {
-			want = ""
+		// An empty one, or one that cannot be sent, leaves what came before it.
+		if want := strings.TrimSpace(oracle.RefreshToken); want != refreshCanary && tokenservice.CheckToken(want) == nil {
+			require.Equal(t, want, r.RefreshToken)
 		}
-		got := ""
-		if g != nil {
-			got = g.RefreshToken
-		}
-		require.Equal(t, want, got)
 	})
 }

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -87,20 +88,47 @@ func through(t *testing.T, rt http.RoundTripper) *Client {
 }
 
 // exchange makes the canaries' exchange.
-func (c *Client) exchange(t *testing.T) (*Grant, error) {
+func (c *Client) exchange(t *testing.T) tokenservice.Result {
 	t.Helper()
-	return c.Exchange(t.Context(), Request{RefreshToken: refreshCanary})
+	return c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshCanary})
 }
 
-// requireKind requires an *Error of that kind without any canary, and returns it.
-func requireKind(t *testing.T, want Kind, err error) *Error {
+// exchangeAt makes the same with an endpoint that was remembered.
+func (c *Client) exchangeAt(t *testing.T, endpoint string) tokenservice.Result {
 	t.Helper()
-	var e *Error
-	require.ErrorAs(t, err, &e)
-	require.Equal(t, want.String(), e.Kind.String(), "%s", e.Text)
-	require.NotEmpty(t, e.Text)
+	return c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshCanary, Endpoint: endpoint})
+}
+
+// requireGranted requires a result that holds an access token and no error.
+func requireGranted(t *testing.T, r tokenservice.Result) *tokenservice.AccessToken {
+	t.Helper()
+	require.NoError(t, r.Err)
+	require.NotNil(t, r.AccessToken)
+	return r.AccessToken
+}
+
+// requireKind requires a *Failure of that kind without any canary, and returns it.
+func requireKind(t *testing.T, want tokenservice.Kind, err error) *tokenservice.Failure {
+	t.Helper()
+	var f *tokenservice.Failure
+	require.ErrorAs(t, err, &f)
+	require.Equal(t, want, f.Kind, "%s", f.Text)
+	require.NotEmpty(t, f.Text)
 	requireNoCanary(t, err)
-	return e
+	return f
+}
+
+// requireRescued requires a result without an access token, and with that new refresh token and its facts; "" requires none.
+func requireRescued(t *testing.T, want string, r tokenservice.Result) {
+	t.Helper()
+	require.Error(t, r.Err)
+	require.Nil(t, r.AccessToken)
+	require.Equal(t, want, r.RefreshToken)
+	if want == "" {
+		require.Nil(t, r.Facts)
+	} else {
+		require.Equal(t, Inspect(want).facts(), *r.Facts)
+	}
 }
 
 // connectorOf registers a connector with an emulator and returns a client of it, and a user's refresh token.

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // redirecting is a service that redirects each URL of the map to the Location beside it, and grants everything else. It
@@ -49,18 +50,13 @@ func TestRedirectsThatAreFollowed(t *testing.T) {
 		for _, status := range []int{307, 308} {
 			t.Run(location, func(t *testing.T) {
 				rt, asked := redirecting(status, map[string]string{start: location}, body(t, nil))
-				var moved []string
-				g, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) {
-					assert.Len(t, *asked, 1, "before the hop")
-					moved = append(moved, u)
-				}})
-				require.NoError(t, err)
-				assert.Equal(t, accessCanary, g.AccessToken)
+				r := through(t, rt).exchange(t)
+				assert.Equal(t, accessCanary, requireGranted(t, r).Token)
 				assert.Equal(t, []string{start, next}, *asked)
 				if status == 308 {
-					assert.Equal(t, []string{next}, moved)
+					assert.Equal(t, next, r.Endpoint)
 				} else {
-					assert.Empty(t, moved, "a 307 is not remembered")
+					assert.Empty(t, r.Endpoint, "a 307 is not remembered")
 				}
 			})
 		}
@@ -69,49 +65,49 @@ func TestRedirectsThatAreFollowed(t *testing.T) {
 
 func TestRedirectsThatAreNotFollowed(t *testing.T) {
 	for location, says := range map[string]string{
-		"https://kaiza.la.example/v1/accessToken":                 "add it to redirect_hosts",
-		"https://notkaiza.la/v1/accessToken":                      "add it to redirect_hosts",
-		"https://example/kaiza.la":                                "add it to redirect_hosts",
-		"https://la/v1/accessToken":                               "add it to redirect_hosts",
-		"//example.net/v1/accessToken":                            "add it to redirect_hosts",
-		"https://10.0.0.1/v1/accessToken":                         "add it to redirect_hosts",
-		"https://[::1]/v1/accessToken":                            "add it to redirect_hosts",
-		"http://127.0.0.1/v1/accessToken":                         "from https to http",
-		"http://localhost/v1/accessToken":                         "from https to http",
-		"http://eu.kaiza.la/v1/accessToken":                       "https URL",
-		"http://api.kaiza.la/v1/accessToken":                      "https URL",
-		"ftp://eu.kaiza.la/v1/accessToken":                        "https URL",
-		"https://user@eu.kaiza.la/v1/accessToken":                 "user name",
-		"https://kaiza.la@example.net":                            "user name",
-		"https://kaiza。la/v1/accessToken":                         "plain ASCII",
-		"https://eu.kaiza.la:0/v1/accessToken":                    "port",
-		"https://eu..kaiza.la/v1/accessToken":                     "plain ASCII",
-		"https://" + secretCanary + ".example.net":                "that host",
-		"https://example.net/" + bodyCanary:                       "example.net",
-		"https:///v1/accessToken":                                 "plain ASCII",
-		"javascript:" + bodyCanary:                                "plain ASCII",
-		"https://%zz" + bodyCanary:                                "without a usable Location",
-		"":                                                        "without a usable Location",
-		"https://eu.kaiza.la/" + strings.Repeat("a", maxURLBytes): "without a usable Location",
+		"https://kaiza.la.example/v1/accessToken":                               "add it to redirect_hosts",
+		"https://notkaiza.la/v1/accessToken":                                    "add it to redirect_hosts",
+		"https://example/kaiza.la":                                              "add it to redirect_hosts",
+		"https://la/v1/accessToken":                                             "add it to redirect_hosts",
+		"//example.net/v1/accessToken":                                          "add it to redirect_hosts",
+		"https://10.0.0.1/v1/accessToken":                                       "add it to redirect_hosts",
+		"https://[::1]/v1/accessToken":                                          "add it to redirect_hosts",
+		"http://127.0.0.1/v1/accessToken":                                       "from https to http",
+		"http://localhost/v1/accessToken":                                       "from https to http",
+		"http://eu.kaiza.la/v1/accessToken":                                     "https URL",
+		"http://api.kaiza.la/v1/accessToken":                                    "https URL",
+		"ftp://eu.kaiza.la/v1/accessToken":                                      "https URL",
+		"https://user@eu.kaiza.la/v1/accessToken":                               "user name",
+		"https://kaiza.la@example.net":                                          "user name",
+		"https://kaiza。la/v1/accessToken":                                       "plain ASCII",
+		"https://eu.kaiza.la:0/v1/accessToken":                                  "port",
+		"https://eu..kaiza.la/v1/accessToken":                                   "plain ASCII",
+		"https://" + secretCanary + ".example.net":                              "that host",
+		"https://example.net/" + bodyCanary:                                     "example.net",
+		"https:///v1/accessToken":                                               "plain ASCII",
+		"javascript:" + bodyCanary:                                              "plain ASCII",
+		"https://%zz" + bodyCanary:                                              "without a usable Location",
+		"":                                                                      "without a usable Location",
+		"https://eu.kaiza.la/" + strings.Repeat("a", tokenservice.MaxURLBytes):  "without a usable Location",
+		"/" + strings.Repeat("a", tokenservice.MaxURLBytes-len(DefaultAPIRoot)): "without a usable Location",
+		"/" + strings.Repeat("é", tokenservice.MaxURLBytes/4):                   "without a usable Location",
 	} {
 		for _, status := range []int{307, 308} {
 			t.Run(location, func(t *testing.T) {
 				rt, asked := redirecting(status, map[string]string{start: location}, body(t, nil))
-				g, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) {
-					t.Errorf("nobody has moved to %q", u)
-				}})
-				e := requireKind(t, Unavailable, err)
+				r := through(t, rt).exchange(t)
+				e := requireKind(t, tokenservice.Unavailable, r.Err)
 				assert.Contains(t, e.Text, says)
 				assert.Equal(t, status, e.Status)
-				assert.Nil(t, g)
+				assert.Empty(t, r.Endpoint)
+				requireRescued(t, "", r)
 				assert.Equal(t, []string{start}, *asked)
 			})
 		}
 	}
 	for _, status := range []int{300, 301, 302, 303, 304, 305} {
 		rt, asked := redirecting(status, map[string]string{start: "https://eu.kaiza.la/v1/accessToken"}, body(t, nil))
-		_, err := through(t, rt).exchange(t)
-		requireKind(t, Unavailable, err)
+		requireKind(t, tokenservice.Unavailable, through(t, rt).exchange(t).Err)
 		assert.Equal(t, []string{start}, *asked, "%d", status)
 	}
 }
@@ -122,13 +118,11 @@ func TestNothingIsSentToAStrangeHost(t *testing.T) {
 	u, err := url.Parse(stranger.URL)
 	require.NoError(t, err)
 	// "localhost" is another host than 127.0.0.1, though it leads to the same machine.
-	elsewhere := "http://localhost:" + u.Port() + callPath
+	elsewhere := "http://localhost:" + u.Port() + exchangePath
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		c := served(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere, status) })
-		_, err = c.exchange(t)
-		requireKind(t, Unavailable, err)
-		_, err = c.Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: elsewhere})
-		requireKind(t, Unavailable, err)
+		requireKind(t, tokenservice.Unavailable, c.exchange(t).Err)
+		requireKind(t, tokenservice.Unavailable, c.exchangeAt(t, elsewhere).Err)
 	}
 	stranger.requireUntouched(t)
 	// It would be reached if it were permitted: otherwise this test could not fail.
@@ -141,34 +135,23 @@ func TestNothingIsSentToAStrangeHost(t *testing.T) {
 func TestFromHTTPSToHTTP(t *testing.T) {
 	plain := newRecorder(t)
 	secure := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		http.Redirect(w, r, plain.URL+callPath, http.StatusPermanentRedirect)
+		http.Redirect(w, r, plain.URL+exchangePath, http.StatusPermanentRedirect)
 	}))
 	defer secure.Close()
 	c := client(t, func(c *Config) { c.APIRoot, c.Transport = secure.URL, secure.Client().Transport })
-	_, err := c.exchange(t)
-	assert.Contains(t, requireKind(t, Unavailable, err).Text, "from https to http")
-	_, err = c.Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: plain.URL + callPath})
-	requireKind(t, Unavailable, err)
+	assert.Contains(t, requireKind(t, tokenservice.Unavailable, c.exchange(t).Err).Text, "from https to http")
+	requireKind(t, tokenservice.Unavailable, c.exchangeAt(t, plain.URL+exchangePath).Err)
 	plain.requireUntouched(t)
 }
 
 func TestApiRootsOwnHost(t *testing.T) {
 	rt, asked := redirecting(308, map[string]string{"https://10.0.0.1/v1/accessToken": "https://10.0.0.1:8443/"}, body(t, nil))
-	_, err := client(t, func(c *Config) { c.APIRoot, c.RedirectHosts, c.Transport = "https://10.0.0.1", nil, rt }).exchange(t)
-	require.NoError(t, err)
+	requireGranted(t, client(t, func(c *Config) { c.APIRoot, c.RedirectHosts, c.Transport = "https://10.0.0.1", nil, rt }).exchange(t))
 	assert.Len(t, *asked, 2)
 
 	rt, asked = redirecting(308, map[string]string{start: "https://eu.kaiza.la/"}, body(t, nil))
-	_, err = client(t, func(c *Config) { c.RedirectHosts, c.Transport = nil, rt }).exchange(t)
-	requireKind(t, Unavailable, err)
+	requireKind(t, tokenservice.Unavailable, client(t, func(c *Config) { c.RedirectHosts, c.Transport = nil, rt }).exchange(t).Err)
 	assert.Len(t, *asked, 1)
-}
-
-func TestAnAddressLiesBelowNoDomain(t *testing.T) {
-	h, ok := parseHost("10.0.0.1")
-	require.True(t, ok)
-	assert.False(t, h.within("0.1"))
-	assert.False(t, h.within("10.0.0.1"))
 }
 
 func TestHops(t *testing.T) {
@@ -177,17 +160,17 @@ func TestHops(t *testing.T) {
 		chain[DefaultAPIRoot+"/"+string(rune('1'+i))] = "/" + string(rune('2'+i))
 	}
 	rt, asked := redirecting(308, chain, body(t, nil))
-	_, err := through(t, rt).exchange(t)
-	require.NoError(t, err)
+	r := through(t, rt).exchange(t)
+	requireGranted(t, r)
+	assert.Equal(t, DefaultAPIRoot+"/5", r.Endpoint)
 	assert.Len(t, *asked, 6, "five hops are followed")
 
 	chain[DefaultAPIRoot+"/5"] = "/6"
 	rt, asked = redirecting(308, chain, body(t, nil))
-	var moved []string
-	_, err = through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
-	requireKind(t, Unavailable, err)
+	r = through(t, rt).exchange(t)
+	assert.Equal(t, 308, requireKind(t, tokenservice.Unavailable, r.Err).Status)
 	assert.Len(t, *asked, 6, "the sixth is not")
-	assert.Equal(t, "", moved[len(moved)-1], "and what was remembered on the way is forgotten")
+	assert.Equal(t, "", r.Endpoint, "and what was remembered on the way is forgotten")
 }
 
 func TestOnlyPermanentMovesAreRemembered(t *testing.T) {
@@ -200,10 +183,9 @@ func TestOnlyPermanentMovesAreRemembered(t *testing.T) {
 		w.Header().Set("Location", next[3:])
 		w.WriteHeader(map[string]int{"307": 307, "308": 308}[next[:3]])
 	})
-	var moved []string
-	_, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
-	require.NoError(t, err)
-	assert.Equal(t, []string{DefaultAPIRoot + "/a"}, moved, "what follows a 307 is as passing as that")
+	r := through(t, rt).exchange(t)
+	requireGranted(t, r)
+	assert.Equal(t, DefaultAPIRoot+"/a", r.Endpoint, "what follows a 307 is as passing as that")
 }
 
 func TestRememberedURL(t *testing.T) {
@@ -219,11 +201,14 @@ func TestRememberedURL(t *testing.T) {
 		"junk\n":                               start,
 	} {
 		rt, seen := redirecting(0, nil, body(t, nil))
-		_, err := through(t, rt).Exchange(t.Context(), Request{RefreshToken: refreshCanary, URL: given, Moved: func(u string) {
-			t.Errorf("nothing has changed: %q", u)
-		}})
-		require.NoError(t, err)
+		r := through(t, rt).exchangeAt(t, given)
+		requireGranted(t, r)
 		assert.Equal(t, []string{asked}, *seen, "%q", given)
+		if asked == start {
+			assert.Empty(t, r.Endpoint, "where nothing may be sent any more is forgotten")
+		} else {
+			assert.Equal(t, given, r.Endpoint, "what is remembered stays, as it is")
+		}
 	}
 }
 
@@ -252,31 +237,28 @@ func TestRememberedURLThatDoesNotWork(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			calls := 0
-			for remembered, want := range map[string][]string{"https://eu.kaiza.la/v1/accessToken": {""}, "": nil} {
-				if !c.forgotten {
-					want = nil
-				}
-				var moved []string
-				_, _ = through(t, c.rt).Exchange(t.Context(), Request{
+			for _, remembered := range []string{"https://eu.kaiza.la/v1/accessToken", ""} {
+				r := through(t, c.rt).Exchange(t.Context(), tokenservice.Exchange{
 					RefreshToken: refreshCanary,
-					URL:          remembered,
+					Endpoint:     remembered,
 					Permit:       func(context.Context) (func(), error) { calls++; return nil, nil },
-					Moved:        func(u string) { moved = append(moved, u) },
 				})
-				assert.Equal(t, want, moved)
+				if c.forgotten {
+					remembered = ""
+				}
+				assert.Equal(t, remembered, r.Endpoint)
 			}
 			assert.Equal(t, 2, calls, "it does not try again by itself")
 		})
 	}
 
 	t.Run("a move to a host that is down", func(t *testing.T) {
-		var moved []string
-		_, err := through(t, handled(func(w http.ResponseWriter, r *http.Request) {
+		r := through(t, handled(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Location", "https://eu.kaiza.la")
 			w.WriteHeader(map[string]int{"api.kaiza.la": 308, "eu.kaiza.la": 503}[r.URL.Host])
-		})).Exchange(t.Context(), Request{RefreshToken: refreshCanary, Moved: func(u string) { moved = append(moved, u) }})
-		requireKind(t, Unavailable, err)
-		assert.Equal(t, []string{"https://eu.kaiza.la/v1/accessToken", ""}, moved)
+		})).exchange(t)
+		requireKind(t, tokenservice.Unavailable, r.Err)
+		assert.Empty(t, r.Endpoint)
 	})
 }
 
@@ -287,8 +269,9 @@ func TestMovesOnAnEmulator(t *testing.T) {
 	exchange := func() {
 		t.Helper()
 		s.ResetCalls()
-		_, err := c.Exchange(t.Context(), Request{RefreshToken: token, URL: remembered, Moved: func(u string) { remembered = u }})
-		require.NoError(t, err)
+		r := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: token, Endpoint: remembered})
+		requireGranted(t, r)
+		remembered = r.Endpoint
 	}
 	s.MoveUser("ada", "https://eu.kaiza.la")
 	exchange()

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 const phoneCanary = "+915550112345"
@@ -77,6 +79,12 @@ func TestInspect(t *testing.T) {
 		{"credentials that are no JSON", claimSet{"exp": 9000, credentials: "{"}, Claims{Expires: at(9000), Kind: "unknown"}},
 		{"times that no calendar holds", claimSet{"iat": -5, "nbf": 0, "exp": json.RawMessage("1e300")}, Claims{Kind: "unknown"}},
 		{"an expiry in milliseconds", claimSet{"exp": time.Now().UnixMilli()}, Claims{Kind: "unknown"}},
+		{"the last second of 2199", claimSet{"exp": 7258118399}, Claims{Expires: at(7258118399), Kind: "unknown"}},
+		{"the year 2200", claimSet{"iat": 7258118400, "nbf": 2000, "exp": 7258118400}, Claims{IssuedAt: at(2000), Kind: "unknown"}},
+		{"numbers that are strings", claimSet{"iat": "1000", "exp": json.RawMessage("9.0e3"), credentials: text(t, claimSet{"tokenValidFrom": "3000000"})},
+			Claims{IssuedAt: at(1000), Expires: at(9000), Kind: "unknown"}},
+		{"the longest IDs", claimSet{credentials: claimSet{"applicationId": strings.Repeat("c", 256), "data": claimSet{"GroupId": strings.Repeat("g", 256)}}},
+			Claims{ConnectorID: strings.Repeat("c", 256), Kind: "group", GroupID: strings.Repeat("g", 256)}},
 		{"an ID with a line break", claimSet{credentials: text(t, claimSet{"applicationId": "a\nb", "data": text(t, claimSet{"GroupId": strings.Repeat("g", 257)})})}, Claims{Kind: "unknown"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -94,10 +102,45 @@ func TestInspect(t *testing.T) {
 		"no object":        encoded(`{}`) + "." + encoded(`[]`) + ".x",
 		"no JSON":          encoded(`{}`) + "." + encoded(`{"exp":9000`) + ".x",
 		"a header of junk": "junk." + encoded(`{"exp":9000}`) + ".x",
-		"too long":         jwt(t, claimSet{"exp": 9000, "x": strings.Repeat("a", MaxTokenBytes)}),
+		"too long":         jwt(t, claimSet{"exp": 9000, "x": strings.Repeat("a", tokenservice.MaxTokenBytes)}),
 	} {
 		t.Run(name, func(t *testing.T) { assert.Equal(t, Claims{Kind: "unknown"}, Inspect(token)) })
 	}
+}
+
+func TestCheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now().UTC()
+		token := func(exp time.Duration, connector string) string {
+			return jwt(t, claimSet{"iat": now.Unix(), "exp": now.Add(exp).Unix(), "urn:microsoft:credentials": claimSet{"applicationId": connector}})
+		}
+		facts := tokenservice.Facts{Kind: "user", Expires: now.Add(10 * time.Second), RotatesFrom: now.Add(9 * time.Second)}
+		for _, c := range []struct {
+			name, token string
+			facts       tokenservice.Facts
+			says        string
+		}{
+			{"a good one", token(10*time.Second, connectorID), facts, ""},
+			{"a connector in capitals", token(10*time.Second, strings.ToUpper(connectorID)), facts, ""},
+			{"an opaque one", refreshCanary, tokenservice.Facts{Kind: "unknown"}, ""},
+			{"another connector's", token(10*time.Second, "other"), facts,
+				"the token was generated for another connector: its applicationId is not this connector's connector_id; " +
+					"generate one from this connector's page on Kaizala's portal, or name the connector that it is for"},
+			{"an expired one", token(0, "other"), tokenservice.Facts{Kind: "user", Expires: now, RotatesFrom: now.Add(-36*24*time.Hour - 12*time.Hour)},
+				"the token expired at 2000-01-01T00:00:00Z; generate a new one on Kaizala's portal"},
+			{"quotes", `"` + refreshCanary + `"`, tokenservice.Facts{}, "the token stands in quotes; write it without the quotes"},
+			{"Bearer", "Bearer " + refreshCanary, tokenservice.Facts{}, "the token has the word Bearer before it; write it without Bearer"},
+			{"nothing", "", tokenservice.Facts{}, "the token is empty"},
+		} {
+			got, err := client(t, nil).Check(c.token)
+			assert.Equal(t, c.facts, got, c.name)
+			if c.says == "" {
+				assert.NoError(t, err, c.name)
+			} else {
+				assert.EqualError(t, err, c.says, c.name)
+			}
+		}
+	})
 }
 
 func TestRotatesFrom(t *testing.T) {
