@@ -124,10 +124,10 @@ func stringOf(raw []byte) (s string, ok bool) {
 	return s, ok
 }
 
-// Value returns the last value of a name that is not null, as it was sent; nil where there is none.
+// Value returns the last value of a name that is neither null nor an empty string, as it was sent; nil where there is none.
 func (o Object) Value(name string) (v json.RawMessage) {
 	for _, f := range o.fields {
-		if strings.EqualFold(f.name, name) && string(f.value) != "null" {
+		if strings.EqualFold(f.name, name) && string(f.value) != "null" && string(f.value) != `""` {
 			v = f.value
 		}
 	}

@@ -73,18 +73,31 @@ func TestValueAndList(t *testing.T) {
 		value string
 		list  []string
 	}{
-		`{"a":1.50}`:                      {"1.50", nil},
-		`{"a":false,"a":null,"b":1}`:      {"false", nil},
-		`{"a":null}`:                      {"", nil},
-		`{}`:                              {"", nil},
-		`{"a":{"x":[1]} }`:                {`{"x":[1]}`, nil},
-		`{"a":"x y"}`:                     {`"x y"`, []string{"x y"}},
-		`{"a":["x", 5, null, " y ", ""]}`: {`["x", 5, null, " y ", ""]`, []string{"x", " y ", ""}},
-		`{"a":["x"],"A":["y"]}`:           {`["y"]`, []string{"y"}},
+		`{"a":1.50}`:                        {"1.50", nil},
+		`{"a":false,"a":null,"a":"","b":1}`: {"false", nil},
+		`{"a":null}`:                        {"", nil},
+		`{}`:                                {"", nil},
+		`{"a":{"x":[1]} }`:                  {`{"x":[1]}`, nil},
+		`{"a":"x y"}`:                       {`"x y"`, []string{"x y"}},
+		`{"a":["x", 5, null, " y ", ""]}`:   {`["x", 5, null, " y ", ""]`, []string{"x", " y ", ""}},
+		`{"a":["x"],"A":["y"]}`:             {`["y"]`, []string{"y"}},
 	} {
 		o := ReadObject([]byte(text))
 		assert.Equal(t, want.value, string(o.Value("a")), text)
 		assert.Equal(t, want.list, o.List("a"), text)
+	}
+}
+
+func TestObjectInAnObject(t *testing.T) {
+	for _, text := range []string{
+		`{"o":{"a":"x"}}`,
+		`{"o":"{\"a\":\"x\"}"}`,
+		`{"O":{"a":"x"},"o":null,"o":""}`,
+	} {
+		assert.Equal(t, "x", ReadObject([]byte(text)).Object("o").Text("a"), text)
+	}
+	for _, text := range []string{`{}`, `{"o":5}`, `{"o":["a"]}`, `{"o":"a"}`, `{"a":"x"}`} {
+		assert.Empty(t, ReadObject([]byte(text)).Object("o").Text("a"), text)
 	}
 }
 

@@ -1,6 +1,7 @@
 package tokenservice
 
 import (
+	"encoding/base64"
 	"fmt"
 	"net/http"
 	"strings"
@@ -76,5 +77,35 @@ func TestNothingPrintsASecret(t *testing.T) {
 			assert.NotContains(t, text, canary)
 			assert.Contains(t, text, "tokenservice.")
 		}
+	}
+}
+
+func TestClaims(t *testing.T) {
+	encode := base64.RawURLEncoding.EncodeToString
+	jwt := func(header, claims string) string {
+		return encode([]byte(header)) + "." + encode([]byte(claims)) + ".c2ln"
+	}
+	for _, token := range []string{
+		jwt(`{}`, `{"a":"x"}`),
+		jwt(`{"alg":"none"}`, `{"a":"x"}`),
+		encode([]byte(`{}`)) + "." + base64.URLEncoding.EncodeToString([]byte(`{"a":"x"} `)) + ".",
+		base64.URLEncoding.EncodeToString([]byte(`{}`)) + "." + encode([]byte(`{"a":"x"}`)) + ".c2ln",
+		jwt(`{}`, `{"a":"x"}`) + strings.Repeat("a", MaxTokenBytes-len(jwt(`{}`, `{"a":"x"}`))),
+	} {
+		assert.Equal(t, "x", Claims(token).Text("a"), token)
+	}
+	for name, token := range map[string]string{
+		"empty":              "",
+		"two parts":          encode([]byte(`{}`)) + "." + encode([]byte(`{"a":"x"}`)),
+		"four parts":         jwt(`{}`, `{"a":"x"}`) + ".x",
+		"a header of junk":   jwt(`x`, `{"a":"x"}`),
+		"a header's base64":  "!." + encode([]byte(`{"a":"x"}`)) + ".x",
+		"claims of junk":     jwt(`{}`, `{"a":"x"`),
+		"claims in base64":   encode([]byte(`{}`)) + ".{}.x",
+		"claims with junk":   jwt(`{}`, `{"a":"x"}{}`),
+		"a list":             jwt(`{}`, `[{"a":"x"}]`),
+		"longer than tokens": jwt(`{}`, `{"a":"x"}`) + strings.Repeat("a", MaxTokenBytes),
+	} {
+		assert.Equal(t, Object{}, Claims(token), name)
 	}
 }
