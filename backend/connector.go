@@ -73,6 +73,7 @@ type connectors struct {
 	storage   logical.Storage
 	transport http.RoundTripper // nil but in tests
 	announce  *announcer
+	accepted  func(connector string) // the service takes a connector again
 
 	mu     sync.Mutex
 	byName map[string]*connector
@@ -437,6 +438,7 @@ func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
 		return
 	}
 	cs.announce.connectorAccepted(via)
+	cs.accepted(via.name)
 	cs.noteRefusal(ctx, via, time.Time{})
 }
 

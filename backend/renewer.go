@@ -48,6 +48,15 @@ func (b *backend) schedule(t *tenant) {
 	}
 }
 
+// rescheduleTroubled has the tenants of a connector tried again whose last exchange failed.
+func (b *backend) rescheduleTroubled(connector string) {
+	b.tenants.each(func(t *tenant) {
+		if v := t.view.Load(); v.summary.connector == connector && v.trouble != nil {
+			b.schedule(t)
+		}
+	})
+}
+
 // due says when a tenant needs attention next without a reader; zero: not before it is written.
 func (b *backend) due(t *tenant, v *tenantView, now time.Time) time.Time {
 	return earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
@@ -60,8 +69,12 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		return time.Time{}
 	}
 	var keepAlive time.Duration
+	trouble := v.trouble
 	if via := b.connectors.present(e.Connector); via != nil {
 		keepAlive = via.service.KeepAlive(e.Facts)
+		if trouble != nil && trouble.revision != via.revision {
+			trouble = trouble.over() // what failed with the connector as it was is tried with it as it is
+		}
 	} else if e.Facts.RotatesFrom.IsZero() {
 		keepAlive = 30 * day
 	}
@@ -69,8 +82,8 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	a := v.access
 	switch {
 	case a == nil || !a.current():
-		if v.trouble != nil {
-			return v.trouble.until
+		if trouble != nil {
+			return trouble.until
 		}
 	case !a.Planned.IsZero():
 		// While leases may live on the token, the exchange that ends it comes at its planned time.
@@ -78,11 +91,11 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 			if a.use.Load() == read || due.IsZero() || !due.After(x) {
 				return x
 			}
-		} else if v.trouble != nil {
-			return v.trouble.until
+		} else if trouble != nil {
+			return trouble.until
 		}
-	case v.trouble != nil:
-		return v.trouble.until
+	case trouble != nil:
+		return trouble.until
 	default:
 		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-part(a.life(), leadLeast+leadMore*spreadOf(t.name)))
 		if a.use.Load() == read || now.Before(renew) {

@@ -1,6 +1,6 @@
 // Command visit is the browser and the app of scripts/demo-oauth.sh. With -user it opens an address, logs in with the
 // password on standard input, allows what is asked for, and prints what a person reads on each page. Without, it asks the
-// address as an app does, with the access token on standard input, and prints status and answer.
+// address as an app does, with the access token on standard input, and prints the answer; with -post it is a POST.
 //
 //	visit -user asha URL < password
 //	visit URL < access-token
@@ -21,6 +21,11 @@ import (
 
 func main() {
 	user := flag.String("user", "", "who logs in")
+	method := http.MethodGet
+	flag.BoolFunc("post", "make it a POST", func(string) error {
+		method = http.MethodPost
+		return nil
+	})
 	flag.Parse()
 	if flag.NArg() != 1 {
 		flag.Usage()
@@ -32,7 +37,7 @@ func main() {
 		if *user != "" {
 			err = person(browser.Person{User: *user, Password: secret}, address)
 		} else {
-			err = app(secret, address)
+			err = app(method, secret, address)
 		}
 	}
 	if err != nil {
@@ -55,8 +60,8 @@ func person(p browser.Person, address string) error {
 	return nil
 }
 
-func app(token, address string) error {
-	req, err := http.NewRequest(http.MethodGet, address, nil)
+func app(method, token, address string) error {
+	req, err := http.NewRequest(method, address, nil)
 	if err != nil {
 		return err
 	}
@@ -70,10 +75,9 @@ func app(token, address string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Println(resp.Status)
 	fmt.Println(strings.TrimSpace(string(body)))
 	if resp.StatusCode != http.StatusOK {
-		return errors.New("the token was not taken")
+		return errors.New(resp.Status)
 	}
 	return nil
 }
