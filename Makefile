@@ -15,7 +15,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-plugin build-emulator vault authserver demo dev test lint bench release generate fuzz mutants clean
+.PHONY: help build build-plugin build-emulator vault authserver demo demo-oauth dev test lint bench release generate fuzz mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ authserver: ## Build zitadel's authorization server where it is missing, and pri
 
 demo: ## Walk through Kaizala's four steps on a real Vault, against the emulator
 	@scripts/demo.sh
+
+demo-oauth: ## Walk through the same on an OAuth 2.0 authorization server that others wrote
+	@scripts/demo-oauth.sh
 
 dev: ## Start the same Vault and emulator, and leave them running until Ctrl-C
 	@scripts/demo.sh --dev

@@ -28,13 +28,13 @@ func TestDemoOAuth(t *testing.T) {
 		"$ vault write oauth/config service=oauth2 issuer=http://127.0.0.1:",
 		"connector_secret=-",
 		"permission denied",
-		"✓ the tenant is connected",
+		"✓ the status is ok, and no token is in it",
 		`"sub":"asha"`,
 		"$ vault lease renew",
 		"$ vault lease revoke",
 		"✓ the service does not take it any more",
 		"✓ the access token is a new one",
-		`"reused":0`,
+		`"reused":0,`,
 		"Done.",
 	} {
 		require.Contains(t, out.String(), text)
