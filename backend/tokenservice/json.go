@@ -48,22 +48,18 @@ func ReadObject(text []byte) (o Object) {
 	}
 	o.Whole = json.Valid(text)
 	for {
-		rest = bytes.TrimLeft(rest, space+",")
-		n := stringLen(rest)
-		if n < 0 {
+		var name, value []byte
+		if name, rest, ok = cutString(bytes.TrimLeft(rest, space+",")); !ok {
 			return o
 		}
-		name, _ := stringOf(rest[:n])
-		rest, ok = bytes.CutPrefix(trimSpace(rest[n:]), []byte(":"))
-		if !ok {
+		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte(":")); !ok {
 			return o
 		}
-		rest = trimSpace(rest)
-		if n = valueLen(rest); n < 0 {
+		if value, rest, ok = cutValue(trimSpace(rest)); !ok {
 			return o
 		}
-		o.fields = append(o.fields, field{name, json.RawMessage(rest[:n])})
-		rest = rest[n:]
+		key, _ := stringOf(name)
+		o.fields = append(o.fields, field{key, value})
 	}
 }
 
@@ -72,51 +68,59 @@ const space = " \t\r\n"
 
 func trimSpace(b []byte) []byte { return bytes.TrimLeft(b, space) }
 
-// stringLen returns the length of the string at the beginning of b, quotes included; -1 where there is none, or where it is
-// cut off.
-func stringLen(b []byte) int {
-	if len(b) == 0 || b[0] != '"' {
-		return -1
+// cutString cuts off the string at the beginning of b, quotes included. It is not ok where there is none, or where it has
+// no end.
+func cutString(b []byte) (s, rest []byte, ok bool) {
+	if !bytes.HasPrefix(b, []byte(`"`)) {
+		return nil, nil, false
 	}
-	for i := 1; i < len(b); i++ {
-		switch b[i] {
-		case '\\':
-			i++
-		case '"':
-			return i + 1
+	escaped := false
+	for i, c := range b[1:] {
+		switch {
+		case escaped:
+			escaped = false
+		case c == '\\':
+			escaped = true
+		case c == '"':
+			return b[:i+2], b[i+2:], true
 		}
 	}
-	return -1
+	return nil, nil, false
 }
 
-// valueLen returns the length of the value at the beginning of b, whatever it is; -1 where it is cut off.
-func valueLen(b []byte) int {
+// cutValue cuts off the value at the beginning of b, whatever it is. It is not ok where the value has no end.
+func cutValue(b []byte) (v, rest []byte, ok bool) {
 	switch {
-	case len(b) == 0:
-		return -1
-	case b[0] == '"':
-		return stringLen(b)
-	case b[0] != '{' && b[0] != '[':
-		return bytes.IndexAny(b, space+`,:"{}[]`)
+	case bytes.HasPrefix(b, []byte(`"`)):
+		return cutString(b)
+	case !bytes.HasPrefix(b, []byte("{")) && !bytes.HasPrefix(b, []byte("[")):
+		end := bytes.IndexAny(b, space+`,:"{}[]`)
+		if end == -1 {
+			return nil, nil, false
+		}
+		return b[:end], b[end:], true
 	}
 	depth := 0
-	for i := 0; i < len(b); i++ {
-		switch b[i] {
+	for rest = b; ; {
+		i := bytes.IndexAny(rest, `"{}[]`)
+		if i == -1 {
+			return nil, nil, false
+		}
+		switch rest = rest[i:]; rest[0] {
 		case '"':
-			n := stringLen(b[i:])
-			if n < 0 {
-				return -1
+			if _, rest, ok = cutString(rest); !ok {
+				return nil, nil, false
 			}
-			i += n - 1
+			continue
 		case '{', '[':
 			depth++
-		case '}', ']':
-			if depth--; depth == 0 {
-				return i + 1
-			}
+		default:
+			depth--
+		}
+		if rest = rest[1:]; depth == 0 {
+			return b[:len(b)-len(rest)], rest, true
 		}
 	}
-	return -1
 }
 
 func stringOf(raw []byte) (s string, ok bool) {
@@ -199,26 +203,21 @@ func (o Object) Millis(name string, unit time.Duration) (millis int64, ok bool) 
 }
 
 // Millis turns a number of units, whole milliseconds each, into milliseconds: a JSON number, also one with a fraction or an
-// exponent, or the same as text, with white space around it. It is exact; a part of a millisecond
-// is rounded down, and a number that is too large becomes the largest or smallest int64. ok is false for what is no number.
+// exponent, or the same as text, with white space around it. It is exact; a part of a millisecond is rounded down, and a
+// number that is too large becomes the largest or smallest int64. ok is false for what is no number.
 func Millis(number string, unit time.Duration) (millis int64, ok bool) {
 	number = strings.TrimSpace(number)
 	if len(number) > maxDigits || !json.Valid([]byte(number)) || strings.Trim(number, "+-.0123456789Ee") != "" {
 		return 0, false
 	}
+	// With exponents of that size every number is too large or rounds to nothing, and with larger ones it fills the memory.
 	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
-	n, ok := new(big.Rat).SetString(mantissa)
+	e, _ := strconv.Atoi(exponent) // of a number out of range this is the largest or smallest
+	n, ok := new(big.Rat).SetString(fmt.Sprintf("%se%d", mantissa, min(max(e, -maxExponent), maxExponent)))
 	if !ok {
 		return 0, false
 	}
-	// Within these bounds every number above is too large or rounds to nothing, and beyond them one could fill the memory.
-	e, _ := strconv.Atoi(exponent) // of a number out of range this is the largest or smallest
-	e = min(max(e, -maxExponent), maxExponent)
-	power := new(big.Rat).SetInt(new(big.Int).Exp(big.NewInt(10), big.NewInt(int64(max(e, -e))), nil))
-	if e < 0 {
-		power.Inv(power)
-	}
-	n.Mul(n, power).Mul(n, big.NewRat(int64(unit/time.Millisecond), 1))
+	n.Mul(n, big.NewRat(int64(unit/time.Millisecond), 1))
 	whole := new(big.Int).Div(n.Num(), n.Denom()) // which rounds down
 	switch {
 	case whole.IsInt64():
