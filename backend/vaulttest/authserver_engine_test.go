@@ -1,0 +1,252 @@
+package vaulttest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// oauthMount mounts the engine, with the server's client as its connector. Config is what describes the server further.
+func oauthMount(t *testing.T, v *Vault, s *AuthServer, path string, config fields) mount {
+	t.Helper()
+	m := mount{t: t, vault: v, path: path, token: v.RootToken, heard: &answers{}}
+	v.Mount(t, path)
+	t.Cleanup(func() {
+		if !t.Failed() {
+			require.NoError(t, v.Client.Sys().Unmount(path), "unmounting")
+		}
+	})
+	body := fields{"service": "oauth2", "issuer": s.Issuer, "connector_id": s.ClientID, "connector_secret": s.ClientSecret, "exchanges_per_minute": 6000}
+	for name, value := range config {
+		body[name] = value
+	}
+	m.write("config", body).ok(t)
+	return m
+}
+
+func (m mount) addGrant(s *AuthServer, tenant string, with fields) {
+	m.t.Helper()
+	body := fields{"refresh_token": s.Mint(m.t)}
+	for name, value := range with {
+		body[name] = value
+	}
+	m.write("tenants/"+tenant, body).ok(m.t)
+}
+
+// What a lease's end does at a service, for each of OAUTH.md's classes, on a real Vault and servers that others wrote.
+func TestEngineOnAuthServers(t *testing.T) {
+	v := Start(t)
+	v.RegisterEngine(t)
+
+	// shared reads twice and revokes both leases; the tokens' state follows.
+	shared := func(t *testing.T, m mount, s *AuthServer) (afterFirst, afterLast bool) {
+		t.Helper()
+		m.addGrant(s, "shared", nil)
+		one, other := m.read("creds/shared").ok(t), m.read("creds/shared").ok(t)
+		token := one.text("access_token")
+		require.Equal(t, token, other.text("access_token"))
+		status, subject := s.Userinfo(t, token)
+		require.Equal(t, 200, status)
+		require.Equal(t, s.User, subject)
+		m.revoke(one.lease())
+		afterFirst = s.Alive(t, token)
+		m.revoke(other.lease())
+		afterLast = s.Alive(t, token)
+		require.NotEqual(t, token, m.access("shared"), "it is given up either way")
+		require.True(t, s.Alive(t, m.access("shared")))
+		return afterFirst, afterLast
+	}
+
+	t.Run("class A", func(t *testing.T) {
+		s := StartOIDCProvider(t, "REVOKE_CASCADE=access-only")
+		m := oauthMount(t, v, s, "a", fields{"revocation": "access_token", "exchange_invalidates": false})
+		afterFirst, afterLast := shared(t, m, s)
+		require.True(t, afterFirst)
+		require.False(t, afterLast)
+		require.Equal(t, 1, s.Stats(t).RevokedAccessTokens)
+
+		m.addGrant(s, "own", fields{"token_per_lease": true})
+		one, other := m.read("creds/own").ok(t), m.read("creds/own").ok(t)
+		require.NotEqual(t, one.text("access_token"), other.text("access_token"))
+		require.True(t, s.Alive(t, one.text("access_token")))
+		m.revoke(one.lease())
+		require.False(t, s.Alive(t, one.text("access_token")))
+		require.True(t, s.Alive(t, other.text("access_token")))
+
+		// The natural end of a lease ends its token too.
+		m.write("tenants/own", fields{"ttl": "2s"}).ok(t)
+		short := m.read("creds/own").ok(t)
+		Eventually(t, "the token to end with its lease", func() bool { return !s.Alive(t, short.text("access_token")) })
+		require.True(t, s.Alive(t, other.text("access_token")))
+		m.revoke(other.lease())
+		require.False(t, s.Alive(t, other.text("access_token")))
+		m.requireKept(t, s, "shared", "own")
+	})
+
+	t.Run("class B", func(t *testing.T) {
+		s := StartOIDCProvider(t)
+		m := oauthMount(t, v, s, "b", fields{"exchange_invalidates": false})
+		afterFirst, afterLast := shared(t, m, s)
+		require.True(t, afterFirst)
+		require.True(t, afterLast)
+		stats := s.Stats(t)
+		require.Zero(t, stats.RevokedAccessTokens+stats.RevokedRefreshTokens+stats.RevokedEnded+stats.RevokedOther, "no revocation call ever")
+		require.Equal(t, 1, stats.LiveGrants)
+		m.requireKept(t, s, "shared")
+	})
+
+	t.Run("class C", func(t *testing.T) {
+		s := StartOIDCProvider(t, "ACCESS_FORMAT=jwt")
+		m := oauthMount(t, v, s, "c", fields{"revocation": "access_token", "exchange_invalidates": false})
+		m.addGrant(s, "acme", nil)
+		c := m.read("creds/acme").ok(t)
+		m.revoke(c.lease())
+		require.True(t, s.Alive(t, c.text("access_token")))
+		Eventually(t, "the status to say that the service cannot", func() bool {
+			data := m.read("tenants/acme").ok(t).data()
+			return data["last_revocation_error"] != nil && data["pending_revocations"] == nil
+		})
+		t.Log(m.read("tenants/acme").ok(t).data()["last_revocation_error"])
+		require.Equal(t, 1, s.Stats(t).LiveGrants)
+		m.requireKept(t, s, "acme")
+	})
+
+	t.Run("class D", func(t *testing.T) {
+		s := StartZitadel(t)
+		m := oauthMount(t, v, s, "d", fields{"revocation": "access_token"})
+		afterFirst, afterLast := shared(t, m, s)
+		require.True(t, afterFirst)
+		require.False(t, afterLast)
+		require.Equal(t, 1, s.Stats(t).RevokedAccessTokens)
+		m.requireKept(t, s, "shared")
+	})
+
+	t.Run("class D by exchange", func(t *testing.T) {
+		s := StartZitadel(t)
+		m := oauthMount(t, v, s, "x", fields{"revocation": "exchange"})
+		m.addGrant(s, "acme", nil)
+		c := m.read("creds/acme").ok(t)
+		m.revoke(c.lease())
+		Eventually(t, "the exchange to end the token", func() bool { return !s.Alive(t, c.text("access_token")) })
+		require.Equal(t, 2, s.Stats(t).Exchanges)
+		require.Zero(t, s.Stats(t).RevokedAccessTokens)
+		m.requireKept(t, s, "acme")
+	})
+
+	t.Run("a delete", func(t *testing.T) {
+		s := StartZitadel(t)
+		m := oauthMount(t, v, s, "deleted", fields{"revocation": "access_token", "revoke_on_delete": true})
+		m.addGrant(s, "acme", nil)
+		m.addGrant(s, "other", nil)
+		require.Equal(t, 2, s.Stats(t).LiveGrants)
+		m.delete("tenants/acme").ok(t)
+		Eventually(t, "the refresh token to end", func() bool { return s.Stats(t).LiveGrants == 1 })
+		m.requireKept(t, s, "other")
+	})
+}
+
+// requireKept: the tenants are well, no refresh token was used twice, none was refused, and no token was revoked past its
+// end.
+func (m mount) requireKept(t *testing.T, s *AuthServer, tenants ...string) {
+	t.Helper()
+	for _, tenant := range tenants {
+		require.Equal(t, "ok", m.read("tenants/" + tenant).ok(t).data()["status"])
+	}
+	stats := s.Stats(t)
+	require.Zero(t, stats.Reused, "refresh tokens used twice")
+	require.Zero(t, stats.Refused, "exchanges refused")
+	require.Zero(t, stats.RevokedEnded, "access tokens revoked past their end")
+	require.Equal(t, len(tenants), stats.LiveGrants)
+}
+
+// Readers who also renew, read token, force refreshes and revoke, over many token lives: no tenant is lost, no refresh token
+// used twice, and where an exchange ends older access tokens none dies before its lease, but by a refresh or a revocation.
+func TestLoadOnAuthServers(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		start    func(testing.TB, ...string) *AuthServer
+		settings []string
+		config   fields
+		tenant   fields
+		disturb  bool // refreshes and revocations, which end a shared token before its leases
+	}{
+		{"zitadel, readers alone", StartZitadel, []string{"ACCESS_TTL=20"}, fields{"revocation": "access_token"}, nil, false},
+		{"zitadel, short tokens", StartZitadel, []string{"ACCESS_TTL=6"}, fields{"revocation": "access_token"}, nil, false},
+		{"zitadel", StartZitadel, []string{"ACCESS_TTL=6"}, fields{"revocation": "access_token"}, nil, true},
+		{"oidc-provider, class A", StartOIDCProvider, []string{"ACCESS_TTL=6", "REVOKE_CASCADE=access-only"}, fields{"revocation": "access_token", "exchange_invalidates": false}, nil, true},
+		{"oidc-provider, a token per lease", StartOIDCProvider, []string{"ACCESS_TTL=20", "REVOKE_CASCADE=access-only"}, fields{"revocation": "access_token", "exchange_invalidates": false}, fields{"token_per_lease": true, "ttl": "4s"}, true},
+		{"oidc-provider, class B", StartOIDCProvider, []string{"ACCESS_TTL=6"}, fields{"exchange_invalidates": false}, nil, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := c.start(t, c.settings...)
+			v := Start(t)
+			v.RegisterEngine(t)
+			m := oauthMount(t, v, s, "load", c.config)
+			const tenants = 4
+			for i := range tenants {
+				m.addGrant(s, fmt.Sprint("t", i), c.tenant)
+			}
+			length := 45 * time.Second
+			if testing.Short() {
+				length = 8 * time.Second
+			}
+			end := time.Now().Add(length)
+			var reads, early atomic.Int64
+			var wg sync.WaitGroup
+			for i := range tenants {
+				tenant := fmt.Sprint("t", i)
+				for range 2 {
+					wg.Go(func() {
+						for time.Now().Before(end) {
+							a, err := m.send("GET", "load/creds/"+tenant, "", nil)
+							if err != nil || a.status != 200 {
+								t.Errorf("a read failed: %v %d %s", err, a.status, a.body)
+								return
+							}
+							reads.Add(1)
+							began, p := time.Now(), a.parsed()
+							// Somewhere before the lease's end the token has to work.
+							time.Sleep(time.Duration(rand.Float64() * 0.9 * float64(p.LeaseDuration) * float64(time.Second)))
+							if time.Since(began) > time.Duration(p.LeaseDuration)*time.Second {
+								continue // this machine was too slow to say
+							}
+							if !s.Alive(t, a.text("access_token")) && time.Since(began) < time.Duration(p.LeaseDuration)*time.Second {
+								early.Add(1)
+							}
+							if c.disturb && rand.IntN(3) == 0 {
+								_, _ = m.send("PUT", "sys/leases/revoke", `{"lease_id":"`+p.LeaseID+`","sync":true}`, nil)
+							}
+						}
+					})
+				}
+				if c.disturb {
+					wg.Go(func() {
+						for time.Now().Before(end) {
+							time.Sleep(time.Duration(1+rand.IntN(3)) * time.Second)
+							_, _ = m.send("PUT", "load/tenants/"+tenant+"/refresh", "{}", nil)
+						}
+					})
+				}
+			}
+			wg.Wait()
+			stats := s.Stats(t)
+			t.Logf("%d reads, %d tokens dead before their lease, %+v", reads.Load(), early.Load(), stats)
+			if !c.disturb {
+				require.Zero(t, early.Load(), "tokens that were dead before their lease")
+			}
+			require.Zero(t, stats.Reused)
+			require.Zero(t, stats.Refused)
+			require.Zero(t, stats.RevokedEnded)
+			require.Equal(t, tenants, stats.LiveGrants)
+			for i := range tenants {
+				require.Equal(t, "ok", m.read(fmt.Sprint("tenants/t", i)).ok(t).data()["status"])
+			}
+		})
+	}
+}
