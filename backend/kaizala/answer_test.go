@@ -375,6 +375,25 @@ func TestLimit(t *testing.T) {
 	}
 }
 
+func TestTextsOfLimitsAndFailures(t *testing.T) {
+	for _, c := range []struct {
+		status int
+		retry  string
+		body   string
+		want   string
+	}{
+		{429, "", "", "Kaizala's limit of calls is used up. Try again later."},
+		{429, "0", "", "Kaizala's limit of calls is used up. Try again later."},
+		{429, "90", "", "Kaizala's limit of calls is used up. Try again in 1m30s."},
+		{503, "", "<html>", "Kaizala's token service is failing (HTTP status 503). Try again later."},
+		{500, "", `{"errorCode":"InvalidParameters"}`, "Kaizala's token service is failing (HTTP status 500, InvalidParameters). Try again later."},
+		{500, "", `{"errorCode":"` + bodyCanary + `"}`, "Kaizala's token service is failing (HTTP status 500, an unknown errorCode). Try again later."},
+	} {
+		r := through(t, answering(c.status, http.Header{"Retry-After": {c.retry}}, c.body)).exchange(t)
+		assert.EqualError(t, r.Err, c.want)
+	}
+}
+
 func TestRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(http.TimeFormat) }

@@ -33,6 +33,7 @@ func redirecting(status int, to map[string]string, grant string) (http.RoundTrip
 const start = DefaultAPIRoot + "/v1/accessToken"
 
 func TestRedirectsThatAreFollowed(t *testing.T) {
+	longest := strings.Repeat("a", tokenservice.MaxURLBytes-len(DefaultAPIRoot+"/"))
 	for location, next := range map[string]string{
 		"https://kaiza.la/v1/accessToken":                            "https://kaiza.la/v1/accessToken",
 		"https://eu.kaiza.la/v1/accessToken":                         "https://eu.kaiza.la/v1/accessToken",
@@ -45,6 +46,7 @@ func TestRedirectsThatAreFollowed(t *testing.T) {
 		"https://eu.kaiza.la/":                                       "https://eu.kaiza.la/v1/accessToken",
 		"//eu.kaiza.la/v1/accessToken":                               "https://eu.kaiza.la/v1/accessToken",
 		"/eu/v1/accessToken":                                         DefaultAPIRoot + "/eu/v1/accessToken",
+		"/" + longest:                                                DefaultAPIRoot + "/" + longest,
 		"other":                                                      DefaultAPIRoot + "/v1/other",
 	} {
 		for _, status := range []int{307, 308} {
