@@ -2,6 +2,7 @@ package vaulttest
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -247,6 +248,95 @@ func TestLoadOnAuthServers(t *testing.T) {
 			for i := range tenants {
 				require.Equal(t, "ok", m.read(fmt.Sprint("tenants/t", i)).ok(t).data()["status"])
 			}
+		})
+	}
+}
+
+// Readers and forced refreshes on three nodes, whose leader is killed twice and steps down once. A kill may cut an exchange
+// after the server has replaced the refresh token: that tenant is lost, having used its old one once more. Nothing else is.
+func TestFailoverOnAuthServers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a cluster on servers that others wrote is left out of -short")
+	}
+	for _, c := range []struct {
+		name     string
+		start    func(testing.TB, ...string) *AuthServer
+		settings []string
+		config   fields
+	}{
+		{"zitadel", StartZitadel, []string{"ACCESS_TTL=6"}, fields{"revocation": "access_token"}},
+		{"oidc-provider", StartOIDCProvider, []string{"ACCESS_TTL=6", "REVOKE_CASCADE=access-only"}, fields{"revocation": "access_token", "exchange_invalidates": false}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := c.start(t, c.settings...)
+			cluster := StartCluster(t, 3)
+			var leader atomic.Pointer[Vault]
+			leader.Store(cluster.Leader(t))
+			leader.Load().RegisterEngine(t)
+			path := "failover"
+			m := mount{t: t, vault: leader.Load(), path: path, token: cluster.RootToken, heard: &answers{}}
+			m.vault.Mount(t, path)
+			config := fields{"service": "oauth2", "issuer": s.Issuer, "connector_id": s.ClientID, "connector_secret": s.ClientSecret, "exchanges_per_minute": 6000}
+			maps.Copy(config, c.config)
+			m.write("config", config).ok(t)
+			const tenants = 8
+			for i := range tenants {
+				m.addGrant(s, fmt.Sprint("t", i), nil)
+			}
+
+			stop := make(chan struct{})
+			var reads atomic.Int64
+			var wg sync.WaitGroup
+			for i := range tenants {
+				wg.Go(func() {
+					for {
+						select {
+						case <-stop:
+							return
+						case <-time.After(time.Duration(rand.IntN(200)) * time.Millisecond):
+						}
+						m := m
+						m.vault = leader.Load()
+						method, to, body := "GET", fmt.Sprint(path, "/creds/t", i), ""
+						if rand.IntN(4) == 0 {
+							method, to, body = "PUT", fmt.Sprint(path, "/tenants/t", i, "/refresh"), "{}"
+						}
+						if a, err := m.send(method, to, body, nil); err == nil && a.status == 200 {
+							reads.Add(1)
+						}
+					}
+				})
+			}
+			for range 2 {
+				time.Sleep(8 * time.Second)
+				killed := leader.Load()
+				cluster.Kill(killed)
+				leader.Store(cluster.Leader(t))
+				time.Sleep(4 * time.Second)
+				cluster.RestartNode(t, killed)
+			}
+			leader.Store(cluster.StepDown(t))
+			time.Sleep(8 * time.Second)
+			close(stop)
+			wg.Wait()
+
+			m.vault = cluster.Leader(t)
+			lost := 0
+			for i := range tenants {
+				// A tenant whose last exchange was cut says so once the next one was tried.
+				m.send("PUT", fmt.Sprint(path, "/tenants/t", i, "/refresh"), "{}", nil)
+				if m.read(fmt.Sprint("tenants/t", i)).ok(t).data()["status"] != "ok" {
+					lost++
+				}
+			}
+			stats := s.Stats(t)
+			t.Logf("%d answers, %d tenants lost to an exchange that a kill cut, %+v", reads.Load(), lost, stats)
+			require.Greater(t, reads.Load(), int64(tenants*10))
+			require.Equal(t, stats.Reused, lost, "a refresh token used twice, other than after a kill")
+			require.Equal(t, stats.Refused, lost)
+			require.LessOrEqual(t, lost, 2, "kills rarely cut an exchange")
+			require.Zero(t, stats.RevokedEnded)
+			cluster.Leader(t).Unmount(t, path)
 		})
 	}
 }
