@@ -1,6 +1,6 @@
 // Command visit is the browser and the app of scripts/demo-oauth.sh. With -user it opens an address, logs in with the
 // password on standard input, allows what is asked for, and prints what a person reads on each page. Without, it asks the
-// address as an app does, with the access token on standard input, and prints the answer; with -post it is a POST.
+// address as an app does, with the access token on standard input, and prints the answer.
 //
 //	visit -user asha URL < password
 //	visit URL < access-token
@@ -21,11 +21,6 @@ import (
 
 func main() {
 	user := flag.String("user", "", "who logs in")
-	method := http.MethodGet
-	flag.BoolFunc("post", "make it a POST", func(string) error {
-		method = http.MethodPost
-		return nil
-	})
 	flag.Parse()
 	if flag.NArg() != 1 {
 		flag.Usage()
@@ -37,7 +32,7 @@ func main() {
 		if *user != "" {
 			err = person(browser.Person{User: *user, Password: secret}, address)
 		} else {
-			err = app(method, secret, address)
+			err = app(secret, address)
 		}
 	}
 	if err != nil {
@@ -60,8 +55,8 @@ func person(p browser.Person, address string) error {
 	return nil
 }
 
-func app(method, token, address string) error {
-	req, err := http.NewRequest(method, address, nil)
+func app(token, address string) error {
+	req, err := http.NewRequest(http.MethodGet, address, nil)
 	if err != nil {
 		return err
 	}
