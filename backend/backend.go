@@ -57,6 +57,7 @@ type backend struct {
 	exchanger   *exchanger
 	revocations *revocations
 	announce    *announcer
+	grants      *grants
 	index       index
 
 	// defaultTTL and maxTTL are the mount's, as they were when it was last asked.
@@ -133,6 +134,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
 		node: &b.node, ctx: b.ctx, work: b.goWork, ahead: b.askTTLs, landed: b.landed,
 	}
+	b.grants = newGrants()
 	b.index.init(b.tick)
 	return nil
 }
@@ -326,7 +328,7 @@ func (b *backend) saveKept(ctx context.Context) {
 		defer t.storing.release()
 		if kept := t.view.Load().kept; kept != nil {
 			err := b.tenants.store(ctx, t, kept)
-			if err != nil && !errors.Is(err, errSuperseded) && kept.refreshToken != "" {
+			if err != nil && !errors.Is(err, errSuperseded) && (kept.refreshToken != "" || kept.granted()) {
 				b.announce.lost(t.name, kept.connector)
 			}
 		}

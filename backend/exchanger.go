@@ -77,6 +77,9 @@ func (o *outcome) succeeded() bool { return o.access != nil }
 // precious says whether what the exchange has brought must not be lost.
 func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != "" }
 
+// granted says whether the refresh token is one that a person's consent has brought, which nobody else has.
+func (o *outcome) granted() bool { return o.change != nil && o.change.grant != nil }
+
 // changes says whether there is anything to store.
 func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
@@ -300,7 +303,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 	switch {
 	case errors.Is(err, errSuperseded):
 		return err
-	case err != nil && f.want.change != nil && o.refreshToken == "":
+	case err != nil && f.want.change != nil && o.refreshToken == "" && !o.granted():
 		return err // nothing is kept: the writer still has the refresh token
 	case err != nil:
 		return x.fail(f, via, err)

@@ -33,6 +33,28 @@ say, but within the service's limits. From then on the new access token is hande
 out: this is the sure way to retire an access token. Where the service can revoke
 access tokens, the connector says so, and the one of before is revoked.
 `
+	authorizeHelp = `
+A write returns a URL. The person who grants access opens it in a browser, logs in
+at the service and allows what it asks; the service sends the browser back to the
+mount's callback, and the engine gets the refresh token itself. Nobody else ever
+holds it. A read says what has become of that. Ten minutes are left for it.
+`
+	deviceHelp = `
+A write returns a short code and an address. A person opens the address on any
+device, enters the code and allows what the service asks; meanwhile the engine asks
+the service every few seconds. A read says what has become of that.
+`
+	pinHelp = `
+Kaizala sends a PIN to the user's phone and takes it for a refresh token, which the
+engine gets itself. A write of mobile_number has the PIN sent; a write of pin within
+ten minutes completes the login. A PIN that was mistyped can be written again.
+`
+	callbackHelp = `
+The authorization server sends the browser of a person here, who has begun with
+tenants/<tenant>/authorize. It needs no Vault token, because a browser has none: the
+state, 256 random bits that work once, is what counts. A read is answered with a
+page; a write, by somebody who pastes what the browser shows, with JSON.
+`
 	credsHelp = `
 Every reader gets the same access token while it is usable, each with a lease of
 its own that ends before the token does. When the last live lease is revoked

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -22,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 //go:generate go test -count=1 -run ^TestGenerated . -update
@@ -108,7 +110,7 @@ func undocumented(path *framework.Path) (problems []string) {
 	fields := func(where string, all map[string]*framework.FieldSchema, answer bool) {
 		for name, field := range all {
 			sentence(where+" "+name, field.Description)
-			secret := name == "access_token" || name == "refresh_token" || name == "connector_secret"
+			secret := slices.Contains([]string{"access_token", "refresh_token", "connector_secret", "state", "code", "pin", "mobile_number"}, name)
 			want(isSecret(field) == secret, "%s %s: sensitive is %t", where, name, isSecret(field))
 			want(!answer || !secret || name == "access_token", "%s gives %s away", where, name)
 		}
@@ -129,7 +131,8 @@ func undocumented(path *framework.Path) (problems []string) {
 			want(len(responses) == 1, "%s: %d has %d forms", kind, status, len(responses))
 			for _, response := range responses {
 				sentence(fmt.Sprintf("%s's %d", kind, status), response.Description)
-				want((status == http.StatusOK) == (len(response.Fields) > 0), "%s: %d has %d fields", kind, status, len(response.Fields))
+				page := response.MediaType == "text/html"
+				want((status == http.StatusOK && !page) == (len(response.Fields) > 0), "%s: %d has %d fields", kind, status, len(response.Fields))
 				fields(fmt.Sprintf("%s's answer", kind), response.Fields, true)
 			}
 		}
@@ -364,17 +367,97 @@ func TestEveryAnswerFitsItsSchema(t *testing.T) {
 		for _, status := range []string{statusOK, statusDegraded, statusRejected, statusExpired, statusUnverified} {
 			assert.True(t, e.seen["status "+status], "no tenant was %s", status)
 		}
-		for _, path := range e.Paths {
-			for op, handler := range path.Operations {
-				operation := path.Pattern + " " + string(op)
-				assert.True(t, e.seen[operation], "%s was not tried", operation)
-				for _, response := range handler.Properties().Responses[http.StatusOK] {
-					for field := range response.Fields {
-						never := strings.Contains(path.Pattern, "refresh") && strings.HasPrefix(field, "last_error")
-						assert.True(t, e.seen[operation+" "+field] != never, "%s was answered with %s: %t", operation, field, never)
-					}
+		e.wasAllTried(func(path *framework.Path, field string) bool {
+			grant := strings.HasPrefix(field, "grant") || field == "subject" // see TestEveryAnswerAboutGrantsFitsItsSchema
+			return grant || strings.Contains(path.Pattern, "refresh") && strings.HasPrefix(field, "last_error")
+		}, slices.DeleteFunc(slices.Clone(e.Paths), isGrants))
+	})
+}
+
+// isGrants says whether a path is one by which a person grants access.
+func isGrants(path *framework.Path) bool {
+	return regexp.MustCompile(`^callback|/(authorize|device|pin)$`).MatchString(strings.Trim(path.Pattern, "^$"))
+}
+
+// wasAllTried asserts that each operation of the paths was, and that each field was answered but those that never are.
+func (e *checkedEngine) wasAllTried(never func(*framework.Path, string) bool, paths []*framework.Path) {
+	e.t.Helper()
+	for _, path := range paths {
+		for op, handler := range path.Operations {
+			operation := path.Pattern + " " + string(op)
+			assert.True(e.t, e.seen[operation], "%s was not tried", operation)
+			for _, response := range handler.Properties().Responses[http.StatusOK] {
+				for field := range response.Fields {
+					assert.True(e.t, e.seen[operation+" "+field] != never(path, field), "%s was answered with %s: %t", operation, field, never(path, field))
 				}
 			}
 		}
+	}
+}
+
+func TestEveryAnswerAboutGrantsFitsItsSchema(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGrantEngine(t)
+		e := &checkedEngine{g.engine, map[string]bool{}}
+		const read, write = logical.ReadOperation, logical.UpdateOperation
+		as := func(more ...string) map[string]any {
+			data := map[string]any{"connector": "as"}
+			for _, name := range more {
+				data[name] = nil
+			}
+			return data
+		}
+		attempts := []string{"tenants/acme/authorize", "tenants/acme/device"}
+		for _, path := range attempts {
+			_, status := e.request(read, path, nil)
+			require.Equal(t, 404, status)
+			e.ok(write, path, as("unknown"))
+			e.ok(read, path, nil)
+		}
+		for _, path := range attempts {
+			time.Sleep(11 * time.Minute)
+			e.ok(read, path, nil) // superseded, expired
+		}
+		back := func(more map[string]any) map[string]any {
+			data := g.allowed(e.ok(write, "tenants/acme/authorize", as()).Data["authorization_url"].(string))
+			maps.Copy(data, more)
+			return data
+		}
+		wrong := back(map[string]any{"iss": "https://elsewhere.example"})
+		e.write("config/as", map[string]any{"issuer": g.server.Issuer()})
+		_, status := e.request(write, "callback", wrong)
+		require.Equal(t, 400, status)
+		e.ok(read, "tenants/acme/authorize", nil) // failed
+		e.ok(write, "callback", back(nil))
+		e.ok(read, "tenants/acme/authorize", nil)
+		require.NoError(t, schemaError(tenantStatusFields, e.read("tenants/acme")))
+		require.Contains(t, e.read("tenants/acme"), "subject")
+		e.write("config/as", map[string]any{"redirect_uris": callbackTo + "/as"})
+		e.ok(write, "callback/as", back(nil))
+		for _, path := range []string{"callback", "callback/as"} {
+			resp, status, _ := e.try(read, path, nil)
+			require.Equal(t, 200, status) // it is the page that says 400
+			require.Equal(t, 400, resp.Data[logical.HTTPStatusCode])
+			e.seen[e.Route(path).Pattern+" read"] = true
+		}
+
+		device := e.ok(write, "tenants/acme/device", as())
+		require.NoError(t, g.server.DenyDevice(device.Data["user_code"].(string)))
+		time.Sleep(time.Minute)
+		require.Equal(t, attemptDenied, e.ok(read, "tenants/acme/device", nil).Data["status"])
+		g.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidGrant})
+		e.ok(write, "tenants/acme/device", as())
+		time.Sleep(time.Minute)
+		require.Equal(t, attemptFailed, e.ok(read, "tenants/acme/device", nil).Data["status"])
+
+		phone := e.kaizala.PhoneNumber("acme")
+		e.ok(write, "tenants/beta/pin", map[string]any{"mobile_number": phone})
+		e.ok(write, "tenants/beta/pin", map[string]any{"pin": e.kaizala.PIN(e.connectorID, "acme")})
+
+		for _, status := range []string{attemptPending, attemptGranted, attemptDenied, attemptExpired, attemptFailed, attemptSuperseded} {
+			assert.True(t, e.seen["status "+status], "no attempt was %s", status)
+		}
+		e.wasAllTried(func(path *framework.Path, field string) bool { return false },
+			slices.DeleteFunc(slices.Clone(e.Paths), func(path *framework.Path) bool { return !isGrants(path) }))
 	})
 }

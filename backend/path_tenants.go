@@ -106,6 +106,7 @@ type grantOf struct {
 	by      string
 	at      time.Time
 	subject string
+	from    string // the lineage that the tenant must have still
 }
 
 // newTenantChange reads a write. A null sets a field to its default.
@@ -255,7 +256,10 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	if change.retiresTokens() {
-		err = b.replaceTokens(ctx, name, change)
+		if err = b.replaceTokens(ctx, name, change); err == nil {
+			// What is pending has ended with the write; what is left of it goes with the next sweep otherwise.
+			_ = b.endAttempts(ctx, name)
+		}
 	} else {
 		err = b.tenants.change(ctx, name, change)
 	}

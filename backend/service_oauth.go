@@ -274,6 +274,10 @@ func (s *oauthSettings) client(c *connectorEntry, transport http.RoundTripper) (
 
 func (*oauthSettings) address() string { return "" }
 
+func (s *oauthSettings) consent() consent {
+	return consent{scopes: s.Scopes, redirectURIs: s.RedirectURIs, confirm: s.Confirm}
+}
+
 func (s *oauthSettings) clone() serviceSettings {
 	next := *s
 	next.TokenParams, next.AuthorizationParams = maps.Clone(s.TokenParams), maps.Clone(s.AuthorizationParams)

@@ -244,6 +244,8 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			}
 		}
 		switch {
+		case c.grant != nil && v.lineage() != c.grant.from:
+			return errSuperseded
 		case v.entry == nil && c.patch:
 			return notFound("there is no tenant %q to patch", name)
 		case v.entry == nil && c.refreshToken == nil:
@@ -453,7 +455,7 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 // it was not asked.
 func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 	switch {
-	case o.change != nil && o.refreshToken == "":
+	case o.change != nil && o.refreshToken == "" && !o.granted():
 		t.doubt()
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():

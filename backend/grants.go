@@ -1,0 +1,728 @@
+package backend
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+// A person grants access by one of the paths authorize, device and pin. Each start of one is an attempt, which is in storage
+// until it has ended, so that any node goes on with it. An attempt notes the lineage that its tenant had when it began and the
+// one that the tenant will have by it. So whatever else becomes of an attempt's entry, the tenant's own entry says whether the
+// attempt was granted, or whether a write or a delete has ended it.
+
+const (
+	attemptPrefix = "attempts/"
+	// attemptKeys is where storage keeps the attempts of a tenant, under its name.
+	attemptKeys = attemptPrefix + "tenants/"
+	// stateKeys is where storage keeps which tenant a state belongs to, under the state's SHA-256.
+	stateKeys = attemptPrefix + "states/"
+
+	// attemptLife is how long a person has, where the service does not say.
+	attemptLife = 10 * time.Minute
+	// longestAttempt is more than any attempt lasts. One that seems to end later was begun by a wrong clock.
+	longestAttempt = 25 * time.Hour
+	// statesKnown is how long after its attempt's end a state is told from one that never was.
+	statesKnown = time.Hour
+)
+
+// The paths by which access is granted.
+const (
+	byCode   = "authorize"
+	byDevice = "device"
+	byPIN    = "pin"
+)
+
+// What can become of an attempt.
+const (
+	attemptPending    = "pending"
+	attemptGranted    = "granted"
+	attemptDenied     = "denied"
+	attemptExpired    = "expired"
+	attemptFailed     = "failed"
+	attemptSuperseded = "superseded" // by a newer attempt, a write of the tenant, or its delete
+)
+
+// attempts are a tenant's, as storage keeps them: the last one by each path. One of them is pending at the most.
+type attempts struct {
+	Format int                 `json:"format"`
+	Last   map[string]*attempt `json:"last"`
+}
+
+// attempt is one try of a person to grant access.
+type attempt struct {
+	ID        string    `json:"id"`
+	Path      string    `json:"path"`
+	Tenant    string    `json:"tenant"`
+	Connector string    `json:"connector"`
+	By        string    `json:"by"` // Vault's display name of who has begun it
+	Begun     time.Time `json:"begun"`
+	Expires   time.Time `json:"expires"`
+	Status    string    `json:"status"`
+	Error     string    `json:"error,omitempty"` // why it failed
+	// Lineage is the tenant's when the attempt began, Next the one that the grant gives it.
+	Lineage string `json:"lineage"`
+	Next    string `json:"next"`
+
+	// State is the SHA-256 of the state, in hexadecimal. Used: the code is being sent, or was. Code is the one that a person
+	// has been asked to confirm.
+	State       string `json:"state,omitempty"`
+	Callback    string `json:"callback,omitempty"` // the connector in the callback's path, "" where it has none
+	RedirectURI string `json:"redirect_uri,omitempty"`
+	Verifier    string `json:"verifier,omitempty"`
+	Code        string `json:"code,omitempty"`
+	Used        bool   `json:"used,omitempty"`
+
+	DeviceCode string        `json:"device_code,omitempty"`
+	Interval   time.Duration `json:"interval,omitempty"`
+
+	MobileNumber string `json:"mobile_number,omitempty"`
+}
+
+// close ends an attempt, and forgets what only a pending one needs.
+func (a *attempt) close(status, text string) {
+	a.Status, a.Error = status, text
+	a.Verifier, a.Code, a.DeviceCode, a.MobileNumber = "", "", "", ""
+}
+
+// stateEntry says whose a state is, and what has become of it.
+type stateEntry struct {
+	Format   int       `json:"format"`
+	Tenant   string    `json:"tenant"`
+	Callback string    `json:"callback"`
+	Expires  time.Time `json:"expires"`
+	Status   string    `json:"status"` // as far as is known: the attempt itself decides
+	Used     bool      `json:"used,omitempty"`
+}
+
+// grants is what memory knows of attempts: who works on which, and when which needs a look. What they are is in storage alone.
+type grants struct {
+	mu        sync.Mutex
+	locks     map[string]*lock     // by tenant: the right to change its attempts
+	working   map[string]bool      // attempts, by ID, whose code, device code or PIN is on its way or has come through
+	due       map[string]time.Time // tenants whose attempts need a look then
+	forget    map[string]time.Time // states, by SHA-256, that storage forgets then
+	polls     map[string]*poll     // by tenant
+	loaded    bool
+	attending bool
+}
+
+func newGrants() *grants {
+	return &grants{
+		locks: map[string]*lock{}, working: map[string]bool{}, due: map[string]time.Time{},
+		forget: map[string]time.Time{}, polls: map[string]*poll{},
+	}
+}
+
+// lock takes the right to change a tenant's attempts. There are as many locks as tenants with attempts.
+func (g *grants) lock(ctx context.Context, tenant string) (release func(), err error) {
+	g.mu.Lock()
+	l := g.locks[tenant]
+	if l == nil {
+		l = &lock{}
+		g.locks[tenant] = l
+	}
+	g.mu.Unlock()
+	if err := l.acquire(ctx); err != nil {
+		return nil, err
+	}
+	return l.release, nil
+}
+
+func (g *grants) work(id string, on bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if on {
+		g.working[id] = true
+	} else {
+		delete(g.working, id)
+	}
+}
+
+func (g *grants) works(id string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.working[id]
+}
+
+// note takes in when a tenant's attempts and a state need a look.
+func (g *grants) note(a *attempt) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if a.Status == attemptPending {
+		g.due[a.Tenant] = earliest(g.due[a.Tenant], a.Expires)
+	}
+	if a.State != "" {
+		g.forget[a.State] = a.Expires.Add(statesKnown)
+	}
+}
+
+// lineage is the tenant's as storage has it.
+func (v *tenantView) lineage() string {
+	if v.base() == nil {
+		return noLineage
+	}
+	return v.entry.Lineage
+}
+
+// settled says what has become of an attempt, by its entry and by its tenant's.
+func (b *backend) settled(a *attempt, v *tenantView) (status, text string) {
+	now := time.Now()
+	kept := v != nil && v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
+	switch lineage := v.lineage(); {
+	case a.Status != attemptPending:
+		return a.Status, a.Error
+	case lineage == a.Next:
+		return attemptGranted, ""
+	case kept:
+		return attemptPending, ""
+	case lineage != a.Lineage:
+		return attemptSuperseded, ""
+	case b.grants.works(a.ID):
+		return attemptPending, ""
+	case a.Used:
+		return attemptFailed, "The engine stopped while the service was asked, and nobody knows what it answered: start again."
+	case !now.Before(a.Expires), a.Expires.Sub(now) > longestAttempt:
+		return attemptExpired, ""
+	}
+	return attemptPending, ""
+}
+
+// attemptsOf reads a tenant's attempts.
+func (b *backend) attemptsOf(ctx context.Context, tenant string) (*attempts, error) {
+	all, err := getEntry[attempts](ctx, b.storage, attemptKeys+tenant)
+	if all == nil {
+		all = &attempts{}
+	}
+	if all.Last == nil {
+		all.Last = map[string]*attempt{}
+	}
+	return all, err
+}
+
+// changeAttempts changes a tenant's attempts in storage, where f says that it has changed them. It runs to its end when the
+// caller goes away.
+func (b *backend) changeAttempts(ctx context.Context, tenant string, f func(*attempts) (bool, error)) error {
+	release, err := b.grants.lock(ctx, tenant)
+	if err != nil {
+		return err
+	}
+	defer release()
+	all, err := b.attemptsOf(ctx, tenant)
+	if err != nil {
+		return err
+	}
+	changed, err := f(all)
+	if err != nil || !changed {
+		return err
+	}
+	return b.putAttempts(ctx, tenant, all)
+}
+
+// putAttempts stores a tenant's attempts. The caller has the lock.
+func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+	defer cancel()
+	all.Format = entryFormat
+	if err := putEntry(ctx, b.storage, attemptKeys+tenant, all); err != nil {
+		return err
+	}
+	for _, a := range all.Last {
+		b.noteState(ctx, a)
+	}
+	return nil
+}
+
+// noteState lets a state's own entry say what has become of its attempt, so that the next one to bring the state costs one
+// read. The attempt decides, so it matters little that storage takes this.
+func (b *backend) noteState(ctx context.Context, a *attempt) {
+	if a.State == "" || a.Status == attemptPending && !a.Used {
+		return
+	}
+	b.grants.mu.Lock()
+	_, known := b.grants.forget[a.State]
+	b.grants.mu.Unlock()
+	if !known {
+		return // it was noted long ago
+	}
+	s, err := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
+	if err != nil || s == nil || s.Status == a.Status && s.Used == a.Used {
+		return
+	}
+	s.Status, s.Used = a.Status, a.Used
+	_ = putEntry(ctx, b.storage, stateKeys+a.State, s)
+}
+
+// begin makes an attempt its tenant's pending one. It ends the one before.
+func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
+	var before *attempt
+	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+		if a.State != "" {
+			s := &stateEntry{Format: entryFormat, Tenant: a.Tenant, Callback: a.Callback, Expires: a.Expires, Status: attemptPending}
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+			defer cancel()
+			if err := putEntry(ctx, b.storage, stateKeys+a.State, s); err != nil {
+				return false, err
+			}
+		}
+		for _, old := range all.Last {
+			b.supersede(old, v)
+		}
+		before = all.Last[a.Path]
+		all.Last[a.Path] = a
+		b.stopPolling(a.Tenant)
+		b.grants.note(a)
+		return true, nil
+	})
+	if err == nil && before != nil {
+		b.noteState(context.WithoutCancel(ctx), before)
+	}
+	return err
+}
+
+// supersede ends an attempt that is pending still.
+func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
+	if a.Status != attemptPending {
+		return false
+	}
+	status, text := b.settled(a, v)
+	if status == attemptPending {
+		status = attemptSuperseded
+	}
+	a.close(status, text)
+	return true
+}
+
+// endAttempts ends what is pending for a tenant that an operator has written or deleted. The tenant's entry says the same by
+// now, so an attempt whose entry cannot be changed has ended too; what it keeps goes with the next sweep.
+func (b *backend) endAttempts(ctx context.Context, tenant string) error {
+	b.stopPolling(tenant)
+	b.grants.mu.Lock()
+	_, pending := b.grants.due[tenant]
+	pending = pending || !b.grants.loaded
+	b.grants.mu.Unlock()
+	if !pending {
+		return nil
+	}
+	_, v, err := b.tenants.load(ctx, tenant)
+	if err != nil {
+		return ignoreUnusable(err)
+	}
+	err = b.changeAttempts(ctx, tenant, func(all *attempts) (changed bool, _ error) {
+		for _, a := range all.Last {
+			changed = b.supersede(a, v) || changed
+		}
+		return changed, nil
+	})
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil // somebody is storing what an attempt has brought, and finds that it is superseded
+	}
+	return ignoreUnusable(err)
+}
+
+// finish stores what a service has given for an attempt, if that is still its tenant's pending one, and ends it. An access
+// token that is not kept is given up.
+func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice.Result) (status, text string) {
+	defer b.grants.work(id, false)
+	release, err := b.grants.lock(b.ctx, tenant)
+	if err != nil {
+		return attemptPending, "" // the engine stops
+	}
+	defer release()
+	all, err := b.attemptsOf(b.ctx, tenant)
+	a := all.byID(id)
+	switch {
+	case err != nil:
+		b.abandon(tenant, via, r)
+		return attemptFailed, "Vault's storage failed: start again."
+	case a == nil:
+		b.abandon(tenant, via, r)
+		return attemptSuperseded, ""
+	case a.Status != attemptPending:
+		b.abandon(tenant, via, r)
+		return a.Status, a.Error
+	}
+	if status, text = b.settle(a, via, r); status == attemptPending {
+		return status, text
+	}
+	a.close(status, text)
+	// Where storage fails, the tenant's entry says what has become of the attempt.
+	_ = b.putAttempts(b.ctx, tenant, all)
+	return status, text
+}
+
+func (all *attempts) byID(id string) *attempt {
+	for _, a := range all.Last {
+		if a.ID == id {
+			return a
+		}
+	}
+	return nil
+}
+
+// settle stores the tokens of a result, and says what that makes of the attempt.
+func (b *backend) settle(a *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
+	failure := (*tokenservice.Failure)(nil)
+	switch {
+	case r.RefreshToken != "":
+		status, text = b.storeGrant(a, via, r)
+		if status == attemptFailed {
+			b.abandon(a.Tenant, via, r)
+		}
+		return status, text
+	case errors.As(r.Err, &failure):
+		b.abandon(a.Tenant, via, r)
+		switch failure.Kind {
+		case tokenservice.Denied:
+			return attemptDenied, ""
+		case tokenservice.Expired:
+			return attemptExpired, ""
+		}
+		text = failure.Text
+	default:
+		text = "The engine stopped before the service had answered: start again."
+	}
+	return attemptFailed, text
+}
+
+// abandon gives up an access token that nobody keeps.
+func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Result) {
+	if r.AccessToken == nil {
+		return
+	}
+	// Where storage fails, the token lives to its end.
+	_ = b.revocations.giveUp(b.ctx, via.name, tenant, &accessEntry{Token: r.AccessToken.Token, Generation: rand.Text(), Expires: r.AccessToken.Expires})
+	b.revocations.wake(via.name)
+}
+
+// grantTries is how often storing a grant is tried: there is no second one, but a person's consent cannot wait for ever.
+const grantTries = 6
+
+// storeGrant stores a refresh token that a service has given, as a verified write of it: with the access token that came beside
+// it, or else by an exchange.
+func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
+	token := r.RefreshToken
+	change := &tenantChange{
+		refreshToken: &token, connector: &a.Connector, verify: true, lineage: a.Next,
+		grant: &grantOf{by: a.By, at: time.Now().UTC().Truncate(time.Millisecond), subject: r.Subject, from: a.Lineage},
+	}
+	w := want{change: change}
+	if r.Err == nil && r.AccessToken != nil {
+		r.RefreshToken = "" // it is the change's
+		w.result = &granted{via: via, result: r}
+	}
+	pause := time.Second
+	var err error
+	for range grantTries {
+		err = b.tryGrant(a, w)
+		kept := b.keeps(a)
+		switch {
+		case err == nil:
+			return attemptGranted, ""
+		case kept:
+			return attemptPending, "" // memory has it, and storing it is tried again
+		case errors.Is(err, errSuperseded):
+			b.revocations.wake(via.name) // what is not kept has been given up
+			return attemptSuperseded, ""
+		case w.result == nil && isRejection(err):
+			return attemptFailed, verifyError(b.connectors.about(a.Connector), a.Tenant, a.Connector, err).Error()
+		}
+		// The service has given its only good refresh token: it is stored unverified rather than lost.
+		if w.result == nil || errors.Is(err, errStopping) {
+			if err := b.storeUnasked(a, change); err == nil {
+				return attemptGranted, ""
+			}
+		}
+		if errors.As(err, new(logical.HTTPCodedError)) && !isTryAgain(err) || errors.Is(err, logical.ErrReadOnly) {
+			break // another try cannot succeed
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-b.ctx.Done():
+		}
+		timer.Stop()
+		if b.ctx.Err() != nil {
+			break
+		}
+		pause *= 2
+	}
+	var coded logical.HTTPCodedError
+	if errors.As(err, &coded) {
+		return attemptFailed, "The service has granted access, but that could not be stored: " + coded.Error()
+	}
+	return attemptFailed, "The service has granted access, but Vault's storage did not take it: start again."
+}
+
+// isTryAgain says whether an error is one that passes.
+func isTryAgain(err error) bool {
+	var coded logical.HTTPCodedError
+	return errors.As(err, &coded) && coded.Code() >= 429
+}
+
+// keeps says whether memory has a grant that storage has not taken yet.
+func (b *backend) keeps(a *attempt) bool {
+	t := b.tenants.named(a.Tenant)
+	if t == nil {
+		return false
+	}
+	kept := t.view.Load().kept
+	return kept != nil && kept.change != nil && kept.change.lineage == a.Next
+}
+
+// tryGrant has the tenant's next flight store a grant. Its error is errSuperseded where the tenant is not what it was when the
+// attempt began.
+func (b *backend) tryGrant(a *attempt, w want) error {
+	ctx := b.ctx
+	for {
+		t, v, err := b.tenants.load(ctx, a.Tenant)
+		if err != nil {
+			return err
+		}
+		if v.lineage() != a.Lineage {
+			if w.result != nil {
+				b.abandon(a.Tenant, w.result.via, w.result.result)
+			}
+			return errSuperseded
+		}
+		via, err := b.prepare(ctx, v, w.change)
+		if err != nil {
+			return err
+		}
+		if err := b.revocations.spare(ctx, *w.change.refreshToken); err != nil {
+			return err
+		}
+		if t == nil {
+			t = b.tenants.record(a.Tenant)
+		}
+		if err := via.binding.Acquire(ctx, 1); err != nil {
+			return err
+		}
+		f, own, err := b.startVerified(ctx, t, v, w)
+		via.binding.Release(1)
+		switch {
+		case errors.Is(err, errSuperseded):
+			continue // somebody else has changed something about the tenant: look again
+		case err != nil:
+			return err
+		}
+		select {
+		case <-f.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if own {
+			return f.err
+		}
+	}
+}
+
+// storeUnasked stores a grant without asking the service.
+func (b *backend) storeUnasked(a *attempt, change *tenantChange) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.ctx), storeWithin)
+	defer cancel()
+	via, err := b.connectors.of(ctx, a.Connector)
+	if err != nil {
+		return err
+	}
+	return b.storeUnverified(ctx, a.Tenant, via, change)
+}
+
+// attendGrants is called each minute: it goes on with what another process has begun, and ends what is over. With nothing
+// pending it reads no storage.
+func (b *backend) attendGrants() {
+	if !b.node.WriteSafeReplicationState() {
+		return
+	}
+	g := b.grants
+	g.mu.Lock()
+	busy, loaded := g.attending, g.loaded
+	g.attending = true
+	g.mu.Unlock()
+	if busy {
+		return
+	}
+	defer func() {
+		g.mu.Lock()
+		g.attending = false
+		g.mu.Unlock()
+	}()
+	if !loaded && b.loadAttempts() != nil {
+		return // the next tick tries again
+	}
+	now := time.Now()
+	g.mu.Lock()
+	var tenants, states []string
+	for name, at := range g.due {
+		if !at.After(now) {
+			tenants = append(tenants, name)
+		}
+	}
+	for state, at := range g.forget {
+		if !at.After(now) {
+			states = append(states, state)
+		}
+	}
+	g.mu.Unlock()
+	for _, name := range tenants {
+		b.sweep(name)
+	}
+	for _, state := range states {
+		ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
+		err := b.storage.Delete(ctx, stateKeys+state)
+		cancel()
+		if err != nil {
+			return
+		}
+		g.mu.Lock()
+		delete(g.forget, state)
+		g.mu.Unlock()
+	}
+}
+
+// loadAttempts notes what storage has of attempts, and goes on polling.
+func (b *backend) loadAttempts() error {
+	names, err := b.storage.List(b.ctx, attemptKeys)
+	if err != nil {
+		return storageError(err)
+	}
+	err = forEach(names, func(name string) error {
+		all, err := b.attemptsOf(b.ctx, name)
+		if err != nil {
+			return ignoreUnusable(err)
+		}
+		b.goOn(name, all)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	states, err := b.storage.List(b.ctx, stateKeys)
+	if err != nil {
+		return storageError(err)
+	}
+	err = forEach(states, func(state string) error {
+		s, err := getEntry[stateEntry](b.ctx, b.storage, stateKeys+state)
+		if err != nil || s == nil {
+			return ignoreUnusable(err)
+		}
+		b.grants.mu.Lock()
+		defer b.grants.mu.Unlock()
+		b.grants.forget[state] = earliest(s.Expires, time.Now().Add(longestAttempt)).Add(statesKnown)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	b.grants.mu.Lock()
+	defer b.grants.mu.Unlock()
+	b.grants.loaded = true
+	return nil
+}
+
+// goOn takes in the attempts of a tenant that another process may have begun, or of one that is not there any more.
+func (b *backend) goOn(name string, all *attempts) {
+	t := b.tenants.named(name)
+	gone := t == nil || !t.view.Load().summary.stored
+	for _, a := range all.Last {
+		if a.Status != attemptPending && !gone {
+			continue
+		}
+		b.grants.mu.Lock()
+		b.grants.due[name] = earliest(b.grants.due[name], earliest(a.Expires, time.Now().Add(longestAttempt)))
+		polled := b.grants.polls[name] != nil
+		b.grants.mu.Unlock()
+		if a.Path == byDevice && a.Status == attemptPending && !polled {
+			b.pollAfter(name, a.ID, a.Interval) // the process before may have polled a moment ago
+		}
+	}
+}
+
+// sweep ends a tenant's attempts whose time is over. Of a tenant that is not there storage forgets them an hour later.
+func (b *backend) sweep(name string) {
+	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
+	defer cancel()
+	_, v, err := b.tenants.load(ctx, name)
+	var next time.Time
+	if err == nil {
+		err = b.changeAttempts(ctx, name, func(all *attempts) (changed bool, _ error) {
+			now := time.Now()
+			over := true
+			for _, a := range all.Last {
+				status, text := b.settled(a, v)
+				switch {
+				case a.Status != attemptPending:
+				case status != attemptPending:
+					a.close(status, text)
+					changed = true
+				default:
+					next = earliest(next, latest(a.Expires, now.Add(time.Minute)))
+				}
+				over = over && now.After(a.Expires.Add(statesKnown))
+			}
+			switch {
+			case v != nil || len(all.Last) == 0 || !next.IsZero():
+			case !over:
+				next = now.Add(statesKnown)
+			default:
+				return false, storageError(b.storage.Delete(ctx, attemptKeys+name))
+			}
+			return changed, nil
+		})
+	}
+	if ignoreUnusable(err) != nil {
+		return // the next tick tries again
+	}
+	b.grants.mu.Lock()
+	defer b.grants.mu.Unlock()
+	if next.IsZero() {
+		delete(b.grants.due, name)
+	} else {
+		b.grants.due[name] = next
+	}
+}
+
+// pending returns a tenant's pending attempt by a path, or nil, with the tenant's view.
+func (b *backend) pending(ctx context.Context, name, path string) (*attempt, *tenantView, error) {
+	all, err := b.attemptsOf(ctx, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, v, err := b.tenants.load(ctx, name)
+	if err != nil {
+		return nil, nil, err
+	}
+	a := all.Last[path]
+	if a == nil {
+		return nil, v, nil
+	}
+	if status, _ := b.settled(a, v); status != attemptPending {
+		return nil, v, nil
+	}
+	return a, v, nil
+}
+
+// scopesWithin returns the scopes to ask for: those of the request, or else all of the connector's.
+func scopesWithin(asked, configured []string) ([]string, error) {
+	if len(asked) == 0 {
+		return configured, nil
+	}
+	allowed := map[string]bool{}
+	for _, scope := range configured {
+		allowed[scope] = true
+	}
+	for _, scope := range asked {
+		if !allowed[scope] {
+			return nil, badValue("scopes has to be within the connector's, which are: %s", orNone(slices.Sorted(maps.Keys(allowed))))
+		}
+	}
+	return asked, nil
+}

@@ -1,0 +1,361 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"regexp"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+// stateForm is what a state looks like: 256 bits in the alphabet of URLs.
+var stateForm = regexp.MustCompile(`^[A-Za-z0-9_-]{43}$`)
+
+func (b *backend) callbackPaths() []*framework.Path {
+	fields := func() map[string]*framework.FieldSchema {
+		return map[string]*framework.FieldSchema{
+			"state": {
+				Type:         framework.TypeString,
+				Query:        true,
+				Description:  "The state of the authorization, as the service sends it back.",
+				DisplayAttrs: sensitive,
+			},
+			"code": {
+				Type:         framework.TypeString,
+				Query:        true,
+				Description:  "The authorization code, as the service sends it.",
+				DisplayAttrs: sensitive,
+			},
+			"iss":   {Type: framework.TypeString, Query: true, Description: "The issuer, as the service sends it (RFC 9207)."},
+			"error": {Type: framework.TypeString, Query: true, Description: "Why the service grants nothing, as it says."},
+			"page":  {Type: framework.TypeBool, Description: "Whether the answer is a page for people, as the page's own form asks for. A read is always answered with one."},
+		}
+	}
+	one := b.callbackPath("callback", "callback", fields())
+	named := fields()
+	named["connector"] = namedConnectorField["connector"]
+	return []*framework.Path{one, b.callbackPath("callback/"+framework.GenericNameRegex("connector"), "connector-callback", named)}
+}
+
+func (b *backend) callbackPath(pattern, suffix string, fields map[string]*framework.FieldSchema) *framework.Path {
+	page := map[int][]framework.Response{http.StatusOK: {{Description: "A page for the person. What is wrong is a page with status 400.", MediaType: "text/html"}}}
+	return &framework.Path{
+		Pattern: pattern,
+		Fields:  fields,
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: operation("show", suffix, "Where the authorization server sends the person's browser back to.",
+				"Needs no Vault token. It asks the person to confirm, where the connector says so, and stores the grant otherwise.", page, b.callback),
+			logical.UpdateOperation: operation("complete", suffix, "Complete an authorization.",
+				"Needs no Vault token. What the service has sent to the browser can be pasted here by hand; the page's form comes here too.",
+				responses(http.StatusOK, "What was connected.", callbackFields), b.callback),
+		},
+		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
+		HelpSynopsis:    "Where a person comes back to with an authorization code.",
+		HelpDescription: callbackHelp,
+	}
+}
+
+var callbackFields = always(map[string]*framework.FieldSchema{
+	"tenant": str("Name of the tenant that is connected."),
+	"status": oneOf("granted; pending: the service has not answered yet, and the engine goes on.", attemptGranted, attemptPending),
+})
+
+// verdict is what a callback has come to.
+type verdict struct {
+	// what is one of the constants below, or the status of an attempt.
+	what    string
+	attempt *attempt // nil where the state is not known
+	text    string   // why it failed
+	service string   // the token service's name
+	subject string   // who has granted access, where the service says so
+	state   string   // for the form that confirms
+	err     error    // where nothing was sent and the person can try again
+}
+
+const (
+	endUnknown   = "unknown"   // there is no such state
+	endMisplaced = "misplaced" // it belongs to another callback
+	endUsed      = "used"
+	endEmpty     = "empty" // neither a code nor an error, or one that nothing can be made of
+	endConfirm   = "confirm"
+	endLater     = "later"
+)
+
+// callback takes what the service's redirect brings. Nobody needs a Vault token for it, so all that it does before it has found
+// the state is one read.
+func (b *backend) callback(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	if req.WrapInfo != nil && req.WrapInfo.TTL > 0 {
+		// Vault would store the answer, for anybody who asks.
+		return nil, badValue("callback does not wrap its answer: repeat the request without a wrapping TTL")
+	}
+	if !b.node.WriteSafeReplicationState() {
+		return nil, logical.ErrReadOnly
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	page := req.Operation == logical.ReadOperation || d.Get("page").(bool)
+	end, err := b.receive(ctx, req.Operation == logical.ReadOperation, d)
+	switch {
+	case err != nil:
+		return answer(err)
+	case page:
+		return pageResponse(end, req.MountPoint), nil
+	}
+	return end.response(d)
+}
+
+// response is the answer to who has pasted a code by hand.
+func (e *verdict) response(d *framework.FieldData) (*logical.Response, error) {
+	switch e.what {
+	case attemptGranted, attemptPending:
+		resp := &logical.Response{Data: map[string]any{"tenant": e.attempt.Tenant, "status": e.what}}
+		if e.what == attemptPending {
+			resp.AddWarning("The service has not answered yet. The engine goes on: read tenants/" + e.attempt.Tenant + "/authorize in a minute.")
+		}
+		return resp, nil
+	case endLater:
+		return answer(e.err)
+	}
+	text := pageTexts[e.what]
+	why := text.title + ". " + text.text
+	if e.text != "" {
+		why = text.title + ": " + e.text
+	}
+	return answer(badValue("%s", why))
+}
+
+// receive says what a callback comes to, and does it.
+func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData) (*verdict, error) {
+	callback := ""
+	if d.Schema["connector"] != nil {
+		callback, _ = d.Raw["connector"].(string)
+	}
+	state := textOf(d, "state")
+	if !stateForm.MatchString(state) {
+		return &verdict{what: endUnknown}, nil
+	}
+	hash := hashOf(state)
+	s, err := getEntry[stateEntry](ctx, b.storage, stateKeys+hash)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case s == nil:
+		return &verdict{what: endUnknown}, nil
+	case s.Callback != callback:
+		return &verdict{what: endMisplaced}, nil
+	case s.Status == attemptSuperseded, s.Status == attemptExpired:
+		return &verdict{what: s.Status}, nil
+	case s.Used || s.Status != attemptPending:
+		return &verdict{what: endUsed}, nil
+	case !time.Now().Before(s.Expires):
+		return &verdict{what: attemptExpired}, nil
+	}
+	var end *verdict
+	var a attempt
+	var code string
+	err = b.changeAttempts(ctx, s.Tenant, func(all *attempts) (changed bool, err error) {
+		end, code, changed, err = b.examine(ctx, all.Last[byCode], hash, asks, d)
+		if end != nil && err == nil {
+			end.attempt = all.Last[byCode]
+		}
+		if all.Last[byCode] != nil {
+			a = *all.Last[byCode]
+		}
+		return changed, err
+	})
+	if err != nil || end != nil {
+		return end, err
+	}
+	return b.redeem(ctx, &a, code)
+}
+
+// examine looks at what a callback has brought for an attempt. It returns the code that is to be sent, or else what has become of
+// the attempt.
+func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (end *verdict, code string, changed bool, err error) {
+	if a == nil || a.State != hash {
+		return &verdict{what: attemptSuperseded}, "", false, nil
+	}
+	_, v, err := b.tenants.load(ctx, a.Tenant)
+	if err != nil {
+		return nil, "", false, err
+	}
+	switch status, text := b.settled(a, v); {
+	case status == attemptSuperseded, status == attemptExpired:
+		a.close(status, text)
+		return &verdict{what: status}, "", true, nil
+	case status != attemptPending, a.Used, b.grants.works(a.ID):
+		return &verdict{what: endUsed}, "", false, nil
+	}
+	end = &verdict{service: b.serviceName(a.Connector)}
+	finish := func(status, text string) (*verdict, string, bool, error) {
+		a.Used = true
+		a.close(status, text)
+		end.what, end.text = status, text
+		return end, "", true, nil
+	}
+	via, err := b.connectors.get(ctx, a.Connector)
+	if err != nil {
+		return nil, "", false, err
+	}
+	var flow tokenservice.CodeFlow
+	if via != nil {
+		end.service = via.about.Name
+		flow, _ = via.service.(tokenservice.CodeFlow)
+	}
+	if flow == nil {
+		return finish(attemptFailed, "Connector \""+a.Connector+"\" is not there any more, or is for another service by now: start again.")
+	}
+	code, refusal := textOf(d, "code"), textOf(d, "error")
+	if code != "" || refusal != "" {
+		issuer, promised := flow.Issuer()
+		iss := textOf(d, "iss")
+		switch {
+		case issuer != "" && iss != "" && iss != issuer:
+			return finish(attemptFailed, "The answer came from another issuer (iss) than the connector's, so nothing was sent there: look at the address that the browser was sent to, and start again.")
+		case promised && iss == "":
+			return finish(attemptFailed, "The service promises to name itself (iss) and has not, so the answer may be another's and nothing was sent: start again.")
+		}
+	} else if !asks {
+		code = a.Code // the person confirms what the page was shown for
+	}
+	switch {
+	case refusal == "access_denied":
+		return finish(attemptDenied, "")
+	case refusal != "":
+		return finish(attemptFailed, upperFirst(via.about.Name)+" grants nothing"+inParentheses(authorizationErrors[refusal])+": the operator has to check the connector's settings there and here.")
+	case tokenservice.CheckToken(code) != nil:
+		end.what = endEmpty
+		return end, "", false, nil
+	case asks && via.consent().confirm:
+		end.what, end.state = endConfirm, textOf(d, "state")
+		changed = a.Code != code
+		a.Code = code
+		return end, "", changed, nil
+	}
+	return nil, code, false, nil
+}
+
+// authorizationErrors are the registered codes of an authorization error. Any other is the service's own text, or somebody
+// else's, which no text may hold.
+var authorizationErrors = map[string]string{}
+
+func init() {
+	for _, code := range []string{
+		"invalid_request", "unauthorized_client", "unsupported_response_type", "invalid_scope", "server_error", "temporarily_unavailable",
+		"interaction_required", "login_required", "account_selection_required", "consent_required", "invalid_target",
+	} {
+		authorizationErrors[code] = code
+	}
+}
+
+func inParentheses(s string) string {
+	if s == "" {
+		return ""
+	}
+	return " (" + s + ")"
+}
+
+// errUsed ends a redemption whose state is used up, or whose attempt has ended.
+var errUsed = errors.New("the state is used up")
+
+// redeem sends a code for its tokens and stores them. It waits as long as a person waits; the rest goes on without.
+func (b *backend) redeem(ctx context.Context, a *attempt, code string) (*verdict, error) {
+	end := &verdict{attempt: a}
+	done := make(chan struct{})
+	var err error
+	if !b.goWork(func() {
+		defer close(done)
+		err = b.sendCode(a, code, end)
+	}) {
+		return nil, errStopping
+	}
+	select {
+	case <-done:
+		return end, err
+	case <-ctx.Done():
+		return &verdict{what: attemptPending, attempt: a, service: b.serviceName(a.Connector)}, nil
+	}
+}
+
+func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
+	for {
+		via, err := b.connectors.of(b.ctx, a.Connector)
+		if err != nil {
+			return err
+		}
+		end.service = via.about.Name
+		flow, ok := via.service.(tokenservice.CodeFlow)
+		if !ok {
+			return via.offers(byCode)
+		}
+		sent := false
+		p := passage{via: via, want: share.Want{Wait: patience}}
+		result := flow.RedeemCode(b.ctx, tokenservice.CodeRedemption{
+			Code: code, RedirectURI: a.RedirectURI, Verifier: a.Verifier,
+			Permit: func(ctx context.Context) (func(), error) {
+				release, err := p.permit(ctx)
+				if err != nil {
+					return nil, err
+				}
+				// A state is used up before its code is sent, and the code is sent once.
+				if err := b.useUp(ctx, a); err != nil {
+					release()
+					return nil, err
+				}
+				sent = true
+				return release, nil
+			},
+		})
+		switch {
+		case sent:
+			b.connectors.judge(b.ctx, via, result.Err)
+			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			end.subject = result.Subject
+			return nil
+		case errors.Is(result.Err, errReplaced):
+			continue // the connector was written meanwhile: go by what it is now
+		case errors.Is(result.Err, errUsed):
+			end.what = endUsed
+			return nil
+		}
+		// Nothing was sent, so the state is as good as before.
+		return b.notSent(end, result.Err)
+	}
+}
+
+// notSent says why a request to the service was not made.
+func (b *backend) notSent(end *verdict, err error) error {
+	a := end.attempt
+	if err = b.readerError(a.Tenant, a.Connector, err); !errors.As(err, new(logical.HTTPCodedError)) {
+		return err
+	}
+	end.what, end.err = endLater, err
+	return nil
+}
+
+// useUp makes sure, before a code is sent, that nobody sends it again, not after a restart either.
+func (b *backend) useUp(ctx context.Context, a *attempt) error {
+	return b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+		present := all.byID(a.ID)
+		if present == nil || present.Status != attemptPending || present.Used {
+			return false, errUsed
+		}
+		_, v, err := b.tenants.load(ctx, a.Tenant)
+		if err != nil {
+			return false, err
+		}
+		if status, _ := b.settled(present, v); status != attemptPending {
+			return false, errUsed
+		}
+		present.Used, present.Code = true, ""
+		b.grants.work(a.ID, true)
+		return true, nil
+	})
+}

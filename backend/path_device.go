@@ -1,0 +1,231 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+const (
+	// slowerBy is what slow_down adds to the interval (RFC 8628, section 3.5).
+	slowerBy = 5 * time.Second
+	// longestInterval bounds the time between two polls while the service fails; each failure doubles it.
+	longestInterval = time.Minute
+)
+
+// poll is the next question about a device code.
+type poll struct {
+	id    string // of the attempt
+	timer *time.Timer
+	rest  time.Duration // after a failure
+}
+
+// startDevice begins the device authorization flow (RFC 8628).
+func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	if !b.node.WriteSafeReplicationState() {
+		return nil, logical.ErrReadOnly
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	a, v, via, err := b.newAttempt(ctx, req, d, byDevice)
+	if err != nil {
+		return answer(err)
+	}
+	scopes, hint, err := via.asked(d)
+	if err != nil {
+		return answer(err)
+	}
+	p := passage{via: via, want: share.Want{Wait: patience}}
+	start, err := via.service.(tokenservice.DeviceFlow).StartDevice(ctx, tokenservice.DeviceRequest{Scopes: scopes, LoginHint: hint, Permit: p.permit})
+	if err != nil {
+		return answer(b.notBegun(ctx, a, via, err))
+	}
+	b.connectors.judge(ctx, via, nil)
+	a.DeviceCode, a.Interval, a.Expires = start.DeviceCode, start.Interval, start.Expires
+	if err := b.begin(ctx, a, v); err != nil {
+		return answer(err)
+	}
+	b.pollAfter(a.Tenant, a.ID, a.Interval)
+	data := map[string]any{
+		"user_code":        start.UserCode,
+		"verification_uri": start.VerificationURI,
+		"expire_time":      stamp(a.Expires),
+	}
+	if start.VerificationURIComplete != "" {
+		data["verification_uri_complete"] = start.VerificationURIComplete
+	}
+	return warnOfLeases(&logical.Response{Data: data}, a, v), nil
+}
+
+// notBegun says why the service has not begun an attempt. What was pending for the tenant is pending still.
+func (b *backend) notBegun(ctx context.Context, a *attempt, via *loadedConnector, err error) error {
+	b.connectors.judge(ctx, via, err)
+	failure := (*tokenservice.Failure)(nil)
+	switch {
+	case errors.Is(err, errReplaced):
+		return tryAgain("connector %q was written meanwhile: try again", a.Connector)
+	case errors.Is(err, context.DeadlineExceeded):
+		return tryAgain("%s has not answered in time: try again", upperFirst(via.about.Name))
+	case errors.As(err, &failure) && failure.Kind == tokenservice.Refused:
+		return badValue("%s", failure.Text)
+	case errors.As(err, &failure) && failure.Kind == tokenservice.Unavailable:
+		return tryAgain("nothing was begun: %s", failure.Text)
+	}
+	return fieldProblem(b.readerError(a.Tenant, a.Connector, err))
+}
+
+// pollAfter has the service asked about a device code some time from now.
+func (b *backend) pollAfter(tenant, id string, d time.Duration) {
+	g := b.grants
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.polls[tenant]
+	if p == nil || p.id != id {
+		if p != nil {
+			p.timer.Stop()
+		}
+		p = &poll{id: id}
+		g.polls[tenant] = p
+	} else if p.timer != nil {
+		p.timer.Stop()
+	}
+	p.timer = time.AfterFunc(max(d, time.Second), func() {
+		b.goWork(func() { b.pollDevice(tenant, id) })
+	})
+}
+
+// stopPolling makes sure that nobody asks about a tenant's device code any more.
+func (b *backend) stopPolling(tenant string) {
+	b.grants.mu.Lock()
+	defer b.grants.mu.Unlock()
+	if p := b.grants.polls[tenant]; p != nil {
+		p.timer.Stop()
+		delete(b.grants.polls, tenant)
+	}
+}
+
+// polls says whether the service is still to be asked for an attempt.
+func (g *grants) isPolled(tenant, id string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.polls[tenant]
+	return p != nil && p.id == id
+}
+
+// rested says how long the next poll waits: the interval, or longer while the service fails.
+func (g *grants) rested(tenant, id string, interval time.Duration, failed bool) time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.polls[tenant]
+	if p == nil || p.id != id {
+		return interval
+	}
+	if !failed {
+		p.rest = 0
+		return interval
+	}
+	p.rest = max(interval, min(2*max(p.rest, interval), longestInterval))
+	return p.rest
+}
+
+// pollDevice asks the service once whether the person has decided, and says when it is asked again.
+func (b *backend) pollDevice(tenant, id string) {
+	if !b.grants.isPolled(tenant, id) || b.ctx.Err() != nil {
+		return
+	}
+	if !b.node.WriteSafeReplicationState() {
+		b.pollAfter(tenant, id, longestInterval) // another node asks; look again when this one may have become it
+		return
+	}
+	a, v, err := b.pending(b.ctx, tenant, byDevice)
+	switch {
+	case err != nil:
+		b.pollAfter(tenant, id, longestInterval)
+		return
+	case a == nil || a.ID != id:
+		b.stopPolling(tenant)
+		b.sweep(tenant)
+		return
+	}
+	via, err := b.connectors.of(b.ctx, a.Connector)
+	if err != nil {
+		b.pollAfter(tenant, id, b.grants.rested(tenant, id, a.Interval, true))
+		return
+	}
+	flow, ok := via.service.(tokenservice.DeviceFlow)
+	if !ok {
+		b.endPolling(a, via, tokenservice.Result{Err: &tokenservice.Failure{Text: "Connector \"" + a.Connector + "\" is for another service by now: start again."}})
+		return
+	}
+	b.grants.work(id, true)
+	p := passage{via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}}
+	result := flow.PollDevice(b.ctx, a.DeviceCode, func(ctx context.Context) (func(), error) {
+		release, err := p.permit(ctx)
+		if err == nil && !b.grants.isPolled(tenant, id) {
+			release()
+			return nil, errUsed // it has ended while this waited
+		}
+		return release, err
+	})
+	b.connectors.judge(b.ctx, via, result.Err)
+	b.decide(a, v, via, result)
+}
+
+// decide takes in the answer to a poll.
+func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result tokenservice.Result) {
+	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)
+	wait := a.Interval
+	switch {
+	case result.Err == nil || result.RefreshToken != "" || result.AccessToken != nil:
+		b.endPolling(a, via, result)
+		return
+	case errors.As(result.Err, &limit):
+		wait = max(wait, time.Until(limit.Until))
+	case errors.As(result.Err, &failure):
+		switch failure.Kind {
+		case tokenservice.Pending:
+			wait = b.grants.rested(a.Tenant, a.ID, a.Interval, false)
+		case tokenservice.SlowDown:
+			wait = b.slowDown(a)
+		case tokenservice.Unavailable, tokenservice.Limited, tokenservice.RefusedConnector:
+			// It may pass before the code has expired.
+			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, true), failure.RetryAfter)
+		default:
+			b.endPolling(a, via, result)
+			return
+		}
+	}
+	b.grants.work(a.ID, false)
+	if b.grants.isPolled(a.Tenant, a.ID) {
+		b.pollAfter(a.Tenant, a.ID, wait)
+	}
+}
+
+// slowDown makes the interval longer, for the node that goes on after this one too.
+func (b *backend) slowDown(a *attempt) time.Duration {
+	wait := a.Interval + slowerBy
+	// Where storage fails, the service says it again.
+	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) (bool, error) {
+		present := all.byID(a.ID)
+		if present == nil || present.Status != attemptPending {
+			return false, nil
+		}
+		present.Interval = wait
+		return true, nil
+	})
+	return wait
+}
+
+// endPolling takes in the last answer about a device code.
+func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
+	status, _ := b.finish(a.Tenant, a.ID, via, result)
+	if status != attemptPending && b.grants.isPolled(a.Tenant, a.ID) {
+		b.stopPolling(a.Tenant)
+	}
+}

@@ -1,0 +1,146 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"net/http"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
+)
+
+// loginWithPIN has a PIN sent to a phone, and in a second request takes it for a refresh token.
+func (b *backend) loginWithPIN(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	if !b.node.WriteSafeReplicationState() {
+		return nil, logical.ErrReadOnly
+	}
+	number, pin := textOf(d, "mobile_number"), textOf(d, "pin")
+	switch {
+	case (number == "") == (pin == ""):
+		return answer(badValue("give mobile_number, and the service sends a PIN there; then give pin alone"))
+	case pin != "" && d.Raw["connector"] != nil:
+		return answer(badValue("connector is given with mobile_number, and not with pin"))
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	if number != "" {
+		return b.sendPIN(ctx, req, d, number)
+	}
+	return b.takePIN(ctx, d, pin)
+}
+
+func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framework.FieldData, number string) (*logical.Response, error) {
+	a, v, via, err := b.newAttempt(ctx, req, d, byPIN)
+	if err != nil {
+		return answer(err)
+	}
+	p := passage{via: via, want: share.Want{Wait: patience}}
+	if err := via.service.(tokenservice.PINFlow).SendPIN(ctx, number, p.permit); err != nil {
+		return answer(b.notBegun(ctx, a, via, err))
+	}
+	a.MobileNumber = number
+	if err := b.begin(ctx, a, v); err != nil {
+		return answer(err)
+	}
+	return warnOfLeases(&logical.Response{Data: attemptData(a, attemptPending, "")}, a, v), nil
+}
+
+// takePIN turns a PIN into a refresh token. A PIN that is refused can be corrected while the attempt is pending.
+func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin string) (*logical.Response, error) {
+	name, err := nameOf(d, "tenant")
+	if err != nil {
+		return answer(err)
+	}
+	a, _, err := b.pending(ctx, name, byPIN)
+	switch {
+	case err != nil:
+		return answer(err)
+	case a == nil:
+		return answer(badValue("no PIN is awaited for tenant %q: give mobile_number first, and then the PIN within ten minutes", name))
+	case !b.grants.claim(a.ID):
+		return answer(tryAgain("a PIN of tenant %q is at the service already: read tenants/%s in a minute", name, name))
+	}
+	end := &verdict{attempt: a}
+	done := make(chan struct{})
+	if !b.goWork(func() {
+		defer close(done)
+		err = b.redeemPIN(a, pin, end)
+	}) {
+		b.grants.work(a.ID, false)
+		return answer(errStopping)
+	}
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return answer(tryAgain("%s has not answered yet: the engine goes on; read tenants/%s in a minute", upperFirst(b.serviceName(a.Connector)), name))
+	}
+	switch {
+	case err != nil:
+		return answer(err)
+	case end.what == attemptGranted, end.what == attemptPending:
+		resp := &logical.Response{Data: attemptData(a, end.what, "")}
+		if _, v := b.tenants.cached(name); v != nil && v.trouble != nil && end.what == attemptGranted {
+			resp.AddWarning("The refresh token is stored, but " + v.trouble.text)
+		}
+		return resp, nil
+	case end.what == attemptSuperseded:
+		return answer(badValue("a newer attempt, a write or a delete of tenant %q came meanwhile: nothing was stored; look at the tenant, and start again", name))
+	}
+	return answer(badValue("%s", end.text))
+}
+
+// claim makes the caller the only one who works on an attempt.
+func (g *grants) claim(id string) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.working[id] {
+		return false
+	}
+	g.working[id] = true
+	return true
+}
+
+// redeemPIN sends a PIN, and stores what comes for it. Its error says what to do where the attempt goes on.
+func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
+	for {
+		via, err := b.connectors.of(b.ctx, a.Connector)
+		if err != nil {
+			b.grants.work(a.ID, false)
+			return err
+		}
+		flow, ok := via.service.(tokenservice.PINFlow)
+		if !ok {
+			b.grants.work(a.ID, false)
+			return via.offers(byPIN)
+		}
+		p := passage{via: via, want: share.Want{Wait: patience}}
+		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, p.permit)
+		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
+			continue // the connector was written meanwhile: go by what it is now
+		}
+		b.connectors.judge(b.ctx, via, result.Err)
+		if result.RefreshToken != "" {
+			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			return nil
+		}
+		b.grants.work(a.ID, false)
+		return b.pinRefused(a, via, result.Err)
+	}
+}
+
+// pinRefused says what is wrong with a PIN, or with the service.
+func (b *backend) pinRefused(a *attempt, via *loadedConnector, err error) error {
+	failure := (*tokenservice.Failure)(nil)
+	if errors.As(err, &failure) {
+		switch failure.Kind {
+		case tokenservice.RefusedRefreshToken, tokenservice.Refused:
+			return badValue("%s", failure.Text)
+		case tokenservice.Unavailable:
+			return logical.CodedError(http.StatusServiceUnavailable, "nothing was stored: "+failure.Text)
+		}
+	}
+	return b.readerError(a.Tenant, a.Connector, err)
+}
