@@ -381,6 +381,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 		}
 		return storageTrouble(f.t.name, err)
 	}
+	f.t.noteIssued(o.access.Generation)
 	f.token = o.access
 	return nil
 }

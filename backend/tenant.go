@@ -90,7 +90,9 @@ type tenant struct {
 	dropped bool // the registry has dropped this record
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
-	retry    *backoff.Backoff
+	// issued is the generation of the last access token for one lease whose own record storage has taken.
+	issued string
+	retry  *backoff.Backoff
 	warned   int64 // in seconds since 1970, when the log last warned of the refresh token's end
 }
 
@@ -473,6 +475,19 @@ func (t *tenant) lastWarned() time.Time {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return time.Unix(t.warned, 0)
+}
+
+// noteIssued notes that storage has the record of an access token for one lease.
+func (t *tenant) noteIssued(generation string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.issued = generation
+}
+
+func (t *tenant) wasIssued(generation string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.issued == generation
 }
 
 // takeReplaced gives up the access tokens that newer ones have replaced, and returns them.
