@@ -93,7 +93,7 @@ type tenant struct {
 	// issued is the generation of the last access token for one lease whose own record storage has taken.
 	issued string
 	retry  *backoff.Backoff
-	warned   int64 // in seconds since 1970, when the log last warned of the refresh token's end
+	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
 }
 
 type knowledge int8
