@@ -119,7 +119,7 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 
 func readMetadata(issuer string, document tokenservice.Object) (*Metadata, error) {
 	if named := exactText(document, "issuer"); named != issuer {
-		if len(named) > tokenservice.MaxURLBytes || !graphic(named) || named == "" {
+		if _, err := parseIssuer(named); err != nil || !graphic(named) {
 			named = "none that could be one"
 		}
 		return nil, fieldError("issuer", "is %s, but the metadata there names %s. Both must be the same, character for character: write the one that the server names", issuer, named)
