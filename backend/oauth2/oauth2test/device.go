@@ -75,7 +75,7 @@ func (s *Server) deviceGrant(q *request, c *Call, cl *client) reply {
 	if !now.Before(d.expires) {
 		return s.fail(q, http.StatusBadRequest, "expired_token", "The device code has expired.")
 	}
-	early := !d.polled.IsZero() && now.Sub(d.polled) < d.interval
+	early := now.Sub(d.polled) < d.interval
 	d.polled = now
 	switch {
 	case early:

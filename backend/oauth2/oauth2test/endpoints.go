@@ -169,9 +169,7 @@ func (s *Server) refreshGrant(q *request, c *Call, cl *client) reply {
 	}
 	access := s.issueAccess(g, scopes)
 	if s.opts.Rotation != RotateEach {
-		if !s.opts.RefreshTokenAbsolute {
-			t.expires = s.refreshEnd(g, access.issued)
-		}
+		t.expires = s.refreshEnd(g, access.issued)
 		return s.tokens(q, c, access.issued, access, t, "")
 	}
 	next := s.issueRefresh(g)

@@ -138,6 +138,7 @@ func TestAuthorizationRequests(t *testing.T) {
 	assert.Contains(t, to, "error=access_denied")
 
 	c.s.Set(func(o *Options) { o.SendIss, o.RequirePKCE = true, false })
+	assert.Equal(t, "invalid_request", c.approved("ada", "code_challenge_method", "").Get("error"))
 	q := c.approved("ada", "code_challenge", "", "code_challenge_method", "")
 	assert.Equal(t, DefaultURL, q.Get("iss"))
 	assert.Equal(t, "invalid_grant", c.redeem(q.Get("code")).code(), "a verifier without a challenge")

@@ -419,6 +419,7 @@ func TestClientAuthentication(t *testing.T) {
 		"wrong secret":                 {basic(esc(c.id), "wrong"), nil, 401, "invalid_client"},
 		"unknown client":               {basic("unknown", "x"), nil, 401, "invalid_client"},
 		"Basic, raw":                   {basic(c.id, c.secret), nil, 400, "invalid_request"},
+		"Basic, the ID raw":            {basic(strings.TrimPrefix(c.id, "client:"), esc(c.secret)), nil, 400, "invalid_request"},
 		"Basic, the secret raw":        {basic(esc(c.id), c.secret), nil, 400, "invalid_request"},
 		"Basic, a slash raw":           {basic(esc(c.id), strings.ReplaceAll(esc(c.secret), "%2F", "/")), nil, 400, "invalid_request"},
 		"Basic, no colon":              {"Basic eA==", nil, 400, "invalid_request"},
@@ -533,6 +534,13 @@ func TestRevocation(t *testing.T) {
 	assert.Equal(t, []bool{false, true}, []bool{c.s.RefreshTokenAlive(other), c.s.RefreshTokenAlive(bob)})
 	assert.Len(t, c.s.LostGrants(), 1)
 
+	// A user's grants of other clients are no business of this one's.
+	public, _ := c.s.RegisterClient(AuthNone)
+	elsewhere := c.s.Grant(public, "ada")
+	require.Equal(t, 200, c.revoke(c.s.Grant(c.id, "ada")).status)
+	assert.True(t, c.s.RefreshTokenAlive(elsewhere))
+	assert.Equal(t, 400, c.revoke(third).status, "it has ended: RevokeDead")
+
 	at, rt := c.granted(bob)
 	c.s.Withdraw("bob")
 	c.refused(rt)
@@ -636,5 +644,24 @@ func TestOldAccessTokensAreForgotten(t *testing.T) {
 			c.granted(rt)
 		}
 		assert.Equal(t, []bool{false, true}, []bool{c.s.TokenStatus(first).Known, c.s.TokenStatus(second).Known})
+	})
+}
+
+func TestExpiredTokensEndNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCaller(t, Fosite, func(o *Options) { o.RefreshTokenLife, o.AccessTokenLife = 24*time.Hour, time.Minute })
+		old := c.s.Grant(c.id, "ada")
+		at, rt := c.granted(old)
+		_, rt = c.granted(rt)
+		require.False(t, c.s.Alive(at))
+		time.Sleep(23 * time.Hour)
+		assert.Equal(t, 200, c.revoke(at).status)
+		require.True(t, c.s.RefreshTokenAlive(rt), "an exchange had ended that access token before it expired")
+		_, rt = c.granted(rt)
+		time.Sleep(time.Hour)
+		c.refused(old)
+		require.Equal(t, 200, c.revoke(old).status)
+		assert.True(t, c.s.RefreshTokenAlive(rt), "a refresh token past its end proves no theft, and is not known any more")
+		assert.Empty(t, c.s.LostGrants())
 	})
 }
