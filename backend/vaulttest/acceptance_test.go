@@ -59,6 +59,7 @@ func acceptConnectors(t *testing.T, v *Vault) {
 	m.write("config", fields{"connector_id": "main-id", "connector_secret": "MAINSECRET"}).ok(t)
 	defaults := m.read("config").ok(t).data()
 	require.Equal(t, map[string]any{
+		"service":              "kaizala",
 		"connector_id":         "main-id",
 		"api_root":             "https://api.kaiza.la",
 		"ca_cert":              "",
@@ -277,10 +278,10 @@ func acceptStatus(t *testing.T, v *Vault) {
 
 	// A wrong connector secret is the connector's trouble, and rejects nobody.
 	m.kaizala.NewConnectorSecret(m.connectorID)
-	m.write("tenants/acme/refresh", nil).refused(t, 400, "connector", "config/default")
+	m.write("tenants/acme/refresh", nil).refused(t, 400, "Kaizala refuses connector", "to config;")
 	require.Equal(t, "degraded", m.read("tenants/acme").ok(t).text("status"))
 	calls := m.kaizala.CallCount()
-	m.write("tenants/acme/refresh", nil).refused(t, 400, "config/default")
+	m.write("tenants/acme/refresh", nil).refused(t, 400, "to config;")
 	require.Equal(t, calls, m.kaizala.CallCount(), "no call until config is written")
 	m.write("config", fields{"connector_secret": m.kaizala.NewConnectorSecret(m.connectorID)}).ok(t)
 	require.Equal(t, "ok", m.write("tenants/acme/refresh", nil).ok(t).text("status"))

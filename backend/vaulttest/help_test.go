@@ -11,14 +11,15 @@ func TestPathHelp(t *testing.T) {
 	v := Start(t)
 	v.MountEngine(t, "kaizala")
 	for path, synopsis := range map[string]string{
-		"":                     "The Kaizala secrets engine keeps the refresh tokens",
-		"config":               "The default connector: how the engine reaches Kaizala.",
-		"config/hr":            "The connector: how the engine reaches Kaizala.",
-		"tenants":              "List the tenants, with the status of each.",
-		"tenants/acme":         "A tenant's refresh token, which nobody can read back, and its settings.",
-		"tenants/acme/refresh": "Exchange a tenant's refresh token now, and retire its access token.",
-		"creds/acme":           "Read a leased access token of a tenant.",
-		"token/acme":           "Read an access token of a tenant without a lease.",
+		"":                       "This secrets engine keeps refresh tokens",
+		"config":                 "The default connector: how the engine reaches a token service.",
+		"config/hr":              "The connector: how the engine reaches a token service.",
+		"tenants":                "List the tenants, with the status of each.",
+		"tenants/acme":           "A tenant's refresh token, which nobody can read back, and its settings.",
+		"tenants/acme/refresh":   "Exchange a tenant's refresh token now, and retire its access token.",
+		"tenants/acme/authorize": "Get a tenant's refresh token by a person's consent in a browser.",
+		"creds/acme":             "Read a leased access token of a tenant.",
+		"token/acme":             "Read an access token of a tenant without a lease.",
 	} {
 		out, exit := v.CLI(t, v.RootToken, "path-help", "kaizala/"+path)
 		require.Zero(t, exit, "%s: %s", path, out)
