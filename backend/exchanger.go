@@ -23,7 +23,7 @@ type exchanger struct {
 	ctx         context.Context
 	work        func(func()) bool    // runs a function in a goroutine that the engine's end waits for
 	ahead       func()               // runs at the start of each exchange
-	landed      func(*tenant, error) // schedules a tenant after its flight
+	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
 
 // want is what somebody asks of an exchange.
@@ -113,6 +113,8 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 		next.Rejected = time.Time{}
 	}
 	switch {
+	case o.facts != nil && o.refreshToken == "" && sameEnd(o.facts.Expires, next.Facts.Expires):
+		// The answer tells what is left of the same life: the time of the last tenth does not move.
 	case o.facts != nil:
 		next.Facts = *o.facts
 	case o.access != nil && next.Facts.Assumed && !o.at.Before(next.Facts.Expires):
@@ -128,7 +130,7 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 	if o.access == nil {
 		return &next
 	}
-	next.Verified, next.Rejected, next.LastExchange = true, time.Time{}, o.at
+	next.Verified, next.Rejected, next.LastExchange, next.EndsBy = true, time.Time{}, o.at, time.Time{}
 	next.AccessTokenLife = o.access.life()
 	if o.ownToken {
 		next.Unleased = o.access.accessEntry
@@ -136,6 +138,11 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 		next.Access = o.access.accessEntry
 	}
 	return &next
+}
+
+// sameEnd says whether two ends of a refresh token are one, told in whole seconds from different moments.
+func sameEnd(a, b time.Time) bool {
+	return !a.IsZero() && !b.IsZero() && a.Sub(b).Abs() < time.Minute
 }
 
 // exchange has the tenant's refresh token exchanged, or joins the exchange under way, and waits for its end. It returns the
@@ -149,6 +156,9 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	select {
 	case <-f.done:
 	case <-ctx.Done():
+		if own {
+			f.abandon()
+		}
 		return nil, ctx.Err()
 	}
 	if !own && !f.shared(w) {
@@ -199,7 +209,7 @@ func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w wan
 		return nil
 	case !v.entry.Rejected.IsZero():
 		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
-	case trouble != nil && trouble.until.After(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
+	case trouble != nil && v.rests(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
 		return trouble.err // what storage alone is to blame for is tried at once
 	}
 	return nil
@@ -218,8 +228,9 @@ func (x *exchanger) fly(f *flight) {
 		err = x.call(f)
 	}
 	t.land(f, err)
+	x.landed(t, f.connector, err)
 	x.tenants.drop(t)
-	x.landed(t, err)
+	x.revocations.wakeAll() // what the flight has given up
 }
 
 // call makes the exchange of a flight, and stores what comes of it.
@@ -265,7 +276,8 @@ func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tok
 // permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
 // work.
 func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit {
-	p := passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience}, placed: f.place}
+	p := &passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience}, placed: f.place}
+	f.way = p
 	if f.want.background && !f.urgent() {
 		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined
 	}
@@ -297,6 +309,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		return r.Err // the operator's write is not stored
 	}
 	if r.Err != nil && !o.changes(entry) {
+		f.answered(x.ctx, via, r.Err)
 		return x.fail(f, via, r.Err)
 	}
 	err := x.tenants.settle(x.ctx, f.t, o)
@@ -310,6 +323,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 	case r.Err == nil:
 		return x.issueOwn(f, o)
 	}
+	f.carriedOut = o.refreshToken != "" // and has ended older access tokens where it does that
 	if err := x.fail(f, via, r.Err); f.want.change == nil {
 		return err
 	}
@@ -319,7 +333,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 // outcome makes a value of what the service has answered.
 func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) *outcome {
 	o := &outcome{
-		from:         noLineage,
+		from:         f.from,
 		change:       f.want.change,
 		connector:    f.connector,
 		sent:         entry.RefreshToken,
@@ -331,9 +345,6 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		rejected:     isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
 		retires:      f.want.force || f.want.change != nil,
 		ownToken:     f.want.ownToken,
-	}
-	if f.v != nil && f.v.entry != nil {
-		o.from = f.v.entry.Lineage
 	}
 	if via == nil {
 		return o
@@ -375,11 +386,14 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()
-	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry); err != nil {
-		if err := x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry); err == nil {
-			x.revocations.wake(o.connector)
+	if f.isAbandoned() {
+		return x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry)
+	}
+	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry, true); err != nil {
+		if x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry) != nil {
+			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry)
 		}
-		return storageTrouble(f.t.name, err)
+		return storageTrouble(f.t.name, errStorage)
 	}
 	f.t.noteIssued(o.access.Generation)
 	f.token = o.access
@@ -400,7 +414,7 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	}
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
 	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
-		next.lost = failure.Lost
+		next.lost = failure.Lost || f.carriedOut
 		switch failure.Kind {
 		case tokenservice.RefusedConnector:
 			next.until = via.nextProbe()
@@ -412,10 +426,18 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	}
 	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
 		// Until the next try older access tokens live, and are handed out for leases that end before it.
-		next.until = latest(next.until, now.Add(plannedRetryLeast))
+		next.until = latest(next.until, earliest(now.Add(plannedRetryLeast), a.Expires))
 	}
 	// One line for each outage: reasons differ from one try to the next, and the status has the last.
-	if f.t.failed(next) && !isRejection(err) {
+	of := []string{f.from}
+	if c := f.want.change; c != nil {
+		of = append(of, c.lineage)
+	}
+	news, superseded := f.t.failed(next, of...)
+	if superseded {
+		return errSuperseded // it was another refresh token, or another connector, that failed
+	}
+	if news && !isRejection(err) {
 		x.announce.failed(f.t.name, f.connector, next)
 	}
 	return err

@@ -186,3 +186,23 @@ func (r recipe) test(t *testing.T) {
 	assert.True(t, strings.Contains(why, "refuses the refresh token"), why)
 	assert.Equal(t, statusRejected, e.status("acme"))
 }
+
+// A service that tells at each exchange what is left of one life, as QuickBooks does, does not put off the exchanges near its
+// end: their time does not move.
+func TestToldRestOfALifeDoesNotMoveItsLastTenth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		service := oauth2test.New()
+		service.Set(func(o *oauth2test.Options) {
+			o.Rotation, o.RefreshTokenLife, o.RefreshTokenAbsolute, o.RefreshTokenLifeField = oauth2test.RotateSame, 100*day, true, "x_refresh_token_expires_in"
+		})
+		id, secret := service.RegisterClient(oauth2test.AuthBasic)
+		e := newEngine(t)
+		e.connectors.transport = service.Transport()
+		e.write("config", map[string]any{"service": "oauth2", "token_url": service.TokenURL(), "connector_id": id, "connector_secret": secret})
+		e.write("tenants/acme", map[string]any{"refresh_token": service.Grant(id, "ada", "read")})
+		from := e.stored("acme").Facts.RotatesFrom
+		assert.WithinDuration(t, time.Now().Add(90*day), from, time.Minute)
+		e.pass(50 * day)
+		assert.Equal(t, from, e.stored("acme").Facts.RotatesFrom)
+	})
+}
