@@ -219,7 +219,7 @@ func lasting(from time.Time, life time.Duration, assumed bool) *tokenservice.Fac
 // What error codes mean. The names that no RFC has are those of GitHub, Slack and Microsoft.
 var (
 	refusesToken     = []string{"invalid_grant", "bad_refresh_token", "invalid_refresh_token", "token_revoked", "token_expired"}
-	refusesConnector = []string{"invalid_client", "incorrect_client_credentials"}
+	refusesConnector = []string{"invalid_client", "incorrect_client_credentials", "bad_client_secret", "invalid_client_id"}
 	saysItFails      = []string{"temporarily_unavailable", "server_error"}
 	deviceKinds      = map[string]tokenservice.Kind{
 		"authorization_pending":  tokenservice.Pending,
