@@ -249,7 +249,9 @@ func (b *backend) periodic(context.Context, *logical.Request) error {
 	b.goWork(func() {
 		b.askTTLs()
 		b.readUnread()
-		b.revocations.tick()
+		if b.revocations.load(b.ctx) == nil { // another node may have written
+			b.revocations.tick()
+		}
 		b.attendGrants()
 	})
 	b.tick()
@@ -295,6 +297,7 @@ func (b *backend) clean(context.Context) {
 	b.stopping = true
 	b.mu.Unlock()
 	b.index.stop()
+	b.revocations.stop()
 	defer b.connectors.close()
 
 	ended := make(chan struct{})
@@ -311,26 +314,50 @@ func (b *backend) clean(context.Context) {
 	case <-grace.C:
 	}
 	b.cancel()
+	saved := make(chan struct{})
+	go func() {
+		b.saveKept(ctx)
+		<-ended
+		close(saved)
+	}()
 	select {
-	case <-ended:
+	case <-saved:
 	case <-ctx.Done():
 	}
-	b.saveKept(ctx)
 }
 
-// saveKept tries once more to store what services have sent and storage has not taken.
+// saveKept tries once more to store what services have sent and storage has not taken: each tenant's for itself, once its flight
+// has ended, so that none waits for another's.
 func (b *backend) saveKept(ctx context.Context) {
+	var saves sync.WaitGroup
 	b.tenants.each(func(t *tenant) {
-		v := t.view.Load()
-		if v.kept == nil || ctx.Err() != nil || t.storing.acquire(ctx) != nil {
+		f := t.underway()
+		if f == nil && t.view.Load().kept == nil {
 			return
 		}
-		defer t.storing.release()
-		if kept := t.view.Load().kept; kept != nil {
-			err := b.tenants.store(ctx, t, kept)
+		saves.Go(func() {
+			if f != nil {
+				select {
+				case <-f.done:
+				case <-ctx.Done():
+				}
+			}
+			kept := t.view.Load().kept
+			if kept == nil {
+				return
+			}
+			err := t.storing.acquire(ctx)
+			if err == nil {
+				defer t.storing.release()
+				if kept = t.view.Load().kept; kept == nil {
+					return
+				}
+				err = b.tenants.store(ctx, t, kept)
+			}
 			if err != nil && !errors.Is(err, errSuperseded) && (kept.refreshToken != "" || kept.granted()) {
 				b.announce.lost(t.name, kept.connector)
 			}
-		}
+		})
 	})
+	saves.Wait()
 }

@@ -278,7 +278,8 @@ type passage struct {
 	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work is a write's question about the connector that it is going to replace.
 	discovery bool
-	placed    func() // called when the work has a place in the share; nil for none
+	placed    func()      // called when the work has a place in the share; nil for none
+	call      *share.Call // the last that was permitted
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
@@ -306,6 +307,7 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		call.Withdraw()
 		return nil, err
 	}
+	p.call = call
 	p.want.Hop = true // what follows belongs to work that has begun
 	return call.End, nil
 }

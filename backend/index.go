@@ -196,9 +196,12 @@ func (b *backend) buildIndex() {
 	}
 	b.goWork(func() {
 		b.askTTLs()
-		err := b.indexTenants()
+		err := b.revocations.load(b.ctx)
 		if err == nil {
-			err = b.revocations.load(b.ctx)
+			err = b.indexTenants() // which finds the access tokens that were being given up
+		}
+		if err == nil {
+			b.revocations.tick()
 		}
 		b.mu.Lock()
 		b.indexed = err == nil
@@ -265,18 +268,21 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	if err != nil || e == nil {
 		return err
 	}
-	b.tenants.fitClock(ctx, name, e)
 	t := b.tenants.named(name)
 	if t == nil {
 		return nil
 	}
-	v := &tenantView{}
+	v := &tenantView{trouble: t.view.Load().trouble}
 	v.show(e, nil)
 	if e.Access != nil {
 		v.access = newAccessToken(name, e.Access)
 		v.access.leases.Store(leasesUnknown)
 	}
-	b.index.at(name, b.due(t, v, time.Now()))
+	t.planning.Lock()
+	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && !t.isDropped() {
+		b.index.atMost(name, due) // whoever has read the tenant meanwhile has planned it too
+	}
+	t.planning.Unlock()
 	if b.node.WriteSafeReplicationState() {
 		return b.tenants.resolveUnleased(ctx, t, e)
 	}

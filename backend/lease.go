@@ -178,10 +178,19 @@ func (b *backend) revoke(ctx context.Context, req *logical.Request, _ *framework
 	} else {
 		err = b.endShared(ctx, name, generation, endsEarly(req.Secret, now))
 	}
-	if errors.Is(err, logical.ErrReadOnly) || errors.Is(err, errUnreadable) {
-		return nil, nil // the node that may write revokes too; what cannot be read is not handed out
+	if errors.Is(err, errUnreadable) || errors.Is(err, logical.ErrReadOnly) && !b.revokesAtService(req.Secret, name) {
+		return nil, nil // what cannot be read is not handed out; the node that may write gives the token up too
 	}
 	return nil, err
+}
+
+// revokesAtService says whether the end of a lease may end its access token at the service.
+func (b *backend) revokesAtService(secret *logical.Secret, tenant string) bool {
+	if secret.InternalData[leaseOwn] == "true" {
+		return true
+	}
+	t := b.tenants.named(tenant)
+	return t == nil || b.revocations.mayRevoke(t.view.Load().summary)
 }
 
 // endHeld has the access token revoked that a lease alone stands for.
@@ -210,7 +219,11 @@ func (b *backend) endShared(ctx context.Context, name, generation string, early 
 			if !last {
 				return nil
 			}
-			return b.endHeld(ctx, name, generation)
+			err := b.endHeld(ctx, name, generation)
+			if err == nil {
+				t.forgetReplaced(generation)
+			}
+			return err
 		}
 		fallthrough
 	default:

@@ -112,8 +112,7 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	if err != nil {
 		return answer(fieldProblem(err))
 	}
-	dropped, err := b.mayChange(ctx, name, was, next, service.About())
-	if err != nil {
+	if err := b.mayChange(ctx, name, was, next, service.About()); err != nil {
 		service.Close()
 		return answer(err)
 	}
@@ -126,15 +125,13 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	b.tenants.replan(name)
 	b.index.resume(name)
 	resp := done(d)
-	if dropped {
-		n, err := b.revocations.drop(ctx, name)
-		if err != nil {
-			return answer(err)
-		}
-		if n > 0 {
-			resp = &logical.Response{}
-			resp.AddWarning(plural(n, "revocation") + " that had not been sent yet will not be made.")
-		}
+	dropped, err := b.revocations.drop(ctx, name, service.About())
+	if err != nil {
+		return answer(err)
+	}
+	if dropped > 0 {
+		resp = &logical.Response{}
+		resp.AddWarning(plural(dropped, "revocation") + " that had not been sent yet will not be made.")
 	}
 	return resp, nil
 }
@@ -208,31 +205,38 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 	case !asked:
 		return nil, nil
 	}
-	return func(c *connectorEntry) { c.Settings = next.Settings }, nil
+	return func(c *connectorEntry) { c.Settings.take(next.Settings) }, nil
 }
 
-// mayChange refuses changes that what uses the connector does not allow. dropped says that the revocations which are pending
-// will not be made. The caller holds the binding alone.
-func (b *backend) mayChange(ctx context.Context, name string, was, next *connectorEntry, about tokenservice.About) (dropped bool, err error) {
+// mayChange refuses changes that what uses the connector does not allow. The caller holds the binding alone.
+func (b *backend) mayChange(ctx context.Context, name string, was, next *connectorEntry, about tokenservice.About) error {
 	if was == nil {
-		return false, nil
+		return nil
 	}
 	if next.Service != was.Service {
 		if err := b.unused(ctx, name, "its service is not changed"); err != nil {
-			return false, err
+			return err
 		}
 	}
 	if next.ConnectorID != was.ConnectorID && was.ConnectorID != "" {
 		if err := b.unused(ctx, name, "its connector_id is not changed"); err != nil {
-			return false, err
+			return err
 		}
 	}
-	if about.Revocation != tokenservice.RevokeAccessToken || about.ExchangeInvalidates {
-		if err := b.noTokenPerLease(ctx, name); err != nil {
-			return false, err
+	if before, err := was.service(b.connectors.transport); err == nil {
+		defer before.Close()
+		if mayOwnTokens(before.About()) && !mayOwnTokens(about) {
+			if err := b.noTokenPerLease(ctx, name); err != nil {
+				return err
+			}
 		}
 	}
-	return about.Revocation != tokenservice.RevokeAccessToken && !about.RevokeOnDelete, nil
+	return nil
+}
+
+// mayOwnTokens says whether a service can give each lease an access token of its own.
+func mayOwnTokens(about tokenservice.About) bool {
+	return about.Revocation == tokenservice.RevokeAccessToken && !about.ExchangeInvalidates
 }
 
 // noTokenPerLease refuses what a tenant with token_per_lease does not allow.
@@ -264,6 +268,9 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 		return stillReading(name)
 	}
 	b.readUnread()
+	if !b.settleDoubts(ctx) {
+		return stillReading(name)
+	}
 	var users []string
 	b.tenants.each(func(t *tenant) {
 		if t.uses(name) {
@@ -280,6 +287,18 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)
 	}
 	return nil
+}
+
+// settleDoubts reads those tenants again of which storage may have something else than memory. It says whether it could.
+func (b *backend) settleDoubts(ctx context.Context) bool {
+	settled := true
+	b.tenants.each(func(t *tenant) {
+		if v := t.view.Load(); v.knows == doubted && v.kept == nil {
+			_, _, err := b.tenants.load(ctx, t.name)
+			settled = settled && (err == nil || errors.Is(err, errUnreadable))
+		}
+	})
+	return settled
 }
 
 func (b *backend) readConnector(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {

@@ -9,6 +9,8 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 func (b *backend) credsPaths() []*framework.Path {
@@ -148,6 +150,10 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		case errors.Is(err, context.DeadlineExceeded):
 			return nil, nil, nil, b.notYet(v, r.tenant)
 		case err != nil:
+			limit := (*share.LimitError)(nil)
+			if !r.own && errors.As(err, &limit) && t.postpone(limit.Until) {
+				continue // the access token lives until then
+			}
 			return nil, nil, nil, b.readerError(r.tenant, v.entry.Connector, err)
 		case token != nil:
 			return t, v, token, nil

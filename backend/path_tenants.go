@@ -97,6 +97,7 @@ type tenantChange struct {
 
 	lineage string             // the tenant's, once the write is stored, where it retires tokens
 	target  string             // the connector that the tenant uses then
+	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
 	facts   tokenservice.Facts // of the refresh token, once it is checked
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
 }
@@ -198,6 +199,7 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 		next.Move = nil
 		next.Verified, next.Rejected, next.LastExchange = false, time.Time{}, time.Time{}
 		next.Access, next.AccessTokenLife = nil, 0
+		next.EndsBy, next.Unleased = time.Time{}, nil
 	}
 	return next
 }
@@ -230,7 +232,7 @@ func (ts *tenants) validate(ctx context.Context, e *tenantEntry) error {
 	if err != nil {
 		return err
 	}
-	if via.about.Revocation != tokenservice.RevokeAccessToken || via.about.ExchangeInvalidates {
+	if !mayOwnTokens(via.about) {
 		return badValue("token_per_lease needs a connector with revocation=access_token and exchange_invalidates=false: connector %q cannot revoke one access token alone while others live", e.Connector)
 	}
 	return nil
@@ -303,10 +305,12 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 				return err
 			}
 		}
-		if !change.verify {
-			return b.storeUnverified(ctx, name, via, change)
+		if change.verify {
+			err = b.verify(ctx, name, t, v, via, change)
+		} else {
+			change.seen = v.lineage()
+			err = b.storeUnverified(ctx, name, via, change)
 		}
-		err = b.verify(ctx, name, t, v, via, change)
 		if !errors.Is(err, errSuperseded) {
 			return err
 		}

@@ -33,18 +33,30 @@ const (
 
 // schedule puts a tenant where it belongs in the index of due times. Of a tenant that has left memory the entry is read
 // first, once it is due.
-func (b *backend) schedule(t *tenant) {
+func (b *backend) schedule(t *tenant) { b.scheduleAfter(t, time.Time{}) }
+
+// scheduleAfter is schedule for a tenant whose exchange is not permitted before rest.
+func (b *backend) scheduleAfter(t *tenant, rest time.Time) {
+	t.planning.Lock()
+	defer t.planning.Unlock()
 	v := t.view.Load()
 	now := time.Now()
 	switch {
+	case t.isDropped(): // the name may be another record's by now
 	case v.kept != nil && v.trouble != nil:
 		b.index.at(t.name, v.trouble.until)
+	case v.kept != nil:
+		b.index.at(t.name, now)
+	case v.entry == nil && v.summary.stored, v.knows == doubted:
+		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
 		b.index.remove(t.name)
-	case v.entry == nil:
-		b.index.atMost(t.name, now.Add(time.Minute))
 	default:
-		b.index.at(t.name, b.due(t, v, now))
+		due := b.due(t, v, now)
+		if !due.IsZero() {
+			due = latest(due, rest)
+		}
+		b.index.at(t.name, due)
 	}
 }
 
@@ -82,8 +94,13 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	a := v.access
 	switch {
 	case a == nil || !a.current():
-		if trouble != nil {
+		switch {
+		case trouble != nil:
 			return trouble.until
+		case v.postponed.After(now) && now.Before(e.EndsBy):
+			return v.postponed
+		case now.Before(e.EndsBy):
+			return now
 		}
 	case !a.Planned.IsZero():
 		// While leases may live on the token, the exchange that ends it comes at its planned time.
@@ -233,7 +250,9 @@ func (b *backend) attend(name string) {
 		return
 	}
 	if v := t.view.Load(); v.kept != nil {
-		_, _, _ = b.exchanger.start(b.ctx, t, v, want{background: true})
+		if _, _, err := b.exchanger.start(b.ctx, t, v, want{background: true}); err != nil {
+			b.landed(t, v.kept.connector, err)
+		}
 		return // the flight's end schedules the tenant
 	}
 	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
@@ -282,7 +301,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 	if !isPassing(err) {
 		_ = b.exchanger.fail(&flight{t: t, v: v, connector: v.entry.Connector}, b.connectors.present(v.entry.Connector), err)
 	}
-	b.landed(t, err)
+	b.landed(t, v.entry.Connector, err)
 }
 
 // isPassing says whether an exchange was not made for reasons that are no failure.
@@ -291,13 +310,18 @@ func isPassing(err error) bool {
 }
 
 // landed schedules a tenant after its flight, or after one that could not begin.
-func (b *backend) landed(t *tenant, err error) {
+func (b *backend) landed(t *tenant, connector string, err error) {
 	limit := (*share.LimitError)(nil)
 	switch {
 	case errors.As(err, &limit):
-		b.index.at(t.name, limit.Until)
+		if t.view.Load().summary.connector != connector {
+			b.schedule(t) // it is another connector's calls that are limited
+			return
+		}
+		t.postpone(limit.Until)
+		b.scheduleAfter(t, limit.Until)
 	case errors.Is(err, logical.ErrReadOnly):
-		b.index.at(t.name, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
+		b.scheduleAfter(t, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
 	default:
 		b.schedule(t)
 	}

@@ -52,12 +52,14 @@ type intent struct {
 	connector, id string
 	next          time.Time // no call before
 	rest          time.Duration
-	busy          bool
+	under         chan struct{} // a call is under way, and closes it; nil: none is
+	over          bool          // no call is needed any more, but storage has not taken that yet
 }
 
 // held is an access token that leases stand for.
 type held struct {
 	Format    int       `json:"format"`
+	Own       bool      `json:"own,omitempty"` // it is one lease's alone, and ends with that and not with its tenant
 	Connector string    `json:"connector"`
 	Token     string    `json:"token"`
 	Expires   time.Time `json:"expires"`
@@ -70,6 +72,8 @@ type revocations struct {
 	node       interface{ WriteSafeReplicationState() bool }
 	ctx        context.Context
 	work       func(func()) bool
+	stopping   chan struct{} // closed when the engine ends: nobody waits for a next try any more
+	stopOnce   sync.Once
 
 	mu       sync.Mutex
 	intents  map[string]map[string]*intent // by connector and id
@@ -89,6 +93,7 @@ type spentWait struct {
 func newRevocations(storage logical.Storage) *revocations {
 	return &revocations{
 		storage:  storage,
+		stopping: make(chan struct{}),
 		intents:  map[string]map[string]*intent{},
 		expiries: map[string]time.Time{},
 		draining: map[string]chan struct{}{},
@@ -116,7 +121,45 @@ func (r *revocations) giveUp(ctx context.Context, connector, tenant string, a *a
 	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
 		return ignoreUnusable(err)
 	}
-	return r.put(ctx, connector, a.Generation, &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments)})
+	return r.put(ctx, connector, a.Generation, intentOf(tenant, a))
+}
+
+func intentOf(tenant string, a *accessEntry) *intent {
+	return &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments)}
+}
+
+// remember has an access token revoked that storage has not taken an intent for: this process does it, or the next one finds
+// the token in its tenant's entry.
+func (r *revocations) remember(connector, tenant string, a *accessEntry) {
+	i := intentOf(tenant, a)
+	i.Format, i.connector, i.id = entryFormat, connector, a.Generation
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.intents[connector][i.id] == nil {
+		r.add(i)
+	}
+}
+
+// isGivenUp says whether an access token is to be revoked, though its tenant's entry has it: the process before this one ended
+// between the two writes.
+func (r *revocations) isGivenUp(ctx context.Context, connector, generation string) (bool, error) {
+	r.mu.Lock()
+	_, pending := r.intents[connector][generation]
+	loaded := r.loaded
+	r.mu.Unlock()
+	if pending || loaded {
+		return pending, nil
+	}
+	if via := r.connectors.present(connector); via != nil && via.about.Revocation != tokenservice.RevokeAccessToken {
+		return false, nil
+	}
+	i, err := getEntry[intent](ctx, r.storage, intentPrefix+connector+"/"+generation)
+	return i != nil, ignoreUnusable(err)
+}
+
+// isWanted says whether a token is still to be revoked, as its connector is now.
+func (i *intent) isWanted(about tokenservice.About) bool {
+	return about.Revocation == tokenservice.RevokeAccessToken || i.Type == tokenservice.TypeRefreshToken && about.RevokeOnDelete
 }
 
 // giveUpRefreshToken notes a deleted tenant's refresh token for revocation where its connector says so.
@@ -204,13 +247,13 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 }
 
 // hold stores an access token that leases stand for, where its service can revoke it.
-func (r *revocations) hold(ctx context.Context, connector, tenant string, a *accessEntry) error {
+func (r *revocations) hold(ctx context.Context, connector, tenant string, a *accessEntry, own bool) error {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
 		return ignoreUnusable(err)
 	}
 	key := tenant + "/" + a.Generation
-	if err := putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Connector: connector, Token: a.Token, Expires: a.Expires}); err != nil {
+	if err := putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires}); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -239,6 +282,28 @@ func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string)
 	return h.Connector, r.release(ctx, key)
 }
 
+// giveUpReplaced notes the access tokens for revocation that leases of a tenant stand for and that newer ones have replaced.
+// Tokens of one lease alone are that lease's.
+func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
+	generations, err := r.storage.List(ctx, heldPrefix+tenant+"/")
+	if err != nil {
+		return storageError(err)
+	}
+	for _, generation := range generations {
+		h, err := getEntry[held](ctx, r.storage, heldPrefix+tenant+"/"+generation)
+		if err != nil && !errors.Is(err, errUnreadable) {
+			return err
+		}
+		if err != nil || h == nil || h.Own {
+			continue
+		}
+		if _, err := r.giveUpHeld(ctx, tenant, generation); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // release deletes the record of a token.
 func (r *revocations) release(ctx context.Context, key string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
@@ -256,29 +321,32 @@ func (r *revocations) release(ctx context.Context, key string) error {
 func (r *revocations) revokeNow(ctx context.Context, connector, generation string) {
 	r.mu.Lock()
 	i := r.intents[connector][generation]
-	wait := i != nil && !i.busy && r.mayWait(connector)
-	if wait {
-		i.busy = true
-	}
-	r.mu.Unlock()
-	if !wait {
+	if i == nil || !r.mayWait(connector) {
+		r.mu.Unlock()
 		r.wake(connector)
 		return
 	}
-	begun := time.Now()
-	done := make(chan struct{})
-	if !r.work(func() {
-		defer close(done)
+	under := i.under
+	begins := under == nil
+	if begins {
+		under = make(chan struct{})
+		i.under = under
+	}
+	r.mu.Unlock()
+	if begins && !r.work(func() {
 		r.call(i, share.RevocationWait)
 		r.wake(connector)
 	}) {
-		r.unmark(i)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		i.rested()
 		return
 	}
+	begun := time.Now()
 	timer := time.NewTimer(revocationPatience)
 	defer timer.Stop()
 	select {
-	case <-done:
+	case <-under:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
@@ -287,10 +355,10 @@ func (r *revocations) revokeNow(ctx context.Context, connector, generation strin
 	r.waits = append(r.waits, spentWait{at: time.Now(), d: time.Since(begun)})
 }
 
-func (r *revocations) unmark(i *intent) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	i.busy = false
+// rested notes that no call of the intent is under way any more. The caller holds the lock of the revocations.
+func (i *intent) rested() {
+	close(i.under)
+	i.under = nil
 }
 
 // mayWait says whether a revocation may wait for its call. The caller holds mu.
@@ -342,12 +410,13 @@ func (r *revocations) drain(connector string, wake <-chan struct{}) {
 	var calls errgroup.Group
 	calls.SetLimit(revocationsAtOnce)
 	defer func() { _ = calls.Wait() }()
-	for r.ctx.Err() == nil && r.node.WriteSafeReplicationState() {
+	for !r.isStopping() && r.node.WriteSafeReplicationState() {
 		i, next, some := r.pick(connector)
 		switch {
 		case i != nil:
 			calls.Go(func() error {
-				r.call(i, share.Housekeeping)
+				r.call(i, share.Revocation)
+				r.wake(connector)
 				return nil
 			})
 			continue
@@ -358,13 +427,25 @@ func (r *revocations) drain(connector string, wake <-chan struct{}) {
 		select {
 		case <-timer.C:
 		case <-wake:
-		case <-r.ctx.Done():
+		case <-r.stopping:
 		}
 		timer.Stop()
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.draining, connector)
+}
+
+// stop has the workers end: what is pending is in storage.
+func (r *revocations) stop() { r.stopOnce.Do(func() { close(r.stopping) }) }
+
+func (r *revocations) isStopping() bool {
+	select {
+	case <-r.stopping:
+		return true
+	default:
+		return false
+	}
 }
 
 // pick chooses the intent whose token ends first among those that may be tried now, or says when to look again.
@@ -376,7 +457,7 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 	for _, i := range r.intents[connector] {
 		some = true
 		switch {
-		case i.busy:
+		case i.under != nil:
 		case i.next.After(now):
 			next = earliest(next, i.next)
 		case best == nil || i.Expires.Before(best.Expires):
@@ -384,7 +465,7 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 		}
 	}
 	if best != nil {
-		best.busy = true
+		best.under = make(chan struct{})
 	}
 	if !some {
 		delete(r.draining, connector)
@@ -394,29 +475,35 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 
 // call makes one try to revoke a token.
 func (r *revocations) call(i *intent, class share.Class) {
-	err := r.try(i, class)
+	var err error
+	if !i.over {
+		err = r.try(i, class)
+	}
 	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)
 	isFailure := errors.As(err, &failure)
-	if err == nil || isFailure && failure.Kind == tokenservice.Unsupported {
+	ended := err == nil || isFailure && failure.Kind == tokenservice.Unsupported
+	if ended {
+		i.over = true // under guards it
 		err = r.settle(r.ctx, i)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i.busy = false
-	now := time.Now()
+	i.rested()
 	switch {
-	case isFailure && failure.Kind == tokenservice.Unsupported:
+	case isFailure:
 		r.note(i, failure.Text)
-	case err == nil:
+	case ended:
 		r.note(i, "")
+	}
+	switch {
+	case ended && err == nil:
 	case errors.As(err, &limit):
 		i.next = limit.Until
 	default:
 		i.rest = min(max(2*i.rest, time.Second), longestRevocationRest)
-		i.next = now.Add(i.rest)
+		i.next = time.Now().Add(i.rest)
 		if isFailure {
-			r.note(i, failure.Text)
-			i.next = latest(i.next, now.Add(min(failure.RetryAfter, longestRest)))
+			i.next = latest(i.next, time.Now().Add(min(failure.RetryAfter, longestRest)))
 		}
 	}
 }
@@ -442,11 +529,11 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	if via != nil {
 		revoker, ok = via.service.(tokenservice.Revoker)
 	}
-	if !ok || !time.Now().Before(i.Expires) {
+	if !ok || !i.isWanted(via.about) || !time.Now().Before(i.Expires) {
 		return nil
 	}
 	p := passage{via: via, want: share.Want{Class: class}}
-	if class == share.Housekeeping {
+	if class == share.Revocation {
 		p.want.Wait = hopPatience
 	}
 	begun := time.Now()
@@ -488,20 +575,24 @@ func (r *revocations) pendingOf(connector, tenant string) (pending int, lastErro
 	return pending, r.errors[about]
 }
 
-// drop forgets a connector's intents, and says how many there were.
-func (r *revocations) drop(ctx context.Context, connector string) (int, error) {
+// drop forgets the intents of a connector that are not wanted any more, and says how many there were.
+func (r *revocations) drop(ctx context.Context, connector string, about tokenservice.About) (dropped int, err error) {
 	r.mu.Lock()
 	all := slices.Collect(maps.Values(r.intents[connector]))
 	r.mu.Unlock()
 	for _, i := range all {
-		if err := r.settle(ctx, i); err != nil {
-			return 0, err
+		if i.isWanted(about) {
+			continue
 		}
+		if err := r.settle(ctx, i); err != nil {
+			return dropped, err
+		}
+		dropped++
 	}
-	return len(all), nil
+	return dropped, nil
 }
 
-// load reads what storage has into memory, and goes on with what is pending.
+// load reads what storage has into memory, unless that has been done.
 func (r *revocations) load(ctx context.Context) error {
 	r.mu.Lock()
 	loaded := r.loaded
@@ -546,9 +637,8 @@ func (r *revocations) load(ctx context.Context) error {
 		return err
 	}
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.loaded = true
-	r.mu.Unlock()
-	r.tick()
 	return nil
 }
 
@@ -571,12 +661,6 @@ func (r *revocations) tick() {
 			return // the next tick tries again
 		}
 	}
-}
-
-func (r *revocations) isLoaded() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.loaded
 }
 
 // invalidate drops what another node has changed.

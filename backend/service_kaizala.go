@@ -76,6 +76,8 @@ func (*kaizalaSettings) discover(context.Context, *connectorEntry, *framework.Fi
 	return nil
 }
 
+func (*kaizalaSettings) take(serviceSettings) {}
+
 func (s *kaizalaSettings) client(c *connectorEntry, transport http.RoundTripper) (tokenservice.Service, error) {
 	client, err := kaizala.New(kaizala.Config{
 		ConnectorID:     c.ConnectorID,

@@ -159,8 +159,7 @@ func (s *oauthSettings) set(d *framework.FieldData, name string) (err error) {
 	case "exchange_invalidates":
 		s.ExchangeInvalidates = isNull || d.Get(name).(bool)
 	case "revocation":
-		s.Revocation = textOf(d, name)
-		if isNull {
+		if s.Revocation = textOf(d, name); s.Revocation == "" {
 			s.Revocation = oauth2.RevokeNothing
 		}
 	case "revoke_on_delete":
@@ -239,6 +238,12 @@ func (s *oauthSettings) discover(ctx context.Context, c *connectorEntry, d *fram
 	}
 	s.IssuerPromised = found.IssuerPromised
 	return nil
+}
+
+func (s *oauthSettings) take(others serviceSettings) {
+	if found, ok := others.(*oauthSettings); ok {
+		s.Found, s.IssuerPromised = found.Found, found.IssuerPromised
+	}
 }
 
 func (s *oauthSettings) client(c *connectorEntry, transport http.RoundTripper) (tokenservice.Service, error) {

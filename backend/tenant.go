@@ -1,8 +1,12 @@
 package backend
 
 import (
+	"context"
+	"crypto/rand"
 	"errors"
+	"maps"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,6 +53,8 @@ type tenantEntry struct {
 	// AccessTokenLife outlasts the access token: it bounds what a reader may ask.
 	AccessTokenLife time.Duration `json:"access_token_life,omitempty"`
 	Access          *accessEntry  `json:"access,omitempty"`
+	// EndsBy is the end of an access token that was given up and that the next exchange ends: that is due at once. Zero: none.
+	EndsBy time.Time `json:"ends_by,omitzero"`
 	// Unleased is an access token for one lease whose own record is not stored yet. It is revoked where that record never
 	// comes.
 	Unleased *accessEntry `json:"unleased,omitempty"`
@@ -65,13 +71,6 @@ func (e *tenantEntry) expired(now time.Time) bool {
 	return !e.Facts.Assumed && !e.Facts.Expires.IsZero() && !now.Before(e.Facts.Expires)
 }
 
-func (e *tenantEntry) supersedes(o *outcome) bool {
-	if e == nil {
-		return o.from != noLineage
-	}
-	return e.Lineage != o.from && (o.change == nil || e.Lineage != o.change.lineage)
-}
-
 // noLineage stands for the lineage of a tenant that does not exist.
 const noLineage = "-"
 
@@ -84,10 +83,16 @@ type tenant struct {
 	// storing is the right to change the tenant in storage. Readers of a usable token never wait for it.
 	storing lock
 
+	// planning is held while the tenant is put into the index by what its view says, so that the last view wins, and while
+	// the registry drops the record.
+	planning sync.Mutex
+
 	// mu guards the replacement of view and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
 	flight  *flight
 	dropped bool // the registry has dropped this record
+	// absence stands for a lineage while storage has no such tenant. It is new with each delete.
+	absence string
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
 	// issued is the generation of the last access token for one lease whose own record storage has taken.
@@ -115,6 +120,8 @@ type tenantView struct {
 	kept *outcome
 	// trouble is why the last exchange failed; nil: it did not.
 	trouble *trouble
+	// postponed is when the next exchange is permitted, as far as is known, where one was due and none was permitted.
+	postponed time.Time
 }
 
 // tenantSummary is what LIST and the renewer know without reading storage.
@@ -150,6 +157,7 @@ type flight struct {
 	t    *tenant
 	want want
 	v    *tenantView // what it began with
+	from string      // the tenant's lineage then
 	// connector is the one that it goes through. A verification makes the tenant use it.
 	connector string
 	done      chan struct{}
@@ -159,8 +167,27 @@ type flight struct {
 	joined   chan struct{} // closed when a reader waits for background work
 	joinOnce sync.Once
 
+	way *passage // of its last request
+	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
+	carriedOut bool
+	left       atomic.Bool // the reader has gone whom the token is for
+
 	placed    chan struct{} // closed when the flight has its place in the share
 	placeOnce sync.Once
+}
+
+// abandon notes that the reader has gone whom the flight's access token is for.
+func (f *flight) abandon() { f.left.Store(true) }
+
+func (f *flight) isAbandoned() bool { return f.left.Load() }
+
+// answered notes that the flight's exchange was refused by an answer: a process after this one need not ask.
+func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
+	failure := (*tokenservice.Failure)(nil)
+	if f.way == nil || f.way.call == nil || via == nil || !via.about.RetryLost || !errors.As(err, &failure) || failure.Lost {
+		return
+	}
+	f.way.call.Settle(ctx)
 }
 
 // place notes that the flight has its place in the share.
@@ -186,7 +213,7 @@ func (f *flight) shared(w want) bool {
 }
 
 func newTenant(name string) *tenant {
-	t := &tenant{name: name}
+	t := &tenant{name: name, absence: noLineage}
 	t.view.Store(&tenantView{})
 	return t
 }
@@ -265,26 +292,54 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			if t.replaced == nil {
 				t.replaced = map[string]*accessToken{}
 			}
+			now := time.Now() // Vault may not have told of the end of every lease
+			maps.DeleteFunc(t.replaced, func(_ string, a *accessToken) bool { return !now.Before(a.Expires) })
 			t.replaced[old.Generation] = old
 		}
+		if fresh == nil && t.lineage(v) != e.Lineage {
+			// An operator has written another refresh token or connector: what failed before is over.
+			t.retry, v.trouble = nil, nil
+		}
 		v.show(e, a)
-		v.kept = nil
+		v.kept, v.postponed = nil, time.Time{}
 	})
 }
 
-// rewritten takes in that an operator has written another refresh token or connector: what failed before is over.
-func (t *tenant) rewritten() {
+// retired takes in that storage has an entry whose access token is given up. What is kept stays so.
+func (t *tenant) retired(e *tenantEntry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry = nil
-	t.update(func(v *tenantView) { v.trouble = nil })
+	t.update(func(v *tenantView) {
+		v.show(e, nil)
+		v.postponed = time.Time{}
+		if v.kept != nil {
+			v.knows = doubted
+		}
+	})
+}
+
+// lineage is the tenant's by a view of it. The caller holds mu.
+func (t *tenant) lineage(v *tenantView) string {
+	if v.entry == nil {
+		return t.absence
+	}
+	return v.entry.Lineage
+}
+
+// supersedes says whether an operator has written or deleted the tenant since the exchange that o comes from began. v is what
+// storage has.
+func (t *tenant) supersedes(v *tenantView, o *outcome) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lineage := t.lineage(v)
+	return lineage != o.from && (o.change == nil || lineage != o.change.lineage)
 }
 
 // deleted takes in that storage has the tenant no more.
 func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry, t.replaced, t.warned = nil, nil, 0
+	t.retry, t.replaced, t.warned, t.absence = nil, nil, 0, noLineage+rand.Text()
 	t.view.Store(&tenantView{knows: absent})
 }
 
@@ -328,25 +383,47 @@ func (t *tenant) giveUp(generation string) {
 	}
 }
 
-// failed notes why an exchange failed, and says whether the one before had not.
-func (t *tenant) failed(next *trouble) (news bool) {
+// failed notes why an exchange failed, and says whether the one before had not. It does nothing where that exchange was of none
+// of these lineages.
+func (t *tenant) failed(next *trouble, of ...string) (news, superseded bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if v := t.view.Load(); v.knows != unknown && len(of) > 0 && !slices.Contains(of, t.lineage(v)) {
+		return false, true
+	}
 	t.update(func(v *tenantView) {
 		news = v.trouble == nil
 		v.trouble = next
 	})
-	return news
+	return news, false
 }
 
-// recovered ends a tenant's trouble, and says whether there was any.
-func (t *tenant) recovered() bool {
+// cutOff takes in that a process has ended while it waited for the answer to the tenant's exchange. The next is made as soon as
+// it can: services give a replaced refresh token some seconds' grace.
+func (t *tenant) cutOff(connector string, via *loadedConnector) {
+	now := time.Now()
+	failure := &tokenservice.Failure{
+		Kind: tokenservice.Unavailable, Lost: true,
+		Text: "Vault or the plugin ended before the answer to an exchange came. The exchange is tried again.",
+	}
+	t.failed(&trouble{
+		err: failure, text: readerError(via.about, t.name, connector, failure).Error(),
+		at: now, until: now, lost: true, revision: via.revision,
+	})
+}
+
+// recovered ends a tenant's trouble, and says whether there was any. Where nothing but a new refresh token has been stored, it
+// ends trouble that storage alone is to blame for.
+func (t *tenant) recovered(exchanged bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	trouble := t.view.Load().trouble
+	if trouble == nil || !exchanged && errors.As(trouble.err, new(*tokenservice.Failure)) {
+		return false
+	}
 	t.retry = nil
-	had := t.view.Load().trouble != nil
 	t.update(func(v *tenantView) { v.trouble = nil })
-	return had
+	return true
 }
 
 // backOff says how long the tenant rests after another failure: seconds at first, a minute at most, with jitter.
@@ -386,7 +463,7 @@ func (t *tenant) clear() {
 }
 
 // endReplaced takes a lease off an access token that another has replaced. It says whether memory knows the token, and
-// whether it is given up with this lease.
+// whether it is given up with this lease. [tenant.forgetReplaced] follows once that is in storage.
 func (t *tenant) endReplaced(generation string, early bool) (known, last bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -394,10 +471,14 @@ func (t *tenant) endReplaced(generation string, early bool) (known, last bool) {
 	if a == nil {
 		return false, false
 	}
-	if last = a.end(early, true); last {
-		delete(t.replaced, generation)
-	}
-	return true, last
+	return true, a.end(early, true)
+}
+
+// forgetReplaced forgets an access token that has been given up.
+func (t *tenant) forgetReplaced(generation string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.replaced, generation)
 }
 
 // begin makes f the tenant's flight. Where there is one already it returns that; where the view has changed since f was
@@ -413,14 +494,17 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	case !start():
 		return nil, errStopping
 	}
-	t.flight = f
+	t.flight, f.from = f, t.absence
+	if e := f.v.base(); e != nil {
+		f.from = e.Lineage
+	}
 	return f, nil
 }
 
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
-	if failure := (*tokenservice.Failure)(nil); err != nil && (!errors.As(err, &failure) || !failure.Lost) {
+	if failure := (*tokenservice.Failure)(nil); err != nil && !f.carriedOut && (!errors.As(err, &failure) || !failure.Lost) {
 		t.spare()
 	}
 	t.mu.Lock()
@@ -443,7 +527,7 @@ func (t *tenant) uses(connector string) bool {
 	v := t.view.Load()
 	return v.summary.stored && v.summary.connector == connector ||
 		t.flight != nil && t.flight.connector == connector ||
-		v.kept != nil && v.kept.change != nil && v.kept.change.connector != nil && *v.kept.change.connector == connector
+		v.kept != nil && v.kept.connector == connector
 }
 
 // idle marks the record as dropped where neither storage nor anybody at work has the tenant.
@@ -490,18 +574,6 @@ func (t *tenant) wasIssued(generation string) bool {
 	return t.issued == generation
 }
 
-// takeReplaced gives up the access tokens that newer ones have replaced, and returns them.
-func (t *tenant) takeReplaced() (all []*accessEntry) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, a := range t.replaced {
-		a.leases.Store(givenUp)
-		all = append(all, a.accessEntry)
-	}
-	t.replaced = nil
-	return all
-}
-
 // base is the entry that a change is made to, nil where there is no tenant.
 func (v *tenantView) base() *tenantEntry {
 	if v == nil {
@@ -539,7 +611,32 @@ func (v *tenantView) bound() time.Time {
 	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(x)) {
 		x = v.trouble.until
 	}
-	return earliest(x, a.Expires)
+	return earliest(latest(x, v.postponed), a.Expires)
+}
+
+// rests says whether the tenant's last exchange has failed so lately that none is made yet. Where an exchange ends older access
+// tokens, readers may come for it once no more leases are given until then.
+func (v *tenantView) rests(now time.Time) bool {
+	until := v.trouble.until
+	if a := v.access; a != nil && !a.Planned.IsZero() && !v.trouble.lost && now.Before(a.Expires) {
+		until = until.Add(-leaseMargin)
+	}
+	return until.After(now)
+}
+
+// postpone takes in that an exchange was due and is not permitted before then. It says whether the access token lives on
+// meanwhile and is handed out until then, where an exchange would have ended it.
+func (t *tenant) postpone(until time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	a := v.access
+	now := time.Now()
+	if a != nil && (a.Planned.IsZero() || v.trouble != nil || !a.current() || now.Before(v.bound().Add(-leaseMargin)) || !now.Before(a.Expires)) {
+		return false
+	}
+	t.update(func(v *tenantView) { v.postponed = until })
+	return a != nil && now.Before(until.Add(-leaseMargin))
 }
 
 // usableUntil is when the access token stops being handed out to readers who want minTTL of life left, or what the tenant

@@ -75,6 +75,8 @@ func (ts *tenants) record(name string) *tenant {
 
 // drop removes the record of a tenant that neither storage nor anybody at work has.
 func (ts *tenants) drop(t *tenant) {
+	t.planning.Lock()
+	defer t.planning.Unlock()
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	if t.drop() {
@@ -156,13 +158,39 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 			return nil, err
 		}
 		if e != nil {
-			ts.fitClock(ctx, t.name, e)
+			if err := ts.recover(ctx, t, e); err != nil {
+				return nil, err
+			}
 		}
 		if t.found(before, e) && e != nil {
 			ts.loaded.Add(t.name, t)
 			ts.schedule(t)
 		}
 	}
+}
+
+// recover makes of an entry what the process before this one would have made of it. The caller holds the tenant's lock.
+func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error {
+	ts.fitClock(ctx, t.name, e)
+	if e.Access != nil {
+		ended, err := ts.revocations.isGivenUp(ctx, e.Connector, e.Access.Generation)
+		if err != nil {
+			return err
+		}
+		if ended {
+			// It ended between the two writes that give an access token up.
+			e.Access = nil
+			_ = ts.put(ctx, t, e) // memory knows it all the same
+		}
+	}
+	via, err := ts.connectors.get(ctx, e.Connector)
+	if err != nil || via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
+		return nil
+	}
+	if at := via.share.Unsettled(t.name); at.After(latest(e.LastExchange, e.RefreshTokenSet, e.Rejected)) {
+		t.cutOff(e.Connector, via)
+	}
+	return nil
 }
 
 // fitClock corrects times of an entry that lie further ahead than they could, because the host's clock was wrong when
@@ -205,6 +233,9 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil || e == nil {
 			return err
 		}
+		if err := ts.recover(ctx, t, e); err != nil {
+			return err
+		}
 		t.summarized(e)
 		return nil
 	})
@@ -244,7 +275,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			}
 		}
 		switch {
-		case c.grant != nil && v.lineage() != c.grant.from:
+		case c.grant != nil && v.lineage() != c.grant.from, c.seen != "" && v.lineage() != c.seen:
 			return errSuperseded
 		case v.entry == nil && c.patch:
 			return notFound("there is no tenant %q to patch", name)
@@ -262,13 +293,10 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 		}
 		if err := ts.put(ctx, t, next); err != nil {
 			t.doubt() // storage may have taken it all the same
+			ts.schedule(t)
 			return err
 		}
 		ts.stored(t, next, nil)
-		if c.retiresTokens() {
-			t.rewritten()
-			ts.schedule(t)
-		}
 		return nil
 	})
 }
@@ -292,6 +320,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 		}
 		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
 			t.doubt()
+			ts.schedule(t)
 			return err
 		}
 		t.deleted()
@@ -319,13 +348,11 @@ func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kep
 			}
 		}
 	}
-	if e != nil && e.Access != nil {
-		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
+	if e != nil {
+		if err := ts.giveUpShared(ctx, t, e); err != nil {
 			return err
 		}
-	}
-	for _, a := range t.takeReplaced() {
-		if err := ts.revocations.giveUp(ctx, newest.Connector, t.name, a); err != nil {
+		if err := ts.resolveUnleased(ctx, t, e); err != nil {
 			return err
 		}
 	}
@@ -333,6 +360,19 @@ func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kep
 		return ts.revocations.giveUpRefreshToken(ctx, newest.Connector, t.name, newest.RefreshToken)
 	}
 	return nil
+}
+
+// giveUpShared notes a tenant's access token for revocation, and those before it that leases stand for.
+func (ts *tenants) giveUpShared(ctx context.Context, t *tenant, e *tenantEntry) error {
+	if e.Access != nil {
+		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
+			return err
+		}
+	}
+	if !ts.revocations.mayRevoke(t.view.Load().summary) {
+		return nil
+	}
+	return ts.revocations.giveUpReplaced(ctx, t.name)
 }
 
 // giveUp makes sure that an access token is never handed out again, not after a restart either, and notes it for
@@ -354,16 +394,16 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		}
 		next := *v.entry
 		next.Access = nil
+		if via := ts.connectors.present(next.Connector); via != nil && via.about.Revocation == tokenservice.RevokeByExchange {
+			next.EndsBy = v.entry.Access.Expires
+		}
 		if err := ts.put(ctx, t, &next); err != nil {
 			return err
 		}
 		connector = next.Connector
-		if kept := v.kept; kept != nil {
-			t.stored(&next, nil)
-			t.keep(kept)
-			return nil
-		}
-		ts.stored(t, &next, nil)
+		t.retired(&next)
+		ts.loaded.Add(t.name, t)
+		ts.schedule(t)
 		return nil
 	})
 	return connector, err
@@ -389,7 +429,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if err != nil {
 		return ts.unstored(t, o, nil)
 	}
-	superseded := v.entry.supersedes(o)
+	superseded := t.supersedes(v, o)
 	if superseded && !o.rotates(v.entry) {
 		if v.kept == o {
 			t.dropKept()
@@ -407,10 +447,17 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		return ts.unstored(t, o, nil)
 	}
 	if err := ts.put(ctx, t, next); err != nil {
+		if o.retires && v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
+			v.access.leases.Store(givenUp) // it may be revoked by now
+		}
 		return ts.unstored(t, o, next)
 	}
+	if old := v.access; o.access != nil && !o.retires && !o.ownToken && old != nil && !old.leases.CompareAndSwap(0, givenUp) && old.leased() {
+		// A lease may have come meanwhile; none comes any more.
+		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
+	}
 	ts.stored(t, next, o.access)
-	ts.settled(ctx, t, o, next, v)
+	ts.settled(ctx, t, o, next)
 	if superseded {
 		return errSuperseded
 	}
@@ -418,37 +465,35 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 }
 
 // settled does what follows once storage has what an exchange has brought.
-func (ts *tenants) settled(ctx context.Context, t *tenant, o *outcome, next *tenantEntry, was *tenantView) {
+func (ts *tenants) settled(ctx context.Context, t *tenant, o *outcome, next *tenantEntry) {
 	if o.refreshToken != "" {
 		ts.announce.rotated(ctx, t.name, next)
 	}
 	if o.rejected {
 		ts.announce.rejected(ctx, t.name, next)
 	}
-	if o.succeeded() && t.recovered() {
+	if t.recovered(o.succeeded()) {
 		ts.announce.recovered(t.name, next.Connector)
-	}
-	if old := oldAccess(was); old != nil && o.retires && !o.ownToken {
-		// The token is no longer handed out. That it is not noted for revocation costs its remaining life.
-		_ = ts.revocations.giveUp(ctx, next.Connector, t.name, old)
 	}
 	ts.schedule(t)
 }
 
-func oldAccess(v *tenantView) *accessEntry {
-	if v.entry == nil {
-		return nil
-	}
-	return v.entry.Access
-}
-
-// replace keeps an access token that is about to be replaced, where leases on it live and the service can revoke it.
+// replace notes for revocation what a new access token retires. It keeps one that is about to be replaced where leases on it
+// live and the service can revoke it.
 func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
-	old := v.access
-	if o.access == nil || o.retires || o.ownToken || old == nil || !old.leased() {
+	switch old := v.access; {
+	case v.entry == nil:
 		return nil
+	case o.change != nil:
+		return ts.giveUpAll(ctx, t, v.entry, nil, false)
+	case o.access == nil || old == nil || o.ownToken:
+		return nil
+	case o.retires:
+		return ts.revocations.giveUp(ctx, v.entry.Connector, t.name, old.accessEntry)
+	case old.leased():
+		return ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
 	}
-	return ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry)
+	return nil
 }
 
 // unstored takes in that storage has not taken what an exchange has brought. next is what it was asked to take, nil where
@@ -510,10 +555,8 @@ func plannedExchange(name string, e *tenantEntry, keepAlive time.Duration) time.
 	return x.UTC().Truncate(time.Millisecond)
 }
 
-// aboutOf returns what a connector's service says of itself; the zero About where the connector cannot be read.
-func (ts *tenants) aboutOf(ctx context.Context, connector string) tokenservice.About {
-	if via, err := ts.connectors.get(ctx, connector); err == nil && via != nil {
-		return via.about
-	}
-	return tokenservice.About{}
+// revokesAccess says whether access tokens of a connector are revoked at its service.
+func (ts *tenants) revokesAccess(ctx context.Context, connector string) bool {
+	via, err := ts.connectors.get(ctx, connector)
+	return err == nil && via != nil && via.about.Revocation == tokenservice.RevokeAccessToken
 }

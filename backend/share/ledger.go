@@ -43,7 +43,10 @@ type entry struct {
 	Tenant string `json:"tenant,omitempty"`
 	// Housekeeping says that a call counts against that class's fifth.
 	Housekeeping bool `json:"housekeeping,omitempty"`
-	// Until is from when on the entry does not matter, at the latest.
+	// At is when a call that begins a tenant's exchange was noted; zero where no process after this one has to ask what became
+	// of it: see [Share.Unsettled].
+	At time.Time `json:"at,omitzero"`
+	// Until is from when on the entry does not matter, at the latest; At matters all the same.
 	Until time.Time `json:"until"`
 }
 
@@ -54,6 +57,9 @@ func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
 	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: time.Now().UTC().Add(s.timeout + Window)}
+	if c.tenant != "" {
+		e.At = time.Now().UTC().Truncate(time.Millisecond)
+	}
 	s.noted[c.place] = e.Until
 	s.mu.Unlock()
 	err := s.put(ctx, strconv.Itoa(c.place), e)
@@ -61,6 +67,29 @@ func (c *Call) Note(ctx context.Context) error {
 		c.Withdraw()
 	}
 	return err
+}
+
+// Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
+// this one need not ask what became of it. Where storage does not take that, it asks all the same.
+func (c *Call) Settle(ctx context.Context) {
+	s := c.share
+	s.mu.Lock()
+	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: s.noted[c.place]}
+	present := c.frees.After(time.Now()) // its place is still its own
+	s.mu.Unlock()
+	if present && c.tenant != "" {
+		_ = s.put(ctx, strconv.Itoa(c.place), e)
+	}
+}
+
+// Unsettled returns, once, when a process before this one has noted an exchange of the tenant whose answer it may not have
+// had; zero where there is none. [Share.Load] comes before it.
+func (s *Share) Unsettled(tenant string) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := s.unsettled[tenant]
+	delete(s.unsettled, tenant)
+	return at
 }
 
 // Pause permits no call before that time, a day ahead at most: at once in memory, and then in storage, with a write that
@@ -227,7 +256,13 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 		}
 	}
 	for i, e := range entries {
-		if e == nil || !e.Until.After(now) {
+		if e == nil {
+			continue
+		}
+		if place, err := strconv.Atoi(at[i]); err == nil && !e.At.IsZero() && e.Until.After(s.noted[place]) {
+			s.unsettled[e.Tenant] = latest(s.unsettled[e.Tenant], e.At)
+		}
+		if !e.Until.After(now) {
 			continue
 		}
 		if at[i] == pausePlace {

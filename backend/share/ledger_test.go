@@ -118,19 +118,63 @@ func TestStoredForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
 		s := from(t, &storage, 10)
-		until := ahead(timeout + Window)
+		until, at := ahead(timeout+Window), ahead(0)
 		noted(t, s, Want{Tenant: "acme"})
 		noted(t, s, Want{Tenant: "acme", Hop: true})
 		noted(t, s, Want{Tenant: "acme", Class: Background})
 		noted(t, s, Want{Class: Housekeeping})
 		pause := ahead(90 * time.Second)
 		require.NoError(t, s.Pause(t.Context(), time.Now().Add(90*time.Second)))
-		assert.JSONEq(t, `{"format":1,"tenant":"acme","until":"`+until+`"}`, storage.read(t, "calls/hr/0"))
+		assert.JSONEq(t, `{"format":1,"tenant":"acme","at":"`+at+`","until":"`+until+`"}`, storage.read(t, "calls/hr/0"))
 		assert.JSONEq(t, `{"format":1,"until":"`+until+`"}`, storage.read(t, "calls/hr/1"))
-		assert.JSONEq(t, `{"format":1,"tenant":"acme","until":"`+until+`"}`, storage.read(t, "calls/hr/2"))
+		assert.JSONEq(t, `{"format":1,"tenant":"acme","at":"`+at+`","until":"`+until+`"}`, storage.read(t, "calls/hr/2"))
 		assert.JSONEq(t, `{"format":1,"housekeeping":true,"until":"`+until+`"}`, storage.read(t, "calls/hr/3"))
 		assert.JSONEq(t, `{"format":1,"until":"`+pause+`"}`, storage.read(t, "calls/hr/pause"))
 		assert.Len(t, storage.keys(t), 5)
+	})
+}
+
+// An exchange whose answer a process did not live to see is named to the process after it, once and however late that comes.
+func TestUnsettled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 100)
+		for _, tenant := range []string{"cut", "answered", "running"} {
+			noted(t, s, Want{Tenant: tenant})
+			time.Sleep(time.Second)
+		}
+		second := noted(t, s, Want{Tenant: "cut"})
+		begun := time.Now()
+		answered := noted(t, s, Want{Tenant: "answered"})
+		_ = second
+		noted(t, s, Want{Tenant: "", Class: Revocation})
+		noted(t, s, Want{Tenant: "hop", Hop: true})
+		answered.End()
+		answered.Settle(t.Context())
+		assert.Zero(t, s.Unsettled("cut"), "this process knows itself")
+
+		time.Sleep(time.Hour)
+		s = from(t, &storage, 100)
+		assert.Equal(t, begun.UTC(), s.Unsettled("cut").UTC(), "the last one counts")
+		assert.Zero(t, s.Unsettled("cut"), "once")
+		assert.Equal(t, begun.Add(-2*time.Second).UTC(), s.Unsettled("answered").UTC(), "the one before was not settled")
+		assert.Equal(t, begun.Add(-time.Second).UTC(), s.Unsettled("running").UTC())
+		assert.Zero(t, s.Unsettled("hop"))
+		assert.Zero(t, s.Unsettled(""))
+	})
+}
+
+func TestSettleTouchesItsOwnPlaceAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 1)
+		old := noted(t, s, Want{Tenant: "old"})
+		old.End()
+		time.Sleep(Window)
+		noted(t, s, Want{Tenant: "new"}).End()
+		was := storage.read(t, "calls/hr/0")
+		old.Settle(t.Context())
+		assert.Equal(t, was, storage.read(t, "calls/hr/0"))
 	})
 }
 

@@ -25,8 +25,10 @@ const (
 	RevocationWait
 	// Background: an exchange that nobody waits for. It leaves a fifth of the limit free, rounded down.
 	Background
-	// Housekeeping: polls, and revocations that nobody waits for. It leaves free what Background does, and takes no more than
-	// a fifth of the limit (but at least one call).
+	// Revocation: a revocation that nobody waits for. It leaves free what Background does.
+	Revocation
+	// Housekeeping: polls. It leaves free what Background does, and takes no more than a fifth of the limit (but at least one
+	// call).
 	Housekeeping
 )
 
@@ -98,6 +100,9 @@ type Share struct {
 	loaded  bool      // the calls in storage are counted
 	version uint64    // counts what makes a load out of date
 	removed bool      // storage has to stay without entries
+	// unsettled is when the exchange of a tenant was noted last by a process before this one, where that process has not
+	// said that it was answered.
+	unsettled map[string]time.Time
 }
 
 // New returns the share of a connector. [Share.Configure] and [Share.Load] come before the first call.
@@ -110,6 +115,8 @@ func New(storage logical.Storage, connector string) *Share {
 		tenants: map[string]*tally{},
 		places:  places{taken: map[int]bool{}},
 		noted:   map[int]time.Time{},
+
+		unsettled: map[string]time.Time{},
 	}
 }
 

@@ -224,6 +224,7 @@ func TestBackgroundLeavesAFifthToReaders(t *testing.T) {
 				}
 				refused(t, s, background, Window)
 				refused(t, s, Want{Class: Housekeeping, Hop: hop}, Window)
+				refused(t, s, Want{Class: Revocation, Hop: hop}, Window)
 				assert.Equal(t, time.Now().Add(Window), s.FreeAt(background))
 				for i := range fifth {
 					take(t, s, Want{Class: Class(i % 2), Hop: hop}).End() // a revocation waits, too
@@ -244,8 +245,8 @@ func TestHousekeepingTakesAFifthAtMost(t *testing.T) {
 				take(t, s, housekeeping).End()
 			}
 			refused(t, s, housekeeping, Window)
-			if limit > 1 {
-				take(t, s, Want{Class: Background}).End()
+			for range limit - limit/5 - fifth {
+				take(t, s, Want{Class: Revocation}).End() // revocations are not of that class
 			}
 			time.Sleep(Window)
 			take(t, s, housekeeping).Withdraw()
@@ -270,7 +271,7 @@ func TestTurns(t *testing.T) {
 		}
 		time.Sleep(Window - 3900*time.Millisecond)
 		wants := []Want{
-			{Class: Housekeeping}, {Class: Background}, {Class: Background, Hop: true}, {Class: RevocationWait},
+			{Class: Revocation}, {Class: Background}, {Class: Background, Hop: true}, {Class: RevocationWait},
 			{Tenant: "a"}, {Tenant: "b"}, {Hop: true}, {Tenant: "c", Hop: true},
 		}
 		var answers []*answer
@@ -569,7 +570,7 @@ func TestFreeAt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(5)
 		now := time.Now()
-		for _, class := range []Class{Reader, RevocationWait, Background, Housekeeping} {
+		for _, class := range []Class{Reader, RevocationWait, Background, Revocation, Housekeeping} {
 			assert.Equal(t, now, s.FreeAt(Want{Class: class, Tenant: "a"}))
 		}
 		take(t, s, Want{Tenant: "a"}).End()

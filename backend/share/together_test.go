@@ -57,7 +57,7 @@ var callers = rapid.Custom(func(r *rapid.T) caller {
 		at: half("at", 300),
 		want: Want{
 			Tenant: rapid.SampledFrom([]string{"", "", "a", "b", "c"}).Draw(r, "tenant"),
-			Class:  rapid.SampledFrom([]Class{Reader, Reader, RevocationWait, Background, Housekeeping}).Draw(r, "class"),
+			Class:  rapid.SampledFrom([]Class{Reader, Reader, RevocationWait, Background, Revocation, Housekeeping}).Draw(r, "class"),
 			Hop:    rapid.IntRange(0, 3).Draw(r, "hop") == 0,
 			Wait:   rapid.SampledFrom([]time.Duration{0, patience, patience, 30 * time.Second}).Draw(r, "wait"),
 		},
