@@ -32,6 +32,8 @@ const (
 	longestAttempt = 25 * time.Hour
 	// statesKnown is how long after its attempt's end a state is told from one that never was.
 	statesKnown = time.Hour
+	// attemptsKnown is how long after their end storage has the attempts of a tenant that is not there.
+	attemptsKnown = day
 )
 
 // The paths by which access is granted.
@@ -437,7 +439,8 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 		}
 		// The service has given its only good refresh token: it is stored unverified rather than lost.
 		if w.result == nil || errors.Is(err, errStopping) {
-			if err := b.storeUnasked(a, change); err == nil {
+			if b.storeUnasked(a, change) == nil {
+				b.abandon(a.Tenant, via, r)
 				return attemptGranted, ""
 			}
 		}
@@ -646,7 +649,7 @@ func (b *backend) goOn(name string, all *attempts) {
 	}
 }
 
-// sweep ends a tenant's attempts whose time is over. Of a tenant that is not there storage forgets them an hour later.
+// sweep ends a tenant's attempts whose time is over. Of a tenant that is not there storage forgets them a day later.
 func (b *backend) sweep(name string) {
 	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
 	defer cancel()
@@ -666,12 +669,12 @@ func (b *backend) sweep(name string) {
 				default:
 					next = earliest(next, latest(a.Expires, now.Add(time.Minute)))
 				}
-				over = over && now.After(a.Expires.Add(statesKnown))
+				over = over && now.After(a.Expires.Add(attemptsKnown))
 			}
 			switch {
 			case v != nil || len(all.Last) == 0 || !next.IsZero():
 			case !over:
-				next = now.Add(statesKnown)
+				next = now.Add(attemptsKnown)
 			default:
 				return false, storageError(b.storage.Delete(ctx, attemptKeys+name))
 			}

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -258,6 +259,323 @@ func TestCodeFlow(t *testing.T) {
 		assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 		assert.Zero(t, e.server.TotalExchanges(), "the access token that came with the code is used")
+		assert.Equal(t, 1, e.sent(codeGrant))
+	})
+}
+
+// Whatever is wrong with a callback is a page and an answer that say so. Nothing is stored, and nothing is called that need not
+// be; and the attempt is afterwards what the contract says.
+func TestCallbacksThatConnectNothing(t *testing.T) {
+	type try struct {
+		change  func(e *grantEngine, back map[string]any)
+		path    string // "": callback
+		status  int    // of the page; the answer's is 400 always
+		title   string
+		says    string // on the page and in the answer
+		calls   int
+		pending string // what the attempt is then
+	}
+	promise := func(e *grantEngine) {
+		e.server.Set(func(o *oauth2test.Options) { o.PromiseIss = true })
+		e.write("config/as", map[string]any{"issuer": e.server.Issuer()})
+	}
+	for name, c := range map[string]try{
+		"no state":        {change: func(_ *grantEngine, back map[string]any) { delete(back, "state") }, title: "not known", pending: attemptPending},
+		"unknown state":   {change: func(_ *grantEngine, back map[string]any) { back["state"] = random256() }, title: "not known", pending: attemptPending},
+		"malformed state": {change: func(_ *grantEngine, back map[string]any) { back["state"] = "../tenants/acme" }, title: "not known", pending: attemptPending},
+		"another connector's callback": {path: "callback/as", change: func(*grantEngine, map[string]any) {},
+			title: "belongs elsewhere", pending: attemptPending},
+		"expired":                {change: func(*grantEngine, map[string]any) { time.Sleep(attemptLife) }, title: "Too late", pending: attemptExpired},
+		"a newer attempt":        {change: func(e *grantEngine, _ map[string]any) { e.start(byCode, nil) }, title: "Something newer", pending: attemptPending},
+		"a newer way":            {change: func(e *grantEngine, _ map[string]any) { e.start(byDevice, nil) }, title: "Something newer", pending: attemptSuperseded},
+		"denied":                 {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = "access_denied" }, status: 200, title: "Access was denied", pending: attemptDenied},
+		"another error":          {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = "invalid_scope" }, title: "Nothing was connected", says: "(invalid_scope)", pending: attemptFailed},
+		"an error of its own":    {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = canary }, title: "Nothing was connected", says: "grants nothing: the operator", pending: attemptFailed},
+		"neither code nor error": {change: func(_ *grantEngine, back map[string]any) { delete(back, "code") }, title: "Something is missing", pending: attemptPending},
+		"a code that cannot be sent": {change: func(_ *grantEngine, back map[string]any) { back["code"] = "a\nb" },
+			title: "Something is missing", pending: attemptPending},
+		"a wrong iss": {change: func(e *grantEngine, back map[string]any) {
+			e.write("config/as", map[string]any{"issuer": e.server.Issuer()})
+			back["iss"] = "https://other.example"
+		}, title: "Nothing was connected", says: "another issuer", pending: attemptFailed},
+		"a wrong iss beside an error": {change: func(e *grantEngine, back map[string]any) {
+			e.write("config/as", map[string]any{"issuer": e.server.Issuer()})
+			delete(back, "code")
+			back["iss"], back["error"] = "https://other.example", "access_denied"
+		}, title: "Nothing was connected", says: "another issuer", pending: attemptFailed},
+		"no iss, though it is promised": {change: func(e *grantEngine, _ map[string]any) { promise(e) }, title: "Nothing was connected", says: "has not", pending: attemptFailed},
+		"the connector is gone": {change: func(e *grantEngine, _ map[string]any) { e.ok(logical.DeleteOperation, "config/as", nil) },
+			title: "Nothing was connected", says: "not there any more", pending: attemptFailed},
+		"the connector is another's": {change: func(e *grantEngine, _ map[string]any) {
+			e.write("config/as", map[string]any{"service": "kaizala"})
+		}, title: "Nothing was connected", says: "another service", pending: attemptFailed},
+		"a code for another client": {change: func(e *grantEngine, _ map[string]any) {
+			id, secret := e.server.RegisterClient(oauth2test.AuthBasic, callbackTo)
+			e.write("config/as", map[string]any{"connector_id": id, "connector_secret": secret})
+		}, title: "Nothing was connected", says: "belongs to another client", calls: 1, pending: attemptFailed},
+		"a forged code": {change: func(_ *grantEngine, back map[string]any) { back["code"] = "forged" },
+			title: "Nothing was connected", says: "refuses the authorization code", calls: 1, pending: attemptFailed},
+		"a code that is too old": {change: func(*grantEngine, map[string]any) { time.Sleep(2 * time.Minute) },
+			title: "Nothing was connected", says: "refuses the authorization code", calls: 1, pending: attemptFailed},
+		"a wrong secret": {change: func(e *grantEngine, _ map[string]any) { e.server.NewClientSecret(e.clientID) },
+			title: "Nothing was connected", says: "refuses the connector", calls: 1, pending: attemptFailed},
+		"a lost answer": {change: func(e *grantEngine, _ map[string]any) {
+			e.server.Inject(oauth2test.Fault{Process: true, Reset: true})
+		}, title: "Nothing was connected", calls: 1, pending: attemptFailed},
+		"an outage": {change: func(e *grantEngine, _ map[string]any) {
+			e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		},
+			title: "Nothing was connected", says: "502", calls: 1, pending: attemptFailed},
+		"no refresh token": {change: func(e *grantEngine, _ map[string]any) {
+			e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+			e.server.Set(func(o *oauth2test.Options) {
+				o.Edit = func(_ oauth2test.Endpoint, fields map[string]any) { delete(fields, "refresh_token") }
+			})
+		}, title: "Nothing was connected", says: "offline_access", calls: 1, pending: attemptFailed},
+	} {
+		for _, way := range []string{"page", "answer"} {
+			t.Run(name+"/"+way, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := newGrantEngine(t)
+					e.write("config/as", map[string]any{"confirm": false})
+					back := e.authorize(nil)
+					c.change(e, back)
+					e.server.ResetCalls()
+					path := "callback"
+					if c.path != "" {
+						path = c.path
+					}
+					if way == "page" {
+						want := http.StatusBadRequest
+						if c.status != 0 {
+							want = c.status
+						}
+						p := e.visit(logical.ReadOperation, path, back)
+						assert.Equal(t, want, p.status)
+						assert.Contains(t, p.text(), c.title)
+						assert.Contains(t, p.text(), c.says)
+						e.showsNothingOf(p.html, back)
+					} else {
+						resp, status, text := e.ask(logical.UpdateOperation, path, back)
+						assert.Equal(t, http.StatusBadRequest, status, text)
+						require.True(t, resp.IsError())
+						assert.Contains(t, text, c.title)
+						assert.Contains(t, text, c.says)
+						e.showsNothingOf(text, back)
+					}
+					assert.Len(t, e.server.Calls(oauth2test.EndpointToken), c.calls)
+					assert.Nil(t, e.stored("acme"))
+					assert.Equal(t, c.pending, e.attemptStatus(byCode), e.attempt(byCode))
+
+					// It is not done again.
+					e.server.ClearFaults()
+					if c.pending != attemptPending {
+						p := e.open(back)
+						assert.Equal(t, 400, p.status)
+						_, form := p.form()
+						assert.Nil(t, form)
+					}
+					assert.Len(t, e.server.Calls(oauth2test.EndpointToken), c.calls)
+					assert.Nil(t, e.stored("acme"))
+				})
+			})
+		}
+	}
+}
+
+// showsNothingOf asserts that a text holds nothing of what a request brought.
+func (e *grantEngine) showsNothingOf(text string, data map[string]any) {
+	e.t.Helper()
+	for name, value := range data {
+		if value, ok := value.(string); ok && len(value) > 5 && value != "access_denied" && value != "invalid_scope" {
+			assert.NotContains(e.t, text, value, name)
+		}
+	}
+	assert.NotContains(e.t, text, canary)
+}
+
+func TestAStateWorksOnce(t *testing.T) {
+	for name, first := range map[string]func(*grantEngine, map[string]any){
+		"granted": func(e *grantEngine, back map[string]any) { assert.Equal(e.t, 200, e.confirm(back).status) },
+		"denied": func(e *grantEngine, back map[string]any) {
+			assert.Equal(e.t, 200, e.open(map[string]any{"state": back["state"], "error": "access_denied"}).status)
+		},
+		"failed": func(e *grantEngine, back map[string]any) {
+			e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
+			assert.Equal(e.t, 400, e.confirm(back).status)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				back := e.authorize(nil)
+				first(e, back)
+				calls, entry := len(e.server.Calls()), e.stored("acme")
+				for range 2 {
+					before := e.storage.ops.Load()
+					p := e.open(back)
+					assert.Equal(t, int64(1), e.storage.ops.Load()-before)
+					assert.Equal(t, 400, p.status)
+					assert.Contains(t, p.text(), "has been used")
+					_, status, _ := e.ask(logical.UpdateOperation, "callback", back)
+					assert.Equal(t, 400, status)
+					_, status, _ = e.ask(logical.UpdateOperation, "callback", map[string]any{"state": back["state"]})
+					assert.Equal(t, 400, status)
+					e.crash()
+					synctest.Wait()
+				}
+				assert.Len(t, e.server.Calls(), calls)
+				assert.Equal(t, entry, e.stored("acme"))
+			})
+		})
+	}
+}
+
+// Two browsers, or a person who presses the button twice, bring one state at the same moment.
+func TestOneStateAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		_, fields := e.open(back).form()
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second})
+		good := make(chan int, 10)
+		for range cap(good) {
+			go func() { good <- e.visit(logical.UpdateOperation, "callback", fields).status }()
+		}
+		count := map[int]int{}
+		for range cap(good) {
+			count[<-good]++
+		}
+		assert.Equal(t, map[int]int{200: 1, 400: 9}, count)
+		assert.Equal(t, 1, e.sent(codeGrant))
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+	})
+}
+
+// What costs an attacker nothing costs Vault one read at the most, and no call.
+func TestWhatACallbackCosts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		cost := func(op logical.Operation, data map[string]any) int64 {
+			before := e.storage.ops.Load()
+			_, _, _ = e.ask(op, "callback", data)
+			return e.storage.ops.Load() - before
+		}
+		for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+			assert.EqualValues(t, 1, cost(op, map[string]any{"state": random256(), "code": "c"}))
+			assert.EqualValues(t, 0, cost(op, map[string]any{"state": "x", "code": "c"}))
+		}
+		time.Sleep(attemptLife)
+		assert.EqualValues(t, 1, cost(logical.ReadOperation, back), "expired")
+
+		// Vault would wrap, and store, what this answers.
+		e.storage.failWith(func(string, string) error { t.Error("storage was touched"); return nil })
+		for _, data := range []map[string]any{back, {"state": random256()}} {
+			for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
+				_, err := e.HandleRequest(t.Context(), &logical.Request{
+					Operation: op, Path: "callback", Data: data, Storage: e.storage, WrapInfo: &logical.RequestWrapInfo{TTL: time.Minute},
+				})
+				coded, ok := err.(logical.HTTPCodedError)
+				require.True(t, ok, "a coded error, which Vault does not wrap: %v", err)
+				assert.Equal(t, 400, coded.Code())
+			}
+		}
+		e.storage.heal()
+	})
+}
+
+func BenchmarkUnknownState(b *testing.B) {
+	e := newConfiguredEngine(b)
+	ctx := context.Background()
+	b.ReportAllocs()
+	for b.Loop() {
+		resp, err := e.HandleRequest(ctx, &logical.Request{
+			Operation: logical.ReadOperation, Path: "callback", Storage: e.storage,
+			Data: map[string]any{"state": "0123456789012345678901234567890123456789012", "code": "code"},
+		})
+		if err != nil || resp.Data[logical.HTTPStatusCode] != 400 {
+			b.Fatal(err)
+		}
+	}
+}
+
+// A node that may not write leaves all of it to the one that may, before it reads anything.
+func TestGrantsOnANodeThatMayNotWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		synctest.Wait()
+		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+		e.storage.failWith(func(op, key string) error { t.Error(op, key); return nil })
+		const read, write = logical.ReadOperation, logical.UpdateOperation
+		for _, c := range []struct {
+			op   logical.Operation
+			path string
+			data map[string]any
+		}{
+			{write, "tenants/acme/authorize", map[string]any{"connector": "as"}}, {read, "tenants/acme/authorize", nil},
+			{write, "tenants/acme/device", map[string]any{"connector": "as"}}, {read, "tenants/acme/device", nil},
+			{write, "tenants/acme/pin", map[string]any{"mobile_number": "+911234567890"}}, {write, "tenants/acme/pin", map[string]any{"pin": "123456"}},
+			{read, "callback", back}, {write, "callback", back}, {read, "callback/as", back}, {write, "callback/as", back},
+			{read, "callback", map[string]any{"state": "x"}},
+		} {
+			_, err := e.HandleRequest(t.Context(), &logical.Request{Operation: c.op, Path: c.path, Data: c.data, Storage: e.storage})
+			assert.Equal(t, logical.ErrReadOnly, err, "%s %s", c.op, c.path)
+		}
+		e.attendGrants()
+		e.storage.heal()
+		e.system.replication.Store(0)
+		assert.Equal(t, 200, e.confirm(back).status)
+	})
+}
+
+// The answer comes within 10 seconds, and what comes later is stored.
+func TestASlowRedemption(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		for _, way := range []string{"page", "answer"} {
+			back := e.authorize(nil)
+			e.server.Inject(oauth2test.Fault{Delay: 12 * time.Second, Times: 1})
+			begun := time.Now()
+			if way == "page" {
+				p := e.confirm(back)
+				assert.Equal(t, 200, p.status)
+				assert.Contains(t, p.text(), "Not finished yet")
+			} else {
+				resp, status, _ := e.ask(logical.UpdateOperation, "callback", back)
+				assert.Equal(t, 200, status)
+				assert.Equal(t, map[string]any{"tenant": "acme", "status": attemptPending}, resp.Data)
+				assert.NotEmpty(t, resp.Warnings)
+			}
+			assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+			assert.Equal(t, attemptPending, e.attemptStatus(byCode))
+			assert.Contains(t, e.open(back).text(), "has been used")
+			time.Sleep(5 * time.Second)
+			assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+			assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
+		}
+	})
+}
+
+// Where the share is used up nothing is sent, so the state is as good as before.
+func TestACallbackWithoutAPlaceInTheShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"exchanges_per_minute": 1})
+		back := e.authorize(map[string]any{"connector": "as"})
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access")})
+		p := e.confirm(back)
+		assert.Equal(t, 400, p.status)
+		assert.Contains(t, p.text(), "Not now")
+		assert.Contains(t, p.text(), "ome back in 1m")
+		_, status, _ := e.ask(logical.UpdateOperation, "callback", back)
+		assert.Equal(t, 429, status)
+		assert.Equal(t, attemptPending, e.attemptStatus(byCode))
+		time.Sleep(50 * time.Second)
+		e.write("config/as", map[string]any{"exchanges_per_minute": 10})
+		p = e.confirm(back)
+		assert.Equal(t, 200, p.status, p.text())
 		assert.Equal(t, 1, e.sent(codeGrant))
 	})
 }

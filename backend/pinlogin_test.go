@@ -1,0 +1,230 @@
+package backend
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+)
+
+const (
+	sendPINPath   = "/v1/generatePin"
+	redeemPINPath = "/v1/loginWithPinAndApplicationId"
+)
+
+// pinCalls are the calls of the PIN login that Kaizala has seen.
+func (e *engine) pinCalls(path string) (n int) {
+	for _, call := range e.kaizala.Calls() {
+		if call.Path == path {
+			n++
+		}
+	}
+	return n
+}
+
+func (e *engine) pin(data map[string]any) (*logical.Response, int, string) {
+	return (&grantEngine{engine: e}).ask(logical.UpdateOperation, "tenants/acme/pin", data)
+}
+
+// phone has a PIN sent to the user acme.
+func (e *engine) phone() map[string]any {
+	e.t.Helper()
+	resp, status, text := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
+	require.Equal(e.t, 200, status, text)
+	return resp.Data
+}
+
+func (e *engine) sentPIN() string { return e.kaizala.PIN(e.connectorID, "acme") }
+
+// storedText is all that storage has.
+func (e *engine) storedText() string {
+	e.t.Helper()
+	var all strings.Builder
+	keys, err := logical.CollectKeys(e.t.Context(), e.storage.InmemStorage)
+	require.NoError(e.t, err)
+	for _, key := range keys {
+		entry, err := e.storage.InmemStorage.Get(e.t.Context(), key)
+		require.NoError(e.t, err)
+		all.WriteString(key + string(entry.Value) + "\n")
+	}
+	return all.String()
+}
+
+func TestPINLogin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		begun := time.Now()
+		assert.Equal(t, map[string]any{"status": attemptPending, "expire_time": stamp(begun.Add(attemptLife))}, e.phone())
+		time.Sleep(time.Minute)
+		resp, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptGranted, resp.Data["status"])
+		assert.Empty(t, resp.Warnings)
+		tenant := e.read("tenants/acme")
+		assert.Equal(t, statusOK, tenant["status"])
+		assert.Equal(t, "user", tenant["kind"])
+		assert.Equal(t, originOperator, tenant["refresh_token_origin"])
+		assert.Equal(t, "token-ada", tenant["granted_by"])
+		assert.Equal(t, stamp(time.Now()), tenant["granted_time"])
+		assert.NotContains(t, tenant, "subject")
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, 1, e.kaizala.Exchanges("acme"), "the refresh token is verified")
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.Exchanges("acme"))
+		assert.NotContains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"))
+	})
+}
+
+func TestPINs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		wrong := func() {
+			t.Helper()
+			_, status, text := e.pin(map[string]any{"pin": "000000x"})
+			assert.Equal(t, 400, status)
+			assert.Contains(t, text, "ask for a new PIN")
+		}
+		_, status, text := e.pin(map[string]any{"pin": "123456"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "no PIN is awaited")
+		assert.Zero(t, e.kaizala.CallCount())
+
+		// A PIN that was mistyped can be corrected.
+		e.phone()
+		wrong()
+		_, status, text = e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, 200, status, text)
+		_, status, _ = e.pin(map[string]any{"pin": "123456"})
+		assert.Equal(t, 400, status, "the attempt is over")
+
+		// Too many wrong ones, and Kaizala takes no right one.
+		e.phone()
+		pin := e.sentPIN()
+		for range kaizalatest.PINTries {
+			wrong()
+		}
+		_, status, _ = e.pin(map[string]any{"pin": pin})
+		assert.Equal(t, 400, status)
+		e.phone() // a new one is good
+		_, status, text = e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, 200, status, text)
+
+		// Ten minutes, and no longer; the number goes then, in storage too.
+		e.phone()
+		pin = e.sentPIN()
+		e.pass(attemptLife - time.Second)
+		assert.Contains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"))
+		calls := e.kaizala.CallCount()
+		time.Sleep(time.Second)
+		_, status, _ = e.pin(map[string]any{"pin": pin})
+		assert.Equal(t, 400, status)
+		assert.Equal(t, calls, e.kaizala.CallCount())
+		e.pass(2 * time.Minute)
+		assert.NotContains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"))
+
+		// Another process goes on, and whatever ends the attempt takes the number with it.
+		for name, end := range map[string]func(){
+			"write":  func() { e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")}) },
+			"delete": func() { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+		} {
+			e.phone()
+			end()
+			assert.NotContains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"), name)
+			_, status, _ = e.pin(map[string]any{"pin": e.sentPIN()})
+			assert.Equal(t, 400, status, name)
+		}
+		e.phone()
+		e.crash()
+		_, status, text = e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, 200, status, text)
+	})
+}
+
+func TestPINRequestsThatAreRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		number := e.kaizala.PhoneNumber("acme")
+		for name, c := range map[string]struct {
+			data map[string]any
+			says string
+		}{
+			"nothing":            {map[string]any{}, "give mobile_number"},
+			"both":               {map[string]any{"mobile_number": number, "pin": "123456"}, "then give pin alone"},
+			"a list":             {map[string]any{"pin": []any{"123456"}}, "pin must be given once"},
+			"a number":           {map[string]any{"mobile_number": 911234567890}, "mobile_number must be given once"},
+			"a connector later":  {map[string]any{"pin": "123456", "connector": "default"}, "connector is given with mobile_number"},
+			"no country code":    {map[string]any{"mobile_number": "1234567890"}, "plus sign"},
+			"unknown to Kaizala": {map[string]any{"mobile_number": "+4915100000000"}, "check the phone number"},
+			"no such connector":  {map[string]any{"mobile_number": number, "connector": "none"}, "connector \"none\" is not configured"},
+			"cannot":             {map[string]any{"mobile_number": number, "connector": "as"}, "has nothing like pin: use tenants/NAME/authorize or tenants/NAME/device"},
+		} {
+			_, status, text := e.pin(c.data)
+			assert.Equal(t, 400, status, name)
+			assert.Contains(t, text, c.says, name)
+			assert.NotContains(t, text, strings.TrimPrefix(number, "+"), name)
+			assert.NotContains(t, text, "123456", name)
+		}
+		assert.Zero(t, e.pinCalls(redeemPINPath))
+		assert.Equal(t, 1, e.pinCalls(sendPINPath), "the one that Kaizala refuses")
+	})
+}
+
+// The refresh token that a PIN has brought is the only one, so an outage does not cost it.
+func TestPINWhileTheServiceFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		e.kaizala.Inject(kaizalatest.Fault{Status: 500, Times: 1})
+		_, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, http.StatusServiceUnavailable, status, text)
+		assert.Contains(t, text, "nothing was stored")
+
+		// The exchange alone fails.
+		e.kaizala.Inject(kaizalatest.Fault{Status: 200, Body: "{}", Process: true, Times: 1}) // a lost PIN answer is refused next
+		_, status, _ = e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		e.phone()
+		good := e.sentPIN()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 2 * time.Second, Times: 1})
+		go func() {
+			time.Sleep(time.Second)
+			e.kaizala.Inject(kaizalatest.Fault{Status: 503})
+		}()
+		resp, status, text := e.pin(map[string]any{"pin": good})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptGranted, resp.Data["status"])
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, "token-ada", e.read("tenants/acme")["granted_by"])
+		e.kaizala.ClearFaults()
+		time.Sleep(time.Minute)
+		e.read("creds/acme")
+		assert.Equal(t, statusOK, e.status("acme"))
+	})
+}
+
+// A service that is slow is waited for 10 seconds, and what comes later is stored.
+func TestSlowPIN(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		pin := e.sentPIN()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 12 * time.Second, Times: 1})
+		begun := time.Now()
+		_, status, text := e.pin(map[string]any{"pin": pin})
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "the engine goes on")
+		assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
+		_, status, _ = e.pin(map[string]any{"pin": pin})
+		assert.Equal(t, 503, status)
+		time.Sleep(5 * time.Second)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, 1, e.pinCalls(redeemPINPath))
+	})
+}
