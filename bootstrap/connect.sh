@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Connects a tenant by a person's consent, so that nobody holds its refresh token:
+# starts the authorization, shows the person where to go, and waits for the end.
+#
+#   export VAULT_ADDR=https://vault.example:8200     # and VAULT_TOKEN, or vault login
+#   bootstrap/connect.sh TENANT             # in a browser on this machine, or any other
+#   bootstrap/connect.sh --device TENANT    # by a code that is entered on a phone
+#
+# The policy tenant-connect is all that it needs. It goes by these variables:
+#
+#   KAIZALA_MOUNT         kaizala by default
+#   KAIZALA_CONNECTOR     the tenant's own connector by default, or else the one named default
+#   KAIZALA_REDIRECT_URI  where the connector has several redirect_uris
+#   KAIZALA_NO_BROWSER    1: show the address, and open nothing
+#
+# Ends with 0 where the tenant is connected, and with 1 otherwise.
+set -euo pipefail
+
+# What is read from vault below is read as it prints it by itself.
+unset VAULT_FORMAT
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+  say "connect.sh: $*"
+  exit 1
+}
+
+way=authorize
+if [[ ${1:-} == --device ]]; then
+  way=device
+  shift
+fi
+(($# == 1)) || die "usage: connect.sh [--device] TENANT"
+tenant=$1
+[[ $tenant =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$ ]] || die "$tenant cannot be a tenant's name"
+mount=${KAIZALA_MOUNT:-kaizala}
+path=${mount%/}/tenants/$tenant/$way
+command -v vault >/dev/null || die "vault is not in PATH"
+
+fields=()
+[[ -z ${KAIZALA_CONNECTOR:-} ]] || fields+=("connector=$KAIZALA_CONNECTOR")
+[[ -z ${KAIZALA_REDIRECT_URI:-} || $way == device ]] || fields+=("redirect_uri=$KAIZALA_REDIRECT_URI")
+
+# field NAME of the table that vault prints
+field() { awk -v name="$1" '$1 == name { print $2 }' <<<"$started"; }
+
+# Vault's warnings go to the terminal with the rest of standard error.
+started=$(vault write -force "$path" ${fields[@]+"${fields[@]}"}) || exit 1
+if [[ $way == device ]]; then
+  address=$(field verification_uri_complete)
+  say "Open $(field verification_uri) on any device, enter this code, and allow what the service asks:"
+  printf '\n    %s\n\n' "$(field user_code)" >&2
+  address=${address:-$(field verification_uri)}
+else
+  address=$(field authorization_url)
+  say "Open this address, log in at the service, and allow what it asks. Hand it to nobody else:"
+  printf '\n%s\n\n' "$address" >&2
+fi
+
+# A browser on this machine, where there is one and somebody to see it.
+if [[ ${KAIZALA_NO_BROWSER:-} != 1 ]]; then
+  for opener in wslview open xdg-open; do
+    [[ $opener != xdg-open || -n ${DISPLAY:-}${WAYLAND_DISPLAY:-} ]] || continue
+    [[ $opener != open || $(uname) == Darwin ]] || continue
+    if command -v "$opener" >/dev/null; then
+      "$opener" "$address" >/dev/null 2>&1 || say "$opener could not open it."
+      break
+    fi
+  done
+fi
+
+say "Waiting until $(field expire_time)."
+while sleep 3; do
+  started=$(vault read "$path") || continue # Vault may be changing its leader
+  case $(field status) in
+  pending) ;;
+  granted)
+    say "The tenant $tenant is connected."
+    exit 0
+    ;;
+  denied) die "access was denied, and nothing was connected" ;;
+  expired) die "nobody has allowed it in time, and nothing was connected" ;;
+  superseded) die "something newer has ended this: another authorization, or a write or a delete of the tenant" ;;
+  *) die "nothing was connected: $(awk '$1 == "last_error" { sub(/^last_error +/, ""); print }' <<<"$started")" ;;
+  esac
+done
