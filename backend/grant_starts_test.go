@@ -1,0 +1,185 @@
+package backend
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+func TestAuthorizationsThatDoNotBegin(t *testing.T) {
+	type data = map[string]any
+	for name, c := range map[string]struct {
+		config data // written to config/as first
+		tenant data // written to the tenant first
+		ask    data
+		says   string
+	}{
+		"no such connector":      {ask: data{"connector": "none"}, says: "connector \"none\" is not configured"},
+		"not a connector's name": {ask: data{"connector": "a/b"}, says: "the name of a connector"},
+		"an empty name":          {ask: data{"connector": ""}, says: "the name of a connector"},
+		"cannot":                 {ask: data{}, says: "Kaizala, which connector \"default\" is for, has nothing like authorize: use tenants/NAME/pin"},
+		"the tenant's own cannot": {tenant: data{"connector": "default"}, ask: data{},
+			says: "has nothing like authorize"},
+		"no client ID":             {config: data{"connector_secret": ""}, ask: data{"connector": "as"}, says: "connector_secret of the connector is missing"},
+		"no address":               {config: data{"authorization_url": nil}, ask: data{"connector": "as"}, says: "authorization_url is missing"},
+		"no redirect URI":          {config: data{"redirect_uris": nil}, ask: data{"connector": "as"}, says: "redirect_uris of connector \"as\" is missing"},
+		"several redirect URIs":    {config: data{"redirect_uris": callbackTo + "," + callbackTo + "/as"}, ask: data{"connector": "as"}, says: "redirect_uri is required"},
+		"a foreign redirect URI":   {ask: data{"connector": "as", "redirect_uri": "https://evil.example/v1/kaizala/callback"}, says: "redirect_uri has to be one of"},
+		"another's redirect URI":   {config: data{"redirect_uris": callbackTo + "/other"}, ask: data{"connector": "as"}, says: "which is not connector \"as\"'s"},
+		"a scope that it has not":  {ask: data{"connector": "as", "scopes": "read admin"}, says: "scopes has to be within the connector's, which are: offline_access or openid or read"},
+		"a scope, and it has none": {config: data{"scopes": nil}, ask: data{"connector": "as", "scopes": "read"}, says: "which are: none"},
+		"a hint of two lines":      {ask: data{"connector": "as", "login_hint": "a\nb"}, says: "login_hint has to be one line"},
+		"a hint that is too long":  {ask: data{"connector": "as", "login_hint": strings.Repeat("a", maxHintBytes+1)}, says: "login_hint has to be one line"},
+		"a tenant that needs another connector": {config: data{"revocation": "none", "exchange_invalidates": true}, tenant: data{"connector": "perlease", "token_per_lease": true},
+			ask: data{"connector": "as"}, says: "token_per_lease needs a connector"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				if c.config != nil {
+					e.write("config/as", c.config)
+				}
+				if c.tenant["connector"] == "perlease" {
+					e.write("config/perlease", data{
+						"service": "oauth2", "connector_id": e.clientID, "connector_secret": e.clientSecret, "token_url": e.server.TokenURL(),
+						"revocation_url": e.server.RevocationURL(), "revocation": "access_token", "exchange_invalidates": false,
+					})
+				}
+				if c.tenant != nil {
+					c.tenant["refresh_token"], c.tenant["verify"] = e.newToken("acme"), false
+					e.write("tenants/acme", c.tenant)
+				}
+				resp, status, text := e.ask(logical.UpdateOperation, "tenants/acme/authorize", c.ask)
+				assert.Equal(t, 400, status)
+				assert.True(t, resp.IsError())
+				assert.Contains(t, text, c.says)
+				_, status, _ = e.ask(logical.ReadOperation, "tenants/acme/authorize", nil)
+				assert.Equal(t, 404, status)
+				assert.NotContains(t, e.storedText(), attemptPrefix)
+				assert.Empty(t, e.server.Calls())
+			})
+		})
+	}
+}
+
+// With a second connector that has the flow, an answer of one server must not be taken for one of the other (RFC 9700).
+func TestMixUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) { o.SendIss = true })
+		id, secret := e.other.RegisterClient(oauth2test.AuthBasic, callbackTo+"/other")
+		e.write("config/other", map[string]any{
+			"service": "oauth2", "connector_id": id, "connector_secret": secret, "token_url": e.other.TokenURL(),
+			"authorization_url": e.other.AuthorizationURL(), "redirect_uris": callbackTo + "/other", "scopes": "offline_access",
+		})
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "ends in callback/as")
+
+		// The form with the connector's name, and a state works at that callback alone.
+		e.write("config/as", map[string]any{"redirect_uris": callbackTo + "/as"})
+		back := e.authorize(nil)
+		for _, path := range []string{"callback", "callback/other"} {
+			p := e.visit(logical.ReadOperation, path, back)
+			assert.Equal(t, 400, p.status)
+			assert.Contains(t, p.text(), "belongs elsewhere")
+			assert.Equal(t, attemptPending, e.attemptStatus(byCode))
+		}
+		p := e.visit(logical.ReadOperation, "callback/as", back)
+		to, fields := p.form()
+		assert.Equal(t, "as", to)
+		assert.Equal(t, 200, e.visit(logical.UpdateOperation, "callback/"+to, fields).status)
+
+		// Or a server that promises iss.
+		e.server.Set(func(o *oauth2test.Options) { o.PromiseIss = true })
+		e.write("config/as", map[string]any{"redirect_uris": callbackTo, "issuer": e.server.Issuer()})
+		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
+		assert.Empty(t, e.other.Calls(oauth2test.EndpointToken))
+		e.ok(logical.DeleteOperation, "config/other", nil)
+		e.write("config/as", map[string]any{"issuer": nil, "token_url": e.server.TokenURL(), "authorization_url": e.server.AuthorizationURL()})
+		e.start(byCode, nil)
+	})
+}
+
+// Who starts a grant hears that it costs the leases their access token.
+func TestStartsWarnOfLiveLeases(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		for _, leased := range []bool{false, true} {
+			if leased {
+				e.addTenant("acme")
+				e.lease("acme")
+			}
+			for path, data := range map[string]map[string]any{
+				byCode: {"connector": "as"}, byDevice: {"connector": "as"}, byPIN: {"mobile_number": e.kaizala.PhoneNumber("acme")},
+			} {
+				resp, status, text := e.ask(logical.UpdateOperation, "tenants/acme/"+path, data)
+				require.Equal(t, 200, status, text)
+				assert.Equal(t, leased, strings.Contains(fmt.Sprint(resp.Warnings), "live leases"), path)
+			}
+		}
+		old := e.lease("acme")
+		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
+		assert.NotEqual(t, accessTokenOf(old), accessTokenOf(e.lease("acme")))
+	})
+}
+
+// What is over leaves storage, and with nothing pending the minute costs no read.
+func TestSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byDevice, nil)
+		e.authorize(nil)
+		e.phone()
+		e.pass(attemptLife + 2*time.Minute)
+		for _, path := range []string{byCode, byDevice} {
+			assert.Equal(t, attemptSuperseded, e.attemptStatus(path))
+		}
+		all, err := e.attemptsOf(t.Context(), "acme")
+		require.NoError(t, err)
+		assert.Equal(t, attemptExpired, all.Last[byPIN].Status)
+		for path, a := range all.Last {
+			assert.Empty(t, a.Verifier+a.DeviceCode+a.MobileNumber+a.Code, path)
+		}
+		e.crash()
+		e.pass(2 * time.Hour)
+		assert.NotContains(t, e.storedText(), stateKeys)
+		e.pass(2 * day)
+		assert.NotContains(t, e.storedText(), attemptPrefix)
+
+		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
+		e.pass(2 * time.Hour)
+		assert.NotContains(t, e.storedText(), stateKeys)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+		reads := 0
+		e.storage.failWith(func(op, key string) error {
+			if strings.HasPrefix(key, attemptPrefix) {
+				reads++
+			}
+			return nil
+		})
+		e.pass(time.Hour)
+		assert.Zero(t, reads)
+	})
+}
+
+// A clock that was wrong when an attempt began does not keep it.
+func TestAttemptOfAWrongClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		require.NoError(t, e.changeAttempts(t.Context(), "acme", func(all *attempts) (bool, error) {
+			all.Last[byCode].Expires = time.Now().Add(300 * day)
+			return true, nil
+		}))
+		assert.Equal(t, attemptExpired, e.attemptStatus(byCode))
+		assert.Equal(t, 400, e.open(back).status)
+	})
+}
