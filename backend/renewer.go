@@ -46,7 +46,7 @@ func (b *backend) scheduleAfter(t *tenant, rest time.Time) {
 	case v.kept != nil && v.trouble != nil:
 		b.index.at(t.name, v.trouble.until)
 	case v.kept != nil:
-		b.index.at(t.name, now)
+		b.index.at(t.name, now.Add(time.Second))
 	case v.entry == nil && v.summary.stored, v.knows == doubted:
 		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
@@ -299,7 +299,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		return
 	}
 	if !isPassing(err) {
-		_ = b.exchanger.fail(&flight{t: t, v: v, connector: v.entry.Connector}, b.connectors.present(v.entry.Connector), err)
+		_ = b.exchanger.fail(&flight{t: t, v: v, from: v.entry.Lineage, connector: v.entry.Connector}, b.connectors.present(v.entry.Connector), err)
 	}
 	b.landed(t, v.entry.Connector, err)
 }

@@ -491,13 +491,15 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 		return t.flight, nil
 	case t.dropped, f.v != nil && t.view.Load() != f.v:
 		return nil, errSuperseded
-	case !start():
-		return nil, errStopping
 	}
-	t.flight, f.from = f, t.absence
+	f.from = t.absence
 	if e := f.v.base(); e != nil {
 		f.from = e.Lineage
 	}
+	if !start() {
+		return nil, errStopping
+	}
+	t.flight = f
 	return f, nil
 }
 
