@@ -21,8 +21,8 @@ type exchanger struct {
 	announce    *announcer
 	node        interface{ WriteSafeReplicationState() bool }
 	ctx         context.Context
-	work        func(func()) bool    // runs a function in a goroutine that the engine's end waits for
-	ahead       func()               // runs at the start of each exchange
+	work        func(func()) bool                            // runs a function in a goroutine that the engine's end waits for
+	ahead       func()                                       // runs at the start of each exchange
 	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
 
