@@ -40,6 +40,8 @@ type engine struct {
 	log         *lockedBuffer
 	connectorID string
 	secret      string
+	// wire makes each process's transport; nil: it is the emulator's.
+	wire func() http.RoundTripper
 }
 
 // newEngine starts an engine with nothing configured.
@@ -73,12 +75,16 @@ func newConfiguredEngine(t testing.TB) *engine {
 }
 
 func (e *engine) start() {
+	transport := e.kaizala.Transport()
+	if e.wire != nil {
+		transport = e.wire()
+	}
 	b, err := newBackend(context.Background(), &logical.BackendConfig{
 		Logger:       hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: e.log, JSONFormat: true}),
 		System:       e.system,
 		StorageView:  e.storage,
 		EventsSender: e.events,
-	}, "v0.0.0", e.kaizala.Transport())
+	}, "v0.0.0", transport)
 	require.NoError(e.t, err)
 	e.backend = b
 	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))
