@@ -183,3 +183,40 @@ func TestAttemptOfAWrongClock(t *testing.T) {
 		assert.Equal(t, 400, e.open(back).status)
 	})
 }
+
+// A write ends what is pending, though nothing can be changed about the attempt itself.
+func TestAWriteEndsAnAttemptThatStorageCannotChange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, attemptPrefix) {
+				return errStorage
+			}
+			return nil
+		})
+		e.addTenant("acme")
+		e.storage.heal()
+		e.crash()
+		assert.Equal(t, attemptSuperseded, e.attemptStatus(byCode))
+		assert.Contains(t, e.open(back).text(), "Something newer")
+		assert.Zero(t, e.sent(codeGrant))
+	})
+}
+
+// An access token without a refresh token beside it is given up.
+func TestAnAccessTokenAloneIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) {
+			o.Edit = func(_ oauth2test.Endpoint, fields map[string]any) { delete(fields, "refresh_token") }
+		})
+		e.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false})
+		assert.Equal(t, 400, e.confirm(e.authorize(nil)).status)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.pass(time.Minute)
+		assert.Equal(t, attemptFailed, e.attemptStatus(byDevice))
+		assert.Empty(t, e.server.AccessTokens("jane"), "those that are alive")
+		assert.Len(t, e.server.Calls(oauth2test.EndpointRevocation), 2)
+	})
+}

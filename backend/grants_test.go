@@ -114,13 +114,6 @@ func (e *grantEngine) allowed(address string) map[string]any {
 	return query(e.t, to)
 }
 
-func (e *grantEngine) denied(address string) map[string]any {
-	e.t.Helper()
-	to, err := e.server.Deny(address)
-	require.NoError(e.t, err)
-	return query(e.t, to)
-}
-
 // query is what a request has that a browser makes by itself.
 func query(t testing.TB, address string) map[string]any {
 	t.Helper()
