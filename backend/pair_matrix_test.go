@@ -1,0 +1,787 @@
+package backend
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/require"
+)
+
+// The pair matrix: a flow A is held at one of its steps, a flow B runs to its end or until it waits, and A goes on. The service
+// gives A one of several answers. What must hold for every pair stands in meeting.play.
+
+// pairAnswer is what the service does with A's exchange.
+type pairAnswer int
+
+const (
+	answersOK pairAnswer = iota
+	answersRotated
+	answersLimited
+	answersTokenRefused
+	answersConnectorRefused
+	answersError
+	answersNever
+)
+
+func (a pairAnswer) String() string {
+	return [...]string{"ok", "rotated", "429", "token refused", "connector refused", "500", "hang"}[a]
+}
+
+// fails says whether the answer brings no access token.
+func (a pairAnswer) fails() bool { return a > answersRotated }
+
+// status is what a reader, and whoever verifies a write, is told.
+func (a pairAnswer) status() int {
+	return [...]int{200, 200, 429, 400, 400, 503, 503}[a]
+}
+
+const pairPause = 30 * time.Second // Retry-After of a 429
+
+// pairStep is where A is held.
+type pairStep int
+
+const (
+	beforeLoad pairStep = iota
+	afterLoad
+	beforeNote
+	afterNote
+	atService // the service has carried the exchange out, and the answer is on its way
+	beforeStore
+	afterStore
+)
+
+func (s pairStep) String() string {
+	return [...]string{"before its load", "after its load", "before its call is noted", "after its call is noted", "at the service", "before it is stored", "after it is stored"}[s]
+}
+
+// meetingFlow is something that the engine does.
+type meetingFlow struct {
+	name string
+	// asks: it asks the service, and waits for the answer. calls: it asks the service.
+	asks, calls bool
+	// passive: it leaves alone what exchanges are made with.
+	passive bool
+	// state is what the flow needs: no tenant, a refresh token alone, or an access token with a lease too.
+	state tenantState
+	// key is where the flow stores; "": nowhere.
+	key string
+	run func(p *meeting, e *engine, who string)
+}
+
+type tenantState int
+
+const (
+	anyState tenantState = iota
+	noTenant
+	coldTenant
+	warmTenant
+)
+
+// pairState is what is known of the tenant.
+type pairState struct {
+	exists    bool
+	user      string // whose refresh token it is
+	connector string
+	ttl       time.Duration
+}
+
+// pairOp is one request of a flow.
+type pairOp struct {
+	who, what string
+	effect    func(*pairState)
+	replaces  bool // it ends what an exchange under way is good for
+	verified  bool
+	status    int
+	text      string
+	ended     bool
+	early     bool // it ended before A was released
+}
+
+func meetingFlows() []meetingFlow {
+	const tenantKey, configKey = tenantPrefix + "acme", connectorPrefix + defaultConnector
+	writeToken := func(verify bool) func(*meeting, *engine, string) {
+		return func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "write token", replaces: true, verified: verify, effect: func(s *pairState) {
+				if !s.exists {
+					*s = pairState{exists: true, connector: defaultConnector}
+				}
+				s.user = "operator" + who
+			}}, logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": p.operators[who], "verify": verify})
+		}
+	}
+	writeConnector := func(verify bool) func(*meeting, *engine, string) {
+		return func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "write connector", replaces: true, verified: verify, effect: func(s *pairState) { s.connector = "other" }},
+				logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "other", "verify": verify})
+		}
+	}
+	settings := func(op logical.Operation) func(*meeting, *engine, string) {
+		return func(p *meeting, e *engine, who string) {
+			ttl := map[string]time.Duration{"A": time.Hour, "B": 2 * time.Hour}[who]
+			p.do(e, &pairOp{who: who, what: string(op) + " ttl", effect: func(s *pairState) { s.ttl = ttl }}, op, "tenants/acme", map[string]any{"ttl": ttl.String()})
+		}
+	}
+	remove := func(p *meeting, e *engine, who string) {
+		p.do(e, &pairOp{who: who, what: "delete", replaces: true, effect: func(s *pairState) { *s = pairState{} }}, logical.DeleteOperation, "tenants/acme", nil)
+	}
+	return []meetingFlow{
+		{name: "cold read", asks: true, calls: true, passive: true, state: coldTenant, key: tenantKey, run: func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "read"}, logical.ReadOperation, "creds/acme", nil)
+		}},
+		{name: "refresh", asks: true, calls: true, passive: true, state: warmTenant, key: tenantKey, run: func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "refresh"}, logical.UpdateOperation, "tenants/acme/refresh", nil)
+		}},
+		{name: "write verified", asks: true, calls: true, state: warmTenant, key: tenantKey, run: writeToken(true)},
+		{name: "create verified", asks: true, calls: true, state: noTenant, key: tenantKey, run: writeToken(true)},
+		{name: "write unverified", state: warmTenant, key: tenantKey, run: writeToken(false)},
+		{name: "create unverified", state: noTenant, key: tenantKey, run: writeToken(false)},
+		{name: "connector verified", asks: true, calls: true, state: coldTenant, key: tenantKey, run: writeConnector(true)},
+		{name: "connector unverified", state: coldTenant, key: tenantKey, run: writeConnector(false)},
+		{name: "write settings", passive: true, state: warmTenant, key: tenantKey, run: settings(logical.UpdateOperation)},
+		{name: "patch", passive: true, state: coldTenant, key: tenantKey, run: settings(logical.PatchOperation)},
+		{name: "delete", state: warmTenant, key: tenantKey, run: remove},
+		{name: "delete and write anew", state: coldTenant, key: tenantKey, run: func(p *meeting, e *engine, who string) {
+			remove(p, e, who)
+			writeToken(false)(p, e, who)
+		}},
+		{name: "last lease revoked", passive: true, state: warmTenant, key: tenantKey, run: func(p *meeting, e *engine, who string) {
+			op := p.begin(&pairOp{who: who, what: "revoke"})
+			secret := *p.lease.Secret
+			resp, err := e.HandleRequest(context.Background(), &logical.Request{Operation: logical.RevokeOperation, Secret: &secret, Storage: e.storage})
+			status, text := statusOf(logical.RevokeOperation, resp, err)
+			p.end(op, status, text)
+		}},
+		{name: "config secret", state: coldTenant, key: configKey, run: func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "config secret"}, logical.UpdateOperation, "config", map[string]any{"connector_secret": "NEWSECRET" + who})
+		}},
+		{name: "config api_root", state: coldTenant, key: configKey, run: func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "config api_root"}, logical.UpdateOperation, "config", map[string]any{"api_root": "https://third.kaiza.la"})
+		}},
+		{name: "config delete", passive: true, key: connectorPrefix + "other", run: func(p *meeting, e *engine, who string) {
+			p.do(e, &pairOp{who: who, what: "delete config/other"}, logical.DeleteOperation, "config/other", nil)
+		}},
+		{name: "background", calls: true, passive: true, state: coldTenant, key: tenantKey, run: func(p *meeting, e *engine, who string) {
+			op := p.begin(&pairOp{who: who, what: "background"})
+			if t, v, err := e.tenants.load(context.Background(), "acme"); err == nil && t != nil && v != nil {
+				e.exchangeUnasked(t)
+				for f := t.underway(); f != nil && who == "A"; f = t.underway() {
+					<-f.done
+				}
+			}
+			p.end(op, 200, "")
+		}},
+		{name: "invalidation", passive: true, run: func(p *meeting, e *engine, who string) {
+			for _, key := range []string{tenantKey, configKey, callPrefix + defaultConnector + "/0"} {
+				e.InvalidateKey(context.Background(), key)
+			}
+		}},
+		{name: "leaving memory", passive: true, run: func(p *meeting, e *engine, who string) { e.tenants.loaded.Purge() }},
+		{name: "stop and start", run: func(p *meeting, _ *engine, who string) {
+			// Vault cancels its requests, and waits for them.
+			p.cancel()
+			<-p.ended
+			p.restart()
+		}},
+		{name: "sudden death", run: func(p *meeting, _ *engine, who string) {
+			p.mu.Lock()
+			p.died = true
+			p.mu.Unlock()
+			p.crash()
+		}},
+	}
+}
+
+// meeting is one pair of flows.
+type meeting struct {
+	*engine
+	a, b   meetingFlow
+	step   pairStep
+	answer pairAnswer
+
+	operators map[string]string // the refresh tokens that the flows write
+	lease     *logical.Response
+	real      string          // the connector's secret as the service knows it
+	ctx       context.Context // of A's requests
+	cancel    func()
+	ended     chan struct{} // closed when A has ended
+
+	mu       sync.Mutex
+	armed    bool
+	reached  chan struct{}
+	release  chan struct{}
+	released bool
+	died     bool
+	answered bool // A's exchange has its answer
+	rotated  bool // A's exchange has replaced a refresh token
+	ops      []*pairOp
+	paused   map[bool]time.Time // of config/other, and of config: no call may begin before
+	due0     time.Time          // when the tenant was due before the flows
+	secrets  []string           // that have been replaced, and whose successor's write was acknowledged
+	roots    []string           // likewise
+	calls    []string
+	process  int
+	failed   bool
+}
+
+func (p *meeting) String() string {
+	return fmt.Sprintf("A: %s | held %s | B: %s | service: %s", p.a.name, p.step, p.b.name, p.answer)
+}
+
+func (p *meeting) assertf(ok bool, format string, args ...any) {
+	p.t.Helper()
+	if ok {
+		return
+	}
+	p.failed = true
+	var said []string
+	for _, op := range p.ops {
+		said = append(said, fmt.Sprintf("%s %s: %d %s (early: %t)", op.who, op.what, op.status, op.text, op.early))
+	}
+	p.t.Errorf("%s\n    %s\n    %s\n    %s", p, fmt.Sprintf(format, args...), strings.Join(said, "\n    "), strings.Join(p.calls, "\n    "))
+}
+
+func (p *meeting) begin(op *pairOp) *pairOp {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ops = append(p.ops, op)
+	return op
+}
+
+func (p *meeting) end(op *pairOp, status int, text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	op.status, op.text, op.ended, op.early = status, text, true, !p.released
+}
+
+// do is one request of a flow.
+func (p *meeting) do(e *engine, op *pairOp, do logical.Operation, path string, data map[string]any) {
+	p.begin(op)
+	begun := time.Now()
+	ctx := context.Background()
+	if op.who == "A" {
+		ctx = p.ctx
+	}
+	resp, status, text := e.tryContext(ctx, do, path, data)
+	p.end(op, status, text)
+	p.mu.Lock()
+	dead := p.died && op.who == "A"
+	if status < 300 && !dead {
+		switch op.what {
+		case "config secret":
+			p.secrets = append(p.secrets, p.secret)
+		case "config api_root":
+			p.roots = append(p.roots, "first.kaiza.la")
+		}
+	}
+	p.mu.Unlock()
+	if dead {
+		return
+	}
+	p.assertf(time.Since(begun) <= 10*time.Second, "%s took %s", op.what, time.Since(begun))
+	if resp != nil && resp.Data["access_token"] != nil {
+		p.assertf(p.kaizala.AccessTokenAlive(accessTokenOf(resp)), "a dead access token was handed out")
+		entry := p.stored("acme")
+		for _, call := range p.kaizala.Calls() {
+			if call.Rotated && call.AccessToken == accessTokenOf(resp) {
+				p.assertf(entry == nil || entry.RefreshToken != call.RefreshToken, "an access token was handed out before its refresh token was stored")
+			}
+		}
+	}
+}
+
+// hold holds whoever comes to A's step first, until A is released. It says whether the process is dead by then.
+func (p *meeting) hold(process int) (dead bool) {
+	p.mu.Lock()
+	if !p.armed {
+		p.mu.Unlock()
+		return false
+	}
+	p.armed = false
+	p.mu.Unlock()
+	close(p.reached)
+	<-p.release
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.died && process == 1
+}
+
+// around is A's storage.
+func (p *meeting) around(op, key string, do func() error) error {
+	var at bool
+	switch p.step {
+	case beforeNote, afterNote:
+		at = op == "put" && strings.HasPrefix(key, callPrefix)
+	case beforeStore, afterStore:
+		at = isWrite(op) && key == p.a.key
+	case beforeLoad, afterLoad:
+		at = op == "get" && key == p.a.key
+	}
+	before := p.step == beforeLoad || p.step == beforeNote || p.step == beforeStore
+	if at && before && p.hold(1) {
+		return errTold
+	}
+	err := do()
+	if at && !before && p.hold(1) {
+		return errTold
+	}
+	return err
+}
+
+// pairWire is the way of one process to the service.
+type pairWire struct {
+	p       *meeting
+	process int
+}
+
+func isOther(r *http.Request) bool { return r.URL.Host == "second.kaiza.la" }
+
+func (w pairWire) RoundTrip(r *http.Request) (*http.Response, error) {
+	p := w.p
+	p.mu.Lock()
+	if p.died && w.process == 1 {
+		p.mu.Unlock()
+		return nil, errors.New("this process is dead")
+	}
+	secret, now := r.Header.Get("applicationSecret"), time.Now()
+	p.calls = append(p.calls, fmt.Sprintf("call of process %d at %s to %s", w.process, now.Format(time.TimeOnly), r.URL.Host))
+	p.assertf(isOther(r) || !slices.Contains(p.secrets, secret) && !slices.Contains(p.roots, r.URL.Host), "a request carries, or goes to, what config does not say any more")
+	p.assertf(!now.Before(p.paused[isOther(r)]), "a call within the service's pause")
+	mine := p.reached != nil && !p.answered && w.process == 1
+	if mine {
+		p.answered = true
+	}
+	p.mu.Unlock()
+	answer := answersOK
+	if mine {
+		answer = p.answer
+	}
+	resp, err := w.send(r, answer)
+	if mine && p.step == atService && p.hold(w.process) {
+		return nil, errTold
+	}
+	if answer == answersNever {
+		<-r.Context().Done()
+		return nil, r.Context().Err()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err == nil && resp.StatusCode == http.StatusTooManyRequests {
+		p.paused[isOther(r)] = time.Now().Add(pairPause)
+	}
+	return resp, err
+}
+
+func (w pairWire) send(r *http.Request, answer pairAnswer) (*http.Response, error) {
+	canned := func(status int, header http.Header, body string) (*http.Response, error) {
+		return &http.Response{StatusCode: status, Status: http.StatusText(status), Header: header, Request: r, Body: io.NopCloser(strings.NewReader(body)), ContentLength: int64(len(body))}, nil
+	}
+	switch answer {
+	case answersLimited:
+		return canned(429, http.Header{"Retry-After": {"30"}}, "")
+	case answersTokenRefused:
+		return canned(401, nil, `{"message": "no", "errorCode": "InvalidToken"}`)
+	case answersConnectorRefused:
+		return canned(401, nil, `{"message": "Dont have correct applicationId and secret in header!", "errorCode": "Unauthenticated"}`)
+	case answersError:
+		return canned(500, nil, "")
+	case answersNever:
+		return nil, nil
+	}
+	r = r.Clone(r.Context())
+	r.Header.Set("applicationSecret", w.p.real) // the service takes old secrets too: who calls with one is seen above
+	resp, err := w.p.kaizala.Transport().RoundTrip(r)
+	if err == nil {
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body = io.NopCloser(bytes.NewReader(body))
+		w.p.mu.Lock()
+		calls := w.p.kaizala.Calls()
+		w.p.rotated = w.p.rotated || calls[len(calls)-1].Rotated
+		w.p.mu.Unlock()
+	}
+	return resp, err
+}
+
+// play plays the pair. It returns false where A does not come to the step.
+func (p *meeting) play(t *testing.T) bool {
+	p.engine = newEngine(t)
+	p.stop()
+	p.wire = func() http.RoundTripper {
+		p.process++
+		return pairWire{p, p.process}
+	}
+	p.start()
+	p.kaizala.SetLimits(0, 0)
+	p.connectorID, p.secret = p.kaizala.RegisterConnector()
+	p.real = p.secret
+	for path, root := range map[string]string{"config": "https://first.kaiza.la", "config/other": "https://second.kaiza.la"} {
+		p.write(path, map[string]any{"connector_id": p.connectorID, "connector_secret": p.secret, "exchanges_per_minute": 100_000, "api_root": root})
+	}
+	p.operators = map[string]string{"A": p.newToken("operatorA"), "B": p.newToken("operatorB")}
+	state := p.prepare()
+	p.kaizala.ResetCalls()
+	p.mu.Lock()
+	p.calls, p.rotated, p.paused = nil, false, map[bool]time.Time{}
+	p.due0, _ = p.indexed()
+	p.reached, p.release, p.armed = make(chan struct{}), make(chan struct{}), true
+	p.mu.Unlock()
+	p.storage.surround(p.around)
+
+	var flows sync.WaitGroup
+	first := *p.engine
+	p.ended = make(chan struct{})
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	p.cancel, p.ctx = cancel, ctx
+	flows.Go(func() {
+		defer close(p.ended)
+		p.a.run(p, &first, "A")
+	})
+	select {
+	case <-p.reached:
+	case <-p.ended:
+		p.storage.heal()
+		return false
+	}
+	first.storage.surround(nil)
+	flows.Go(func() { p.b.run(p, p.engine, "B") })
+	synctest.Wait()
+	p.mu.Lock()
+	p.released = true
+	p.mu.Unlock()
+	close(p.release)
+	flows.Wait()
+	synctest.Wait()
+	p.check(state)
+	return true
+}
+
+// prepare makes the state that A needs, and returns it.
+func (p *meeting) prepare() pairState {
+	state := pairState{exists: true, user: "acme", connector: defaultConnector}
+	if p.a.state == noTenant {
+		state = pairState{}
+	}
+	token := p.newToken("acme")
+	if p.answer != answersOK {
+		time.Sleep(inWindow - 13*time.Hour)
+	}
+	if state.exists {
+		p.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		if p.a.state == warmTenant || p.b.state == warmTenant && p.a.state == anyState {
+			p.lease = p.engine.lease("acme")
+		}
+	}
+	// With a rotation the window has begun by then, and the renewer is not due yet.
+	time.Sleep(2 * time.Hour)
+	if p.step == beforeLoad || p.step == afterLoad {
+		p.tenants.loaded.Purge()
+		for _, name := range []string{defaultConnector, "other"} {
+			p.InvalidateKey(context.Background(), connectorPrefix+name)
+		}
+	}
+	return state
+}
+
+// check says what must hold once both flows have ended.
+func (p *meeting) check(initial pairState) {
+	if p.failed {
+		return
+	}
+	states, superseded := p.expected(initial)
+	p.checkAnswers()
+	p.checkIndex("at once")
+	if t := p.tenants.named("acme"); t != nil && p.stored("acme") != nil {
+		p.checkStatus(superseded)
+	}
+	p.quiet("acme")
+	p.pass(2 * time.Minute)
+	p.checkIndex("after two minutes")
+
+	entry := p.stored("acme")
+	found := pairState{}
+	if entry != nil {
+		found = pairState{exists: true, connector: entry.Connector, ttl: entry.TTL}
+		for _, user := range []string{"acme", "operatorA", "operatorB"} {
+			if p.kaizala.CurrentRefreshToken(user) == entry.RefreshToken {
+				found.user = user
+			}
+		}
+		lost := !p.kaizala.RefreshTokenAlive(entry.RefreshToken)
+		p.assertf(!lost || p.died && p.rotated, "a refresh token is lost")
+		if lost {
+			return // the process died between the service and storage
+		}
+		config, err := p.storedConnector(context.Background(), entry.Connector)
+		p.assertf(err == nil && config != nil, "the tenant's connector was deleted")
+	}
+	if !slices.Contains(states, found) {
+		p.assertf(false, "the tenant is %+v, and should be one of %+v", found, states)
+	}
+	if entry == nil {
+		_, status, _ := p.try(logical.ReadOperation, "creds/acme", nil)
+		p.assertf(status == 400, "a tenant that is not there is read: %d", status)
+		p.assertf(p.tenants.named("acme") == nil, "something of a tenant that is not there stays in memory")
+		return
+	}
+	p.heal()
+	if p.failed {
+		return
+	}
+	p.checkIndex("in the end")
+	p.checkRestart()
+	if t := p.tenants.named("acme"); t != nil {
+		p.assertf(!t.storing.busy() && t.underway() == nil, "a lock is held")
+	}
+	binding := p.connectors.record(defaultConnector).binding
+	p.assertf(binding.TryAcquire(everybody), "the connector is held")
+}
+
+// expected returns what may be stored by what was answered, and whether B has superseded A's exchange.
+func (p *meeting) expected(initial pairState) (states []pairState, superseded bool) {
+	var early []*pairOp
+	late := map[string][]*pairOp{}
+	for _, op := range p.ops {
+		if op.early {
+			early = append(early, op)
+			superseded = superseded || op.who == "B" && op.replaces && op.status < 300
+		} else {
+			late[op.who] = append(late[op.who], op)
+		}
+	}
+	from := []pairState{initial}
+	for _, op := range early {
+		from = p.apply(from, op, false)
+	}
+	// While A is held in a load, B may come before it. Once the request at which A was held has ended, B may come in between.
+	var orders func(from []pairState, a, b []*pairOp)
+	orders = func(from []pairState, a, b []*pairOp) {
+		if len(a) == 0 && len(b) == 0 {
+			states = append(states, from...)
+			return
+		}
+		if len(a) > 0 {
+			orders(p.apply(from, a[0], superseded), a[1:], b)
+		}
+		if len(b) > 0 && (len(a) < len(late["A"]) || p.step <= afterLoad || len(a) == 0) {
+			orders(p.apply(from, b[0], superseded), a, b[1:])
+		}
+	}
+	orders(from, late["A"], late["B"])
+	return states, superseded
+}
+
+// apply returns what may be stored after a request, by its answer.
+func (p *meeting) apply(from []pairState, op *pairOp, superseded bool) (to []pairState) {
+	if op.who == "A" && op.verified && superseded && p.step >= beforeNote {
+		p.assertf(op.status >= 400, "a verification has undone what was written or deleted meanwhile")
+		return from
+	}
+	unheard := op.who == "A" && p.died && !op.early
+	for _, s := range from {
+		next := s
+		if op.effect != nil && (s.exists || op.what == "write token") {
+			op.effect(&next)
+		}
+		switch {
+		case op.status >= 500 || unheard:
+			to = append(to, s, next)
+		case op.status < 300:
+			to = append(to, next)
+		default:
+			to = append(to, s)
+		}
+	}
+	return to
+}
+
+// checkAnswers says what A must be told.
+func (p *meeting) checkAnswers() {
+	if !p.a.asks || !p.b.passive || p.died || p.b.calls || p.b.name == "config delete" {
+		return
+	}
+	for _, op := range p.ops {
+		if op.who != "A" {
+			continue
+		}
+		want := p.answer.status()
+		if want == 200 && op.status < 300 {
+			continue
+		}
+		p.assertf(op.status == want, "A is told %d, and the service's answer asks for %d", op.status, want)
+	}
+}
+
+// checkStatus says what the tenant's status is once both flows have ended.
+func (p *meeting) checkStatus(superseded bool) {
+	status := p.engine.status("acme")
+	switch {
+	case p.died, p.b.name == "stop and start", p.answer == answersNever:
+	case superseded && p.answer != answersConnectorRefused:
+		p.assertf(status == statusOK || status == statusUnverified, "the tenant is %s, and nothing is known of what was written", status)
+	case p.a.asks && !p.a.passive:
+	case p.answer == answersTokenRefused && p.answered && p.a.calls && p.b.passive && !p.b.calls:
+		p.assertf(status == statusRejected, "the tenant is %s, and the service has refused its refresh token", status)
+	case p.answer.fails() && p.answered && p.a.calls && p.b.passive && !p.b.calls:
+		p.assertf(status == statusDegraded || status == statusOK, "the tenant is %s after a failure", status)
+	case !p.answer.fails():
+		p.assertf(status == statusOK || status == statusUnverified, "the tenant is %s, and nothing has failed", status)
+	}
+}
+
+// checkIndex says whether the tenant is found when it is due.
+func (p *meeting) checkIndex(when string) {
+	synctest.Wait()
+	if p.stored("acme") == nil {
+		return
+	}
+	t := p.tenants.named("acme")
+	if t == nil {
+		p.assertf(false, "%s: the tenant is not known", when)
+		return
+	}
+	v := t.view.Load()
+	limit := time.Now().Add(time.Minute)
+	if v.kept == nil && v.knows != doubted {
+		if v.entry == nil {
+			v = &tenantView{trouble: v.trouble}
+			v.show(p.stored("acme"), nil)
+		}
+		due := p.due(t, v, time.Now())
+		if due.IsZero() {
+			return
+		}
+		limit = latest(limit, due.Add(time.Minute), p.paused[true].Add(time.Second), p.paused[false].Add(time.Second))
+		if v.access == nil {
+			limit = latest(limit, p.due0)
+		}
+	}
+	at, waits := p.indexed()
+	p.index.mu.Lock()
+	armed := p.index.armed
+	p.index.mu.Unlock()
+	switch {
+	case t.underway() != nil || waits:
+	case at.IsZero():
+		p.assertf(false, "%s: the tenant is not in the index", when)
+	default:
+		p.assertf(!at.After(limit), "%s: the tenant is looked at at %s, and is due at %s", when, at, limit)
+		p.assertf(!armed.IsZero() && !armed.After(at), "%s: nothing wakes the index in time", when)
+	}
+}
+
+// indexed says when the tenant is due in the index, or that it waits for a place in a connector's share.
+func (p *meeting) indexed() (due time.Time, waits bool) {
+	x := &p.index
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	_, waits = x.waitsAt["acme"]
+	if item, _ := x.queue.PopByKey("acme"); item != nil {
+		_ = x.queue.Push(item)
+		due = time.Unix(0, item.Priority)
+	}
+	return due, waits
+}
+
+// heal does what the answers ask an operator for. Then the tenant can be read, and all is well.
+func (p *meeting) heal() {
+	if p.answer == answersConnectorRefused {
+		for _, path := range []string{"config", "config/other"} {
+			if _, status, _ := p.try(logical.ReadOperation, path, nil); status == 200 {
+				p.write(path, map[string]any{"request_timeout": "59s"})
+			}
+		}
+	}
+	if p.engine.status("acme") == statusRejected {
+		_, status, text := p.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		p.assertf(status == 200, "a refresh by hand does not help: %d %s", status, text)
+	}
+	resp, status, text := p.try(logical.ReadOperation, "creds/acme", nil)
+	p.assertf(status == 200, "the tenant cannot be read: %d %s", status, text)
+	if status != 200 {
+		return
+	}
+	p.assertf(p.kaizala.AccessTokenAlive(accessTokenOf(resp)), "a dead access token was handed out")
+	p.pass(2 * time.Minute)
+	p.assertf(p.engine.status("acme") == statusOK, "the tenant is %s when all is well", p.engine.status("acme"))
+	p.assertf(p.kaizala.RefreshTokenAlive(p.stored("acme").RefreshToken), "its refresh token is dead")
+}
+
+// checkRestart says whether a restart changes anything.
+func (p *meeting) checkRestart() {
+	look := func() string {
+		p.tenants.loaded.Purge() // what memory alone knows counts for nothing
+		entry, err := json.Marshal(p.stored("acme"))
+		require.NoError(p.t, err)
+		status, err := json.Marshal(p.read("tenants/acme"))
+		require.NoError(p.t, err)
+		return fmt.Sprint(string(entry), string(status), p.read("token/acme")["access_token"])
+	}
+	before, calls := look(), p.kaizala.CallCount()
+	p.restart()
+	synctest.Wait()
+	p.pass(time.Minute)
+	p.assertf(before == look(), "a restart has changed something:\n    %s\n    %s", before, look())
+	p.assertf(p.kaizala.CallCount() == calls, "a restart has made a call")
+}
+
+func TestPairMatrix(t *testing.T) {
+	t.Parallel()
+	var pairs, failures atomic.Int64
+	t.Run("flows", func(t *testing.T) {
+		for _, a := range meetingFlows() {
+			if a.key == "" {
+				continue
+			}
+			t.Run(a.name, func(t *testing.T) {
+				t.Parallel()
+				n := 0
+				for step := beforeLoad; step <= afterStore; step++ {
+					for answer := answersOK; answer <= answersNever; answer++ {
+						if !a.calls && answer.fails() {
+							continue
+						}
+						comes := true
+						for _, b := range meetingFlows() {
+							switch {
+							case !comes, a.state == coldTenant && b.name == "last lease revoked", a.state == noTenant && b.name == "last lease revoked",
+								a.state == anyState && b.state == coldTenant && b.calls:
+								continue
+							case failures.Load() >= 10:
+								t.FailNow() // enough is known
+							}
+							n++
+							if (testing.Short() || raceDetector) && n%pairsThinned != 0 {
+								continue
+							}
+							p := &meeting{a: a, b: b, step: step, answer: answer}
+							synctest.Test(t, func(t *testing.T) { comes = p.play(t) })
+							if comes {
+								pairs.Add(1)
+							}
+							if p.failed {
+								failures.Add(1)
+							}
+						}
+					}
+				}
+			})
+		}
+	})
+	t.Logf("%d pairs", pairs.Load())
+}
+
+// pairsThinned is how many pairs there are for each that -short, or the race detector, plays.
+const pairsThinned = 12
