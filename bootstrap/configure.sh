@@ -15,10 +15,13 @@
 #   KAIZALA_DEFAULT_LEASE_TTL      of the mount; Vault's own by default
 #   KAIZALA_MAX_LEASE_TTL
 #   KAIZALA_TENANTS                names of tenants, whose users and apps get a policy each
-#   KAIZALA_API_ROOT               another service than Kaizala's own
-#   KAIZALA_CA_CERT_FILE           certificates, in PEM, to check it against
-#   KAIZALA_EXCHANGES_PER_MINUTE   this mount's share of Kaizala's 100
-#   KAIZALA_CONNECTOR_ID           empty: leave the connector to its owner
+#   KAIZALA_CALLBACKS_PER_MINUTE   what one address may ask of the mount's callback, which needs no Vault token; 60 by default
+#   KAIZALA_CONNECTOR              name of the connector that this writes; default by default
+#   KAIZALA_CONNECTOR_FILE         for an OAuth 2.0 service: a JSON file with its fields, such as services/google.json
+#   KAIZALA_API_ROOT               for Kaizala: another address than its own
+#   KAIZALA_CA_CERT_FILE           certificates, in PEM, to check the service against
+#   KAIZALA_EXCHANGES_PER_MINUTE   this mount's share of the calls that the service allows the connector
+#   KAIZALA_CONNECTOR_ID           empty: leave the ID and the secret to the connector's owner
 #   KAIZALA_CONNECTOR_SECRET_FILE  a file with its secret; or, where a CI system sets it:
 #   KAIZALA_CONNECTOR_SECRET
 #
@@ -60,7 +63,10 @@ ask KAIZALA_CONNECTOR_ID "Connector ID (empty: its owner writes it)" ""
 plugin=$KAIZALA_PLUGIN
 command=${KAIZALA_PLUGIN_COMMAND:-$(basename "$plugin")}
 mount=${KAIZALA_MOUNT%/}
+connector=${KAIZALA_CONNECTOR:-default}
+named='^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$'
 [[ $mount =~ ^[A-Za-z0-9_./-]+$ ]] || die "KAIZALA_MOUNT: a path of letters, digits and . _ - / only"
+[[ $connector =~ $named ]] || die "KAIZALA_CONNECTOR: $connector cannot be a connector's name"
 command -v vault >/dev/null || die "vault is not in PATH"
 [[ -f $plugin ]] || die "no plugin at $plugin: run make build-plugin, or set KAIZALA_PLUGIN"
 vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is not good"
@@ -83,26 +89,43 @@ say "Registering $name $version, $sum"
 vault plugin register -sha256="$sum" -version="$version" -command="$command" secret "$name" >/dev/null ||
   die "Vault refuses the plugin: is it $command in Vault's plugin_directory, on every node?"
 
-# What audit logs may show in clear. Everything else, access tokens above all,
-# is there as an HMAC.
+# While a version is pinned, Vault runs that one and takes no version of a mount.
+pin=$(vault read -field=version "sys/plugins/pins/secret/$name" 2>/dev/null) || pin=
+if [[ -n $pin && $pin != "$version" ]]; then
+  say "Moving the pin from $pin to $version"
+  vault write "sys/plugins/pins/secret/$name" version="$version" >/dev/null
+fi
+
+# What audit logs may show in clear. Everything else is there as an HMAC: tokens above all, and what may hold a secret or
+# names a person.
 request_keys=(
-  connector_id api_root ca_cert redirect_hosts request_timeout exchanges_per_minute
-  connector ttl max_ttl min_ttl verify
+  service connector_id ca_cert request_timeout exchanges_per_minute api_root redirect_hosts
+  issuer token_url revocation_url authorization_url device_authorization_url token_endpoint_auth_method
+  scopes redirect_uris redirect_uri endpoint_url_field access_token_life refresh_token_life keep_alive
+  exchange_invalidates revocation revoke_on_delete confirm
+  connector ttl max_ttl min_ttl retire_on_revoke token_per_lease verify
 )
 response_keys=(
-  endpoint_url scope expire_time tenant rotation_period last_vault_rotation
-  connector_id api_root ca_cert redirect_hosts request_timeout exchanges_per_minute
-  connector ttl max_ttl min_ttl status kind group_id
+  endpoint_url scope token_type expire_time tenant rotation_period last_vault_rotation
+  service connector_id ca_cert request_timeout exchanges_per_minute api_root redirect_hosts
+  issuer token_url revocation_url authorization_url device_authorization_url token_endpoint_auth_method
+  scopes redirect_uris endpoint_url_field access_token_life refresh_token_life keep_alive
+  exchange_invalidates revocation revoke_on_delete confirm
+  connector ttl max_ttl min_ttl retire_on_revoke token_per_lease status kind group_id granted_time granted_by
   refresh_token_expire_time refresh_token_set_time refresh_token_origin
   access_token_expire_time last_exchange_time next_exchange_time
-  last_error last_error_time keys key_info
+  last_error last_error_time pending_revocations last_revocation_error keys key_info
 )
 options=()
 for key in "${request_keys[@]}"; do options+=("-audit-non-hmac-request-keys=$key"); done
 for key in "${response_keys[@]}"; do options+=("-audit-non-hmac-response-keys=$key"); done
 [[ -z ${KAIZALA_DEFAULT_LEASE_TTL:-} ]] || options+=("-default-lease-ttl=$KAIZALA_DEFAULT_LEASE_TTL")
 [[ -z ${KAIZALA_MAX_LEASE_TTL:-} ]] || options+=("-max-lease-ttl=$KAIZALA_MAX_LEASE_TTL")
-options+=("-plugin-version=$version")
+if [[ -z $pin ]]; then
+  options+=("-plugin-version=$version")
+else
+  say "The version is pinned, so $mount/ gets none of its own. After the pin is deleted, run this again before Vault restarts."
+fi
 
 # sys/mounts/PATH is a 400 where nothing is mounted.
 if type=$(vault read -field=type "sys/mounts/$mount" 2>/dev/null); then
@@ -120,7 +143,7 @@ else
   seal_wrap=()
   [[ $enterprise == no ]] || seal_wrap=(-seal-wrap)
   say "Mounting $mount/"
-  vault secrets enable -path="$mount" -description="Kaizala access tokens" \
+  vault secrets enable -path="$mount" -description="Access tokens of OAuth 2.0 services and of Kaizala" \
     "${options[@]}" ${seal_wrap[@]+"${seal_wrap[@]}"} "$name" >/dev/null
 fi
 
@@ -132,18 +155,26 @@ policy() { # policy NAME FILE TENANT
 prefix=${mount//\//-}
 policy "$prefix-connector-owner" connector-owner acme
 policy "$prefix-operator" operator acme
+policy "$prefix-monitor" monitor acme
 policy "$prefix-app-templated" app-templated acme
 read -r -a tenants <<<"$KAIZALA_TENANTS"
 for tenant in ${tenants[@]+"${tenants[@]}"}; do
-  [[ $tenant =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$ ]] || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
+  [[ $tenant =~ $named ]] || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
   policy "$prefix-tenant-user-$tenant" tenant-user "$tenant"
   policy "$prefix-app-$tenant" app "$tenant"
   policy "$prefix-sidecar-$tenant" sidecar "$tenant"
 done
 
-# The connector. A new one takes its ID and secret together; api_root and what
-# else is the operator's can be written once it is there.
+# Anybody may ask for callback, which costs a storage read.
+say "Limiting $mount/callback to ${KAIZALA_CALLBACKS_PER_MINUTE:-60} requests a minute of one address"
+vault write "sys/quotas/rate-limit/$prefix-callback" path="$mount/callback*" \
+  rate="${KAIZALA_CALLBACKS_PER_MINUTE:-60}" interval=1m >/dev/null
+
+# The connector. A new one of Kaizala takes its ID and secret together; one of OAuth 2.0 can have them later, from its owner.
+config=$mount/config
+[[ $connector == default ]] || config+=/$connector
 settings=()
+[[ -z ${KAIZALA_CONNECTOR_FILE:-} ]] || settings+=("@$KAIZALA_CONNECTOR_FILE")
 [[ -z ${KAIZALA_API_ROOT:-} ]] || settings+=("api_root=$KAIZALA_API_ROOT")
 [[ -z ${KAIZALA_CA_CERT_FILE:-} ]] || settings+=("ca_cert=@$KAIZALA_CA_CERT_FILE")
 [[ -z ${KAIZALA_EXCHANGES_PER_MINUTE:-} ]] || settings+=("exchanges_per_minute=$KAIZALA_EXCHANGES_PER_MINUTE")
@@ -157,18 +188,20 @@ if [[ -n $KAIZALA_CONNECTOR_ID ]]; then
   fi
 fi
 if ((${#settings[@]} > 0)); then
-  say "Writing $mount/config"
+  say "Writing $config"
   if [[ -n $connector_secret ]]; then
     # printf is the shell's own, and no process with a command line.
-    printf %s "$connector_secret" | vault write "$mount/config" "${settings[@]}" connector_secret=- >/dev/null
+    printf %s "$connector_secret" | vault write "$config" "${settings[@]}" connector_secret=- >/dev/null
   else
-    vault write "$mount/config" "${settings[@]}" >/dev/null
+    vault write "$config" "${settings[@]}" >/dev/null
   fi
 fi
 
 say "Done. What is left for others:"
-if ! vault read "$mount/config" >/dev/null 2>&1; then
-  say "  the connector owner ($prefix-connector-owner):  vault write $mount/config connector_id=… connector_secret=-"
+if [[ -z $(vault read -field=connector_id "$config" 2>/dev/null) ]]; then
+  owner=$prefix-connector-owner
+  [[ $connector == default ]] || owner="a policy like $owner, for $config"
+  say "  the connector owner ($owner):  vault write $config connector_id=… connector_secret=-"
 fi
 for tenant in "${tenants[@]:-TENANT}"; do
   say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant refresh_token=-"

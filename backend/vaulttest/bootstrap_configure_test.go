@@ -3,6 +3,7 @@ package vaulttest
 import (
 	"bufio"
 	"encoding/json"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // configureRun prepares bootstrap/configure.sh against v, with the plugin in
@@ -58,7 +60,7 @@ func configureOK(t *testing.T, v *Vault, env ...string) (output, calls string) {
 func configured(t *testing.T, v *Vault, policies ...string) map[string]any {
 	t.Helper()
 	state := map[string]any{}
-	for _, path := range []string{"sys/mounts/kaizala", "kaizala/config", "sys/plugins/catalog/secret/" + PluginName} {
+	for _, path := range []string{"sys/mounts/kaizala", "kaizala/config", "sys/plugins/catalog/secret/" + PluginName, "sys/quotas/rate-limit/kaizala-callback"} {
 		secret, err := v.Client.Logical().Read(path)
 		require.NoError(t, err, path)
 		state[path] = secret
@@ -90,7 +92,7 @@ func TestConfigure(t *testing.T) {
 	require.Contains(t, out, "vault write kaizala/config connector_id=… connector_secret=-")
 	require.Contains(t, out, "vault write kaizala/tenants/contoso refresh_token=-")
 	policies := []string{
-		"kaizala-connector-owner", "kaizala-operator", "kaizala-app-templated",
+		"kaizala-connector-owner", "kaizala-operator", "kaizala-monitor", "kaizala-app-templated",
 		"kaizala-tenant-user-acme", "kaizala-app-acme", "kaizala-sidecar-acme",
 		"kaizala-tenant-user-contoso", "kaizala-app-contoso", "kaizala-sidecar-contoso",
 	}
@@ -228,4 +230,120 @@ func TestConfigureUpgrades(t *testing.T) {
 	require.Equal(t, PluginVersion(t, PluginBinary(t)), mounts["kaizala/"].RunningVersion)
 	require.Equal(t, before, s.read(t, "kaizala/token/acme")["access_token"])
 	require.Equal(t, 1, s.kaizala.TotalExchanges())
+}
+
+// A connector of OAuth 2.0, from a recipe: complete, or with its ID and secret left to its owner.
+func TestConfigureOAuth(t *testing.T) {
+	t.Parallel()
+	s := &site{Vault: Start(t, WithAudit())}
+	server := newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic, "https://vault.example/v1/kaizala/callback")
+	recipe := filepath.Join(s.Dir, "crm.json")
+	require.NoError(t, os.WriteFile(recipe, []byte(`{"service": "oauth2", "issuer": "`+server.Issuer()+`",
+		"redirect_uris": ["https://vault.example/v1/kaizala/callback"], "scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
+	env := []string{"KAIZALA_CONNECTOR_FILE=" + recipe, "KAIZALA_EXCHANGES_PER_MINUTE=30", "KAIZALA_CALLBACKS_PER_MINUTE=20"}
+
+	out, _ := configureOK(t, s.Vault, env...)
+	require.Contains(t, out, "(kaizala-connector-owner):  vault write kaizala/config connector_id=… connector_secret=-")
+	config := s.read(t, "kaizala/config")
+	require.Equal(t, "oauth2", config["service"])
+	require.Equal(t, server.TokenURL(), config["token_url"])
+	require.Equal(t, json.Number("30"), config["exchanges_per_minute"])
+	require.Equal(t, map[string]any{"audience": "x"}, config["token_params"])
+
+	out, _ = configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm")...)
+	require.Contains(t, out, "(a policy like kaizala-connector-owner, for kaizala/config/crm):  vault write kaizala/config/crm connector_id=")
+	out, calls := configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm", "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET="+secret)...)
+	require.NotContains(t, out, "vault write kaizala/config")
+	require.Empty(t, secretsIn(out+calls, secret))
+	s.write(t, "kaizala/tenants/contoso", map[string]any{"connector": "crm", "refresh_token": server.Grant(id, "asha")})
+	require.True(t, server.Alive(s.read(t, "kaizala/token/contoso")["access_token"].(string)))
+
+	// The audit log shows where refresh tokens go, and no value that may be a secret.
+	s.read(t, "kaizala/config/crm")
+	logged := auditedResponse(t, s.Vault, "kaizala/config/crm")
+	for field := range config {
+		if field == "token_params" {
+			require.Contains(t, jsonText(t, logged[field]), "hmac-sha256:")
+		} else {
+			require.NotContains(t, jsonText(t, logged[field]), "hmac-sha256:", field)
+		}
+	}
+	require.NotContains(t, jsonText(t, auditedResponse(t, s.Vault, "kaizala/token/contoso")["token_type"]), "hmac-sha256:")
+
+	// An address that asks callback too often is turned away, by Vault, and nobody else's request is.
+	statuses := map[int]int{}
+	for range 30 {
+		for _, path := range []string{"kaizala/callback", "kaizala/callback/crm"} {
+			status, _ := s.request(t, "", http.MethodGet, path, nil)
+			statuses[status]++
+		}
+	}
+	require.Equal(t, 60, statuses[400]+statuses[429], "%v", statuses)
+	require.LessOrEqual(t, statuses[400], 25, "20, and what comes anew meanwhile")
+	require.GreaterOrEqual(t, statuses[400], 20)
+	s.read(t, "kaizala/config")
+
+	cmd, _ := configureRun(t, s.Vault, "KAIZALA_CONNECTOR=../crm")
+	bad, err := cmd.CombinedOutput()
+	require.Error(t, err)
+	require.Contains(t, string(bad), "cannot be a connector's name")
+}
+
+// While a version of the plugin is pinned, Vault takes none for a mount: configure.sh moves the pin.
+func TestConfigurePinned(t *testing.T) {
+	t.Parallel()
+	s := &site{Vault: Start(t), kaizala: kaizalatest.NewServer()}
+	t.Cleanup(s.kaizala.Close)
+	s.connectorID, s.connectorSecret = s.kaizala.RegisterConnector()
+	const older = "v0.0.1"
+	newer := PluginVersion(t, PluginBinary(t))
+	pin := "sys/plugins/pins/secret/" + PluginName
+	s.Register(t, older, BuildPlugin(t, older))
+	s.write(t, pin, map[string]any{"version": older})
+	running := func(mount string) string {
+		mounts, err := s.Client.Sys().ListMounts()
+		require.NoError(t, err)
+		require.Contains(t, mounts, mount)
+		return mounts[mount].RunningVersion
+	}
+
+	// Mounted, and running the pinned version. What the README says of it is so.
+	out, exit := s.CLI(t, s.RootToken, "secrets", "enable", "-path=kaizala", PluginName)
+	require.Zero(t, exit, out)
+	require.Equal(t, older, running("kaizala/"))
+	out, exit = s.CLI(t, s.RootToken, "secrets", "tune", "-plugin-version="+older, "kaizala")
+	require.NotZero(t, exit, out)
+	require.Contains(t, out, "pinned")
+	s.configure(t, nil)
+	s.tenant(t, "acme", nil)
+	before := s.read(t, "kaizala/token/acme")["access_token"]
+
+	out, _ = configureOK(t, s.Vault, "KAIZALA_MAX_LEASE_TTL=48h")
+	require.Contains(t, out, "Moving the pin from "+older+" to "+newer)
+	require.Contains(t, out, "Upgrading kaizala/ from "+older)
+	require.Equal(t, newer, running("kaizala/"))
+	require.Equal(t, newer, s.read(t, pin)["version"])
+	require.Equal(t, before, s.read(t, "kaizala/token/acme")["access_token"])
+	require.Equal(t, json.Number("172800"), s.read(t, "sys/mounts/kaizala/tune")["max_lease_ttl"])
+
+	// Again, and fresh: nothing is left to move.
+	out, _ = configureOK(t, s.Vault)
+	require.NotContains(t, out, "Moving")
+	require.NotContains(t, out, "Upgrading")
+	out, _ = configureOK(t, s.Vault, "KAIZALA_MOUNT=fresh")
+	require.Contains(t, out, "fresh/ gets none of its own")
+	require.Equal(t, newer, running("fresh/"))
+
+	// After the pin is deleted, the next run gives the mounts their version, and a restart of the plugin changes nothing.
+	_, err := s.Client.Logical().Delete(pin)
+	require.NoError(t, err)
+	for _, mount := range []string{"kaizala", "fresh"} {
+		configureOK(t, s.Vault, "KAIZALA_MOUNT="+mount)
+	}
+	s.Seal(t)
+	s.Unseal(t)
+	require.Equal(t, newer, running("kaizala/"))
+	require.Equal(t, newer, running("fresh/"))
+	require.Equal(t, before, s.read(t, "kaizala/token/acme")["access_token"])
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // site is a Vault with the engine at kaizala/, and Kaizala's stand-in.
@@ -129,4 +131,15 @@ func secretsIn(text string, secrets ...string) (found []string) {
 		}
 	}
 	return found
+}
+
+// newAuthServer starts a stand-in for an authorization server of class A, on a socket of its own.
+func newAuthServer(t *testing.T) *oauth2test.Server {
+	t.Helper()
+	server := oauth2test.New()
+	server.Set(oauth2test.ClassA)
+	listener := httptest.NewServer(server.Handler())
+	t.Cleanup(listener.Close)
+	server.SetURL(listener.URL)
+	return server
 }

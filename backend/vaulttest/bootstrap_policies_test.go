@@ -9,6 +9,8 @@ import (
 
 	"github.com/hashicorp/vault/api"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // What each shipped policy allows and denies. The rows of a table run from top
@@ -24,6 +26,7 @@ func TestPolicies(t *testing.T) {
 	operator := s.TokenWith(t, "operator")
 	app := s.TokenWith(t, "app")
 	sidecar := s.TokenWith(t, "sidecar")
+	monitor := s.TokenWith(t, "monitor")
 	templated := s.entityToken(t, "acme-app", "app-templated", map[string]string{"tenant": "acme"})
 	unnamed := s.entityToken(t, "nobodys-app", "app-templated", nil)
 
@@ -51,7 +54,7 @@ func TestPolicies(t *testing.T) {
 	}
 
 	run("before anything is there", []try{
-		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, denied}, // a create
+		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, bad}, // allowed, and refused: its owner creates it
 		{operator, patch, "kaizala/config", fields{"api_root": s.kaizala.URL}, 404},
 		{owner, post, "kaizala/config", fields{"connector_id": id}, bad},
 		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret, "api_root": s.kaizala.URL}, denied},
@@ -75,7 +78,7 @@ func TestPolicies(t *testing.T) {
 		{operator, post, "kaizala/config/default", fields{"api_root": s.kaizala.URL, "connector_secret": "XXXXXXXXXX"}, denied},
 		{operator, patch, "kaizala/config", fields{"connector_secret": "XXXXXXXXXX"}, denied},
 		{operator, patch, "kaizala/config/hr", fields{"connector_secret": nil}, denied},
-		{operator, post, "kaizala/config/new", fields{"api_root": s.kaizala.URL}, denied},
+		{operator, post, "kaizala/config/new", fields{"api_root": s.kaizala.URL}, bad},
 		{operator, del, "kaizala/config/hr", nil, done},
 	})
 
@@ -85,6 +88,10 @@ func TestPolicies(t *testing.T) {
 		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, done},
 		{user, get, "kaizala/tenants/acme", nil, ok},
 		{user, patch, "kaizala/tenants/acme", fields{"ttl": "1h"}, done},
+		{user, post, "kaizala/tenants/acme", fields{"connector": "default", "max_ttl": "2h", "min_ttl": "20m", "verify": false}, done},
+		{user, post, "kaizala/tenants/acme", fields{"token_per_lease": false}, denied},
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh, "retire_on_revoke": false}, denied},
+		{user, patch, "kaizala/tenants/acme", fields{"retire_on_revoke": nil}, denied},
 		{user, del, "kaizala/tenants/acme", nil, denied},
 		{user, post, "kaizala/tenants/acme/refresh", nil, denied},
 		{user, post, "kaizala/tenants/other", fields{"refresh_token": refresh}, denied},
@@ -145,6 +152,20 @@ func TestPolicies(t *testing.T) {
 		{app, list, "kaizala/tenants", nil, denied},
 		{app, post, "sys/leases/revoke-prefix/kaizala/creds/acme", nil, denied},
 
+		{monitor, list, "kaizala/tenants", nil, ok},
+		{monitor, get, "kaizala/tenants/acme", nil, ok},
+		{monitor, list, "kaizala/config", nil, ok},
+		{monitor, get, "kaizala/config", nil, ok},
+		{monitor, get, "kaizala/config/default", nil, ok},
+		{monitor, get, "sys/leases/count?type=irrevocable", nil, ok},
+		{monitor, get, "sys/metrics", nil, ok},
+		{monitor, get, "kaizala/creds/acme", nil, denied},
+		{monitor, get, "kaizala/token/acme", nil, denied},
+		{monitor, post, "kaizala/tenants/acme/refresh", nil, denied},
+		{monitor, post, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
+		{monitor, post, "kaizala/config", fields{"exchanges_per_minute": 20}, denied},
+		{monitor, del, "kaizala/config", nil, denied},
+
 		{sidecar, get, "kaizala/token/acme", nil, ok},
 		{sidecar, get, "kaizala/token/other", nil, denied},
 		{sidecar, get, "kaizala/creds/acme", nil, denied},
@@ -174,6 +195,8 @@ func TestPolicies(t *testing.T) {
 		{operator, get, "kaizala/tenants/acme", nil, ok},
 		{operator, post, "kaizala/tenants/acme", fields{"ttl": "1h", "max_ttl": "2h", "min_ttl": "20m"}, done},
 		{operator, patch, "kaizala/tenants/acme", fields{"max_ttl": nil}, done},
+		{operator, post, "kaizala/tenants/acme", fields{"retire_on_revoke": true, "token_per_lease": false}, done},
+		{operator, post, "kaizala/tenants/acme", fields{"token_per_lease": true}, bad}, // allowed, and refused: Kaizala cannot
 		{operator, post, "kaizala/tenants/acme", fields{"refresh_token": "x"}, denied},
 		{operator, post, "kaizala/tenants/acme", fields{"connector": "hr"}, denied},
 		{operator, post, "kaizala/tenants/acme", fields{"verify": false}, denied},
@@ -192,6 +215,76 @@ func TestPolicies(t *testing.T) {
 		{operator, del, "kaizala/config", nil, bad}, // allowed, and refused: tenants use it
 		{operator, del, "kaizala/tenants/other", nil, done},
 	})
+}
+
+// The same for a connector of OAuth 2.0, which the operator creates and its owner completes.
+func TestPoliciesForOAuth(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	server := newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	refresh := server.Grant(id, "asha")
+	for _, name := range []string{"connector-owner", "operator", "tenant-user", "app"} {
+		s.shippedPolicy(t, name)
+	}
+	owner := s.TokenWith(t, "connector-owner")
+	operator := s.TokenWith(t, "operator")
+	user := s.TokenWith(t, "tenant-user")
+	app := s.TokenWith(t, "app")
+
+	type fields = map[string]any
+	const (
+		get, post, patch      = http.MethodGet, http.MethodPost, http.MethodPatch
+		done, ok, bad, denied = 204, 200, 400, 403
+	)
+	elsewhere := "https://elsewhere.example/token"
+	for _, c := range []struct {
+		token, method, path string
+		data                fields
+		want                int
+	}{
+		{operator, post, "kaizala/config", fields{"service": "oauth2", "issuer": server.Issuer(), "revocation": "access_token", "exchange_invalidates": false, "connector_id": id}, denied},
+		{operator, post, "kaizala/config", fields{"service": "oauth2", "issuer": server.Issuer(), "revocation": "access_token", "exchange_invalidates": false}, done},
+		{operator, post, "kaizala/config/crm", fields{
+			"service": "oauth2", "token_url": server.TokenURL(), "revocation_url": server.RevocationURL(), "authorization_url": server.AuthorizationURL(),
+			"device_authorization_url": server.DeviceURL(), "token_endpoint_auth_method": "client_secret_post",
+			"token_params": fields{"audience": "x"}, "authorization_params": fields{"prompt": "consent"}, "scopes": "a b", "redirect_uris": "https://vault.example/v1/kaizala/callback",
+			"endpoint_url_field": "instance_url", "access_token_life": "1h", "refresh_token_life": "0s", "keep_alive": "24h", "exchange_invalidates": true,
+			"revocation": "exchange", "revoke_on_delete": true, "confirm": true, "ca_cert": "", "request_timeout": "20s", "exchanges_per_minute": 30,
+		}, done},
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, bad}, // ID and secret are missing
+
+		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret, "token_url": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"service": "kaizala"}, denied},
+		{owner, post, "kaizala/config", fields{"issuer": "https://elsewhere.example"}, denied},
+		{owner, post, "kaizala/config", fields{"revocation_url": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"token_params": fields{"audience": "x"}}, denied},
+		{owner, post, "kaizala/config", fields{"redirect_uris": elsewhere}, denied},
+		{owner, post, "kaizala/config", fields{"confirm": false}, denied},
+		{owner, post, "kaizala/config/default", fields{"connector_secret": secret, "revocation": nil}, denied},
+		{owner, patch, "kaizala/config", fields{"token_url": elsewhere}, denied},
+		{owner, get, "kaizala/config", nil, denied},
+		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret}, done},
+		{owner, post, "kaizala/config/default", fields{"connector_secret": secret}, done},
+
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh, "token_per_lease": true}, denied},
+		{user, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, done},
+		{user, patch, "kaizala/tenants/acme", fields{"token_per_lease": true}, denied},
+		{user, post, "kaizala/tenants/acme/authorize", nil, denied}, // another policy allows it
+		{operator, post, "kaizala/tenants/acme", fields{"token_per_lease": true}, done},
+		{app, get, "kaizala/creds/acme", nil, ok},
+		{app, post, "kaizala/tenants/acme", fields{"token_per_lease": false}, denied},
+		{operator, post, "kaizala/tenants/acme/refresh", nil, ok},
+		{operator, get, "kaizala/creds/acme", nil, denied},
+		{operator, get, "kaizala/config", nil, ok},
+	} {
+		status, answer := s.request(t, c.token, c.method, c.path, c.data)
+		require.Equal(t, c.want, status, "%s %s %v: %s", c.method, c.path, c.data, answer)
+		require.Empty(t, secretsIn(answer, secret, refresh, server.CurrentRefreshToken("asha")), "%s %s", c.method, c.path)
+	}
+	config := s.read(t, "kaizala/config")
+	require.Equal(t, server.TokenURL(), config["token_url"], "where refresh tokens go is not the owner's to decide")
+	require.Equal(t, id, config["connector_id"])
 }
 
 // leaseOf reads creds/acme and returns the lease.

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // A step is a command of the runbook: what stands in one fenced block.
@@ -28,7 +29,7 @@ func runbook(t *testing.T) map[string][]step {
 	t.Helper()
 	text, _, found := strings.Cut(fileText(t, runbookFile(t)), "\n# Watching")
 	require.True(t, found)
-	require.LessOrEqual(t, len(regexp.MustCompile(`(?m)^.+$`).FindAllString(text, -1)), 100, "two screens of lines that are not empty")
+	require.LessOrEqual(t, len(regexp.MustCompile(`(?m)^.+$`).FindAllString(text, -1)), 140, "three screens of lines that are not empty")
 	title := regexp.MustCompile(`(?m)^\*\*(.+?)\.\*\*`)
 	block := regexp.MustCompile("(?ms)^```sh\n# ([^\n]+)\n(.*?)^```$")
 	require.Equal(t, strings.Count(text, "\n```sh"), len(block.FindAllString(text, -1)), "each block begins with who runs it")
@@ -59,6 +60,33 @@ type badDay struct {
 	tokens map[string]string // by who
 	steps  []step
 	env    []string
+	server *oauth2test.Server // an authorization server that moveToOAuth has made
+}
+
+// moveToOAuth makes the connector one of an authorization server that can revoke access tokens, and returns the tenant's.
+func (d *badDay) moveToOAuth() (accessToken string) {
+	d.t.Helper()
+	d.server = newAuthServer(d.t)
+	callback := d.Addr + "/v1/kaizala/callback"
+	id, secret := d.server.RegisterClient(oauth2test.AuthBasic, callback)
+	remove := func() (err error) {
+		for _, path := range []string{"tenants/acme", "config"} {
+			_, err = d.Client.Logical().Delete("kaizala/" + path)
+		}
+		return err
+	}
+	require.NoError(d.t, remove())
+	// A connector is there until its revocations are made, which takes its server.
+	d.t.Cleanup(func() {
+		require.NoError(d.t, d.Client.Sys().RevokePrefix("kaizala/creds"))
+		Eventually(d.t, "the last revocations", func() bool { return remove() == nil })
+	})
+	d.write(d.t, "kaizala/config", map[string]any{
+		"service": "oauth2", "issuer": d.server.Issuer(), "connector_id": id, "connector_secret": secret, "redirect_uris": callback,
+		"revocation": "access_token", "exchange_invalidates": false, "confirm": false, "exchanges_per_minute": 500,
+	})
+	d.write(d.t, "kaizala/tenants/acme", map[string]any{"refresh_token": d.server.Grant(id, "asha")})
+	return d.token()
 }
 
 // next runs the next step, as it stands, with a text on standard input.
@@ -151,6 +179,37 @@ var badDays = map[string]func(*badDay){
 		d.next("")
 		require.Equal(d.t, "ok", d.status())
 	},
+	// Both steps end where a person opens the URL; the code flow itself has tests of its own.
+	"A grant that was withdrawn": func(d *badDay) {
+		token := d.moveToOAuth()
+		d.server.Withdraw("asha")
+		require.False(d.t, d.server.Alive(token))
+		require.Equal(d.t, token, d.token(), "as the runbook says, Vault cannot know")
+		d.next("")
+		require.Zero(d.t, d.leases())
+		status, answer := d.request(d.t, d.RootToken, http.MethodGet, "kaizala/creds/acme", nil)
+		require.Equal(d.t, 400, status, answer)
+		require.Equal(d.t, "rejected", d.status())
+		out := d.next("")
+		url := regexp.MustCompile(`(?m)^authorization_url +(\S+)$`).FindStringSubmatch(out)
+		require.NotNil(d.t, url, out)
+		back, err := d.server.Approve(url[1], "asha")
+		require.NoError(d.t, err)
+		resp, err := d.http.Get(back)
+		require.NoError(d.t, err)
+		require.NoError(d.t, resp.Body.Close())
+		require.Equal(d.t, 200, resp.StatusCode)
+		require.Equal(d.t, "ok", d.status())
+		require.True(d.t, d.server.Alive(d.token()))
+	},
+	"Revocations that are pending": func(d *badDay) {
+		token := d.moveToOAuth()
+		d.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Times: 2, Answer: oauth2test.Unavailable(0)})
+		out := d.next("")
+		require.False(d.t, d.server.Alive(token), out)
+		require.Zero(d.t, d.leases())
+		require.NotContains(d.t, d.read(d.t, "kaizala/config"), "pending_revocations")
+	},
 	"A connector's secret replaced": func(d *badDay) {
 		token := d.token()
 		secret := d.kaizala.NewConnectorSecret(d.connectorID)
@@ -229,10 +288,12 @@ var badDays = map[string]func(*badDay){
 	// tenant that is degraded for another reason stands in for it.
 	"Storage fails": func(d *badDay) {
 		d.token()
-		d.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 500})
+		d.kaizala.Inject(kaizalatest.Fault{Status: 500})
 		require.Equal(d.t, 503, d.refresh())
 		require.Equal(d.t, "degraded", d.status())
 		require.Regexp(d.t, `(?m)^acme .* degraded$`, d.next(""))
+		d.kaizala.ClearFaults()
+		d.next("")
 		require.Equal(d.t, "ok", d.status())
 	},
 }
@@ -247,11 +308,12 @@ func TestRunbook(t *testing.T) {
 	for _, name := range []string{"operator", "tenant-user", "connector-owner"} {
 		s.shippedPolicy(t, name)
 	}
+	s.Policy(t, "tenant-connect", `path "kaizala/tenants/acme/authorize" { capabilities = ["update", "read"] }`)
 	s.Policy(t, "hr-owner", strings.ReplaceAll(fileText(t, bootstrapFile(t, "policies", "connector-owner.hcl")), "config/default", "config/hr"))
 	tokens := map[string]string{
 		"administrator":         s.RootToken,
 		"operator":              s.TokenWith(t, "operator"),
-		"tenant user":           s.TokenWith(t, "tenant-user"),
+		"tenant user":           s.TokenWith(t, "tenant-user", "tenant-connect"),
 		"connector owner":       s.TokenWith(t, "connector-owner"),
 		"owner of connector hr": s.TokenWith(t, "hr-owner"),
 	}
@@ -298,7 +360,7 @@ func TestRunbook(t *testing.T) {
 func TestRunbookListsLogLines(t *testing.T) {
 	t.Parallel()
 	logged := map[string]string{}
-	call := regexp.MustCompile(`\.Logger\(\)\.(\w+)\("([^"]+)"`)
+	call := regexp.MustCompile(`\.(?:Logger|log)\(\)\.(\w+)\("([^"]+)"`)
 	for _, path := range glob(t, filepath.Join(filepath.Dir(runbookFile(t)), "*.go")) {
 		if strings.HasSuffix(path, "_test.go") {
 			continue

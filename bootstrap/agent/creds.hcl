@@ -8,6 +8,8 @@
 # The AppRole needs the policy app.hcl. Give the tenant a ttl, such as 15m: then
 # Agent renews the lease, and notices a revocation within two thirds of that.
 # Without one it looks again only towards the access token's end.
+#
+# endpoint_url is null where the service names none.
 
 auto_auth {
   method "approle" {
@@ -27,7 +29,7 @@ template {
     {{- with secret "kaizala/creds/acme" }}
     {
       "access_token": {{ .Data.access_token | toJSON }},
-      "endpoint_url": {{ .Data.endpoint_url | toJSON }},
+      "endpoint_url": {{ index .Data "endpoint_url" | toJSON }},
       "expire_time": {{ .Data.expire_time | toJSON }}
     }
     {{- end }}

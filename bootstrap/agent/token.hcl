@@ -5,7 +5,7 @@
 #
 #   VAULT_ADDR=https://vault.example:8200 vault agent -config=token.hcl
 #
-# The AppRole needs the policy sidecar.hcl.
+# The AppRole needs the policy sidecar.hcl. endpoint_url is null where the service names none.
 
 auto_auth {
   method "approle" {
@@ -27,7 +27,7 @@ template {
     {{- with secret "kaizala/token/acme" }}
     {
       "access_token": {{ .Data.access_token | toJSON }},
-      "endpoint_url": {{ .Data.endpoint_url | toJSON }},
+      "endpoint_url": {{ index .Data "endpoint_url" | toJSON }},
       "expire_time": {{ .Data.expire_time | toJSON }}
     }
     {{- end }}

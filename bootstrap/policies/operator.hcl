@@ -1,45 +1,93 @@
-# The Vault operator: watches tenants, refreshes and revokes, and decides where
-# the service is. Reads no access token, and writes no secret. Registering and
-# mounting the plugin takes more than this; see configure.sh.
+# The Vault operator: watches tenants, refreshes and revokes, creates connectors of OAuth 2.0 services, and decides where
+# every service is. Reads no access token, and writes no secret. Registering and mounting the plugin takes more than this;
+# see configure.sh.
 
 # Who has which status.
 path "kaizala/tenants" {
   capabilities = ["list"]
 }
 
-# Leases are the operator's to bound; the refresh token is the tenant user's.
+# Leases, and what their end does, are the operator's to decide; the refresh token is the tenant user's.
 path "kaizala/tenants/+" {
   capabilities = ["read", "update", "patch", "delete"]
   allowed_parameters = {
-    "ttl"     = []
-    "max_ttl" = []
-    "min_ttl" = []
+    "ttl"              = []
+    "max_ttl"          = []
+    "min_ttl"          = []
+    "retire_on_revoke" = []
+    "token_per_lease"  = []
   }
 }
 path "kaizala/tenants/+/refresh" {
   capabilities = ["update"]
 }
 
-# Where refresh tokens are sent, and how many calls this mount may make. A
-# connector is created by its owner: that takes its secret.
+# Where refresh tokens are sent, what is done with them, and how many calls this mount may make. A Kaizala connector is
+# created by its owner: that takes its secret.
 path "kaizala/config" {
-  capabilities = ["list", "read", "update", "patch", "delete"]
+  capabilities = ["list", "create", "read", "update", "patch", "delete"]
   allowed_parameters = {
-    "api_root"             = []
+    "service"              = []
     "ca_cert"              = []
-    "redirect_hosts"       = []
     "request_timeout"      = []
     "exchanges_per_minute" = []
+
+    # Kaizala
+    "api_root"       = []
+    "redirect_hosts" = []
+
+    # OAuth 2.0
+    "issuer"                     = []
+    "token_url"                  = []
+    "revocation_url"             = []
+    "authorization_url"          = []
+    "device_authorization_url"   = []
+    "token_endpoint_auth_method" = []
+    "token_params"               = []
+    "authorization_params"       = []
+    "scopes"                     = []
+    "redirect_uris"              = []
+    "endpoint_url_field"         = []
+    "access_token_life"          = []
+    "refresh_token_life"         = []
+    "keep_alive"                 = []
+    "exchange_invalidates"       = []
+    "revocation"                 = []
+    "revoke_on_delete"           = []
+    "confirm"                    = []
   }
 }
 path "kaizala/config/+" {
-  capabilities = ["read", "update", "patch", "delete"]
+  capabilities = ["create", "read", "update", "patch", "delete"]
   allowed_parameters = {
-    "api_root"             = []
+    "service"              = []
     "ca_cert"              = []
-    "redirect_hosts"       = []
     "request_timeout"      = []
     "exchanges_per_minute" = []
+
+    # Kaizala
+    "api_root"       = []
+    "redirect_hosts" = []
+
+    # OAuth 2.0
+    "issuer"                     = []
+    "token_url"                  = []
+    "revocation_url"             = []
+    "authorization_url"          = []
+    "device_authorization_url"   = []
+    "token_endpoint_auth_method" = []
+    "token_params"               = []
+    "authorization_params"       = []
+    "scopes"                     = []
+    "redirect_uris"              = []
+    "endpoint_url_field"         = []
+    "access_token_life"          = []
+    "refresh_token_life"         = []
+    "keep_alive"                 = []
+    "exchange_invalidates"       = []
+    "revocation"                 = []
+    "revoke_on_delete"           = []
+    "confirm"                    = []
   }
 }
 

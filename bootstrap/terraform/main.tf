@@ -6,28 +6,53 @@ resource "vault_plugin" "kaizala" {
   sha256  = var.plugin_sha256
 }
 
+# While a version is pinned, Vault runs that one, and refuses a mount's own.
+resource "vault_plugin_pinned_version" "kaizala" {
+  count = var.plugin_pinned ? 1 : 0
+
+  type    = vault_plugin.kaizala.type
+  name    = vault_plugin.kaizala.name
+  version = vault_plugin.kaizala.version
+}
+
 resource "vault_mount" "kaizala" {
   path                      = var.mount
   type                      = vault_plugin.kaizala.name
-  plugin_version            = vault_plugin.kaizala.version
-  description               = "Kaizala access tokens"
+  plugin_version            = var.plugin_pinned ? null : vault_plugin.kaizala.version
+  description               = "Access tokens of OAuth 2.0 services and of Kaizala"
   seal_wrap                 = var.seal_wrap
   default_lease_ttl_seconds = var.default_lease_ttl_seconds
   max_lease_ttl_seconds     = var.max_lease_ttl_seconds
 
   # What audit logs may show in clear, as in configure.sh.
   audit_non_hmac_request_keys = [
-    "connector_id", "api_root", "ca_cert", "redirect_hosts", "request_timeout", "exchanges_per_minute",
-    "connector", "ttl", "max_ttl", "min_ttl", "verify",
+    "service", "connector_id", "ca_cert", "request_timeout", "exchanges_per_minute", "api_root", "redirect_hosts",
+    "issuer", "token_url", "revocation_url", "authorization_url", "device_authorization_url", "token_endpoint_auth_method",
+    "scopes", "redirect_uris", "redirect_uri", "endpoint_url_field", "access_token_life", "refresh_token_life", "keep_alive",
+    "exchange_invalidates", "revocation", "revoke_on_delete", "confirm",
+    "connector", "ttl", "max_ttl", "min_ttl", "retire_on_revoke", "token_per_lease", "verify",
   ]
   audit_non_hmac_response_keys = [
-    "endpoint_url", "scope", "expire_time", "tenant", "rotation_period", "last_vault_rotation",
-    "connector_id", "api_root", "ca_cert", "redirect_hosts", "request_timeout", "exchanges_per_minute",
-    "connector", "ttl", "max_ttl", "min_ttl", "status", "kind", "group_id",
+    "endpoint_url", "scope", "token_type", "expire_time", "tenant", "rotation_period", "last_vault_rotation",
+    "service", "connector_id", "ca_cert", "request_timeout", "exchanges_per_minute", "api_root", "redirect_hosts",
+    "issuer", "token_url", "revocation_url", "authorization_url", "device_authorization_url", "token_endpoint_auth_method",
+    "scopes", "redirect_uris", "endpoint_url_field", "access_token_life", "refresh_token_life", "keep_alive",
+    "exchange_invalidates", "revocation", "revoke_on_delete", "confirm",
+    "connector", "ttl", "max_ttl", "min_ttl", "retire_on_revoke", "token_per_lease", "status", "kind", "group_id", "granted_time", "granted_by",
     "refresh_token_expire_time", "refresh_token_set_time", "refresh_token_origin",
     "access_token_expire_time", "last_exchange_time", "next_exchange_time",
-    "last_error", "last_error_time", "keys", "key_info",
+    "last_error", "last_error_time", "pending_revocations", "last_revocation_error", "keys", "key_info",
   ]
+
+  depends_on = [vault_plugin_pinned_version.kaizala]
+}
+
+# Anybody may ask for callback, which costs a storage read.
+resource "vault_quota_rate_limit" "callback" {
+  name     = "${module.policies.prefix}-callback"
+  path     = "${vault_mount.kaizala.path}/callback*"
+  rate     = var.callbacks_per_minute
+  interval = 60
 }
 
 module "policies" {
@@ -47,7 +72,7 @@ module "connector" {
   source = "./secret"
   count  = var.connector_id == null ? 0 : 1
 
-  path           = "${vault_mount.kaizala.path}/config"
+  path           = "${vault_mount.kaizala.path}/config${var.connector == "default" ? "" : "/${var.connector}"}"
   settings       = merge(var.connector_settings, { connector_id = var.connector_id })
   field          = "connector_secret"
   secret         = var.connector_secret

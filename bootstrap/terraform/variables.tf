@@ -14,6 +14,12 @@ variable "plugin_command" {
   default     = "vault-plugin-secrets-kaizala"
 }
 
+variable "plugin_pinned" {
+  description = "The plugin's version is pinned in this Vault: the module then moves the pin, and gives the mount no version."
+  type        = bool
+  default     = false
+}
+
 variable "mount" {
   description = "Where the engine is mounted."
   type        = string
@@ -38,12 +44,24 @@ variable "max_lease_ttl_seconds" {
   default     = null
 }
 
+variable "callbacks_per_minute" {
+  description = "What one address may ask of the mount's callback, which needs no Vault token."
+  type        = number
+  default     = 60
+}
+
 # Of the secrets, Terraform keeps nothing: neither in the plan nor in the state.
 # A version says that there is a new one, which is then written once. Leave
 # connector_id null where the connector's owner writes the connector himself.
 
+variable "connector" {
+  description = "Name of the connector."
+  type        = string
+  default     = "default"
+}
+
 variable "connector_id" {
-  description = "ID of the connector named default; null: its owner writes it."
+  description = "ID of the connector, at an OAuth 2.0 service the client ID; null: its owner writes it."
   type        = string
   default     = null
 }
@@ -63,8 +81,8 @@ variable "connector_secret_version" {
 }
 
 variable "connector_settings" {
-  description = "What else is written with it, the Vault operator's to decide: api_root, ca_cert, redirect_hosts, request_timeout, exchanges_per_minute."
-  type        = map(string)
+  description = "What else is written with it, the Vault operator's to decide. For an OAuth 2.0 service: jsondecode(file(\"bootstrap/services/google.json\")), say."
+  type        = any
   default     = {}
 }
 

@@ -18,7 +18,7 @@ locals {
 
   policies = merge(
     {
-      for name in ["connector-owner", "operator", "app-templated"] :
+      for name in ["connector-owner", "operator", "monitor", "app-templated"] :
       "${local.prefix}-${name}" => { file = name, tenant = "acme" }
     },
     [

@@ -15,7 +15,7 @@ variable "path" {
 
 variable "settings" {
   description = "Fields that are no secret."
-  type        = map(string)
+  type        = any
   default     = {}
 }
 
