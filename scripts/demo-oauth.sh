@@ -14,7 +14,7 @@ fi
 
 echo "Building the plugin and the authorization server; the first time this takes a minute or two." >&2
 make -C "$root" --no-print-directory -s build-plugin
-vault_path=$("$root/scripts/vault.sh")
+vault_path=$("$root/scripts/vault.sh" demo)
 server_path=$("$root/scripts/authserver.sh" zitadel)
 
 # shellcheck source=scripts/demo-lib.sh

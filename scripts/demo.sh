@@ -22,7 +22,7 @@ esac
 
 echo "Building the plugin and the emulator; the first time this takes a minute or two." >&2
 make -C "$root" --no-print-directory -s build
-vault_path=$("$root/scripts/vault.sh")
+vault_path=$("$root/scripts/vault.sh" demo)
 connector_id=
 
 # shellcheck source=scripts/demo-lib.sh

@@ -4,6 +4,7 @@
 #   scripts/vault.sh            $VAULT_BIN, or else the pinned version
 #   scripts/vault.sh VERSION    1.21.0 (the pinned one) or 1.19.0
 #   scripts/vault.sh oldest     $VAULT_OLDEST_BIN, or else 1.19.0
+#   scripts/vault.sh demo       $VAULT_BIN, or else a vault on the PATH of 1.19 or later, or else the pinned version
 #
 # Only the path goes to standard output; the rest is said on standard error.
 set -euo pipefail
@@ -16,6 +17,16 @@ die() { say "vault.sh: $*"; exit 1; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 version=${1:-$pinned}
+if [[ $version == demo ]]; then
+  version=$pinned
+  found=$(type -P vault || true)
+  says='^Vault v([0-9]+)\.([0-9]+)\.([0-9]+)[ ,]' # an Enterprise edition, v1.20.0+ent, does not start without a license
+  if [[ -z ${VAULT_BIN:-} && -n $found && $("$found" version 2>/dev/null) =~ $says ]] &&
+    ((BASH_REMATCH[1] > 1 || BASH_REMATCH[1] == 1 && BASH_REMATCH[2] >= 19)); then
+    VAULT_BIN=$found
+    say "Using the vault on the PATH, ${BASH_REMATCH[1]}.${BASH_REMATCH[2]}.${BASH_REMATCH[3]}: $found"
+  fi
+fi
 case $version in
 pinned) version=$pinned ;;
 oldest) version=$oldest ;;

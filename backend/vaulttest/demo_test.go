@@ -118,3 +118,45 @@ func (b *buffer) String() string {
 	defer b.mu.Unlock()
 	return b.b.String()
 }
+
+// make demo takes a vault that is on the PATH where it is new enough; tests take the pinned one.
+func TestWhichVaultTheDemoTakes(t *testing.T) {
+	t.Parallel()
+	root, err := Root()
+	require.NoError(t, err)
+	pinned, err := filepath.Abs(VaultBinary(t))
+	require.NoError(t, err)
+	for version, taken := range map[string]bool{
+		"Vault v1.19.0 (abc), built 2026-01-01T00:00:00Z": true,
+		"Vault v1.21.3, built 2026-01-01T00:00:00Z":       true,
+		"Vault v2.0.0 (abc), built 2026-01-01T00:00:00Z":  true,
+		"Vault v1.18.9 (abc), built 2026-01-01T00:00:00Z": false,
+		"Vault v1.20.0+ent (abc)":                         false,
+		"OpenBao v2.3.0 (abc)":                            false,
+		"":                                                false,
+	} {
+		dir := t.TempDir()
+		own := filepath.Join(dir, "vault")
+		require.NoError(t, os.WriteFile(own, []byte("#!/bin/sh\necho '"+version+"'\n"), 0o755))
+		path := func(argument string, env ...string) (string, string) {
+			cmd := exec.Command(filepath.Join(root, "scripts", "vault.sh"), argument)
+			cmd.Env = append(os.Environ(), append([]string{"PATH=" + dir + ":" + os.Getenv("PATH"), "VAULT_BIN="}, env...)...)
+			said := &buffer{}
+			cmd.Stderr = said
+			out, err := cmd.Output()
+			require.NoError(t, err, "%s", said)
+			return strings.TrimSpace(string(out)), said.String()
+		}
+		got, _ := path("demo", "VAULT_BIN="+pinned)
+		require.Equal(t, pinned, got, "VAULT_BIN decides")
+		if taken {
+			got, said := path("demo")
+			require.Equal(t, own, got, version)
+			require.Contains(t, said, own)
+		} else if pinned == filepath.Join(root, "bin", "vault-"+PinnedVault) { // or else it would have to be built
+			got, said := path("demo")
+			require.Equal(t, pinned, got, version)
+			require.Empty(t, said)
+		}
+	}
+}
