@@ -2,9 +2,11 @@ package backend
 
 import (
 	"context"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -289,6 +291,140 @@ func (m *model) expires(token string) time.Time {
 	return facts.Expires
 }
 
+// stepper lets storage operations happen one at a time.
+type stepper struct {
+	mu     sync.Mutex
+	parked map[string][]chan struct{} // by operation and key
+}
+
+func (s *stepper) around(op, key string, do func() error) error {
+	s.mu.Lock()
+	at, turn := op+" "+key, make(chan struct{})
+	s.parked[at] = append(s.parked[at], turn)
+	s.mu.Unlock()
+	<-turn
+	return do()
+}
+
+// step lets one operation happen, which pick chooses, and says whether there was one.
+func (s *stepper) step(pick func([]string) string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.parked) == 0 {
+		return false
+	}
+	at := pick(slices.Sorted(maps.Keys(s.parked)))
+	close(s.parked[at][0])
+	if s.parked[at] = s.parked[at][1:]; len(s.parked[at]) == 0 {
+		delete(s.parked, at)
+	}
+	return true
+}
+
+// together makes requests at the same time, and takes their storage operations, and the engine's own, in an order that is drawn.
+// Each tenant is changed by one of them at most, so that the model knows what has to come of it.
+func (m *model) together(*rapid.T) {
+	if m.broken {
+		return
+	}
+	type request struct {
+		tenant, what, path string
+		op                 logical.Operation
+		data               map[string]any
+		resp               *logical.Response
+		status             int
+		text               string
+	}
+	var requests []*request
+	changed := map[string]bool{}
+	for _, name := range []string{"a", "b", "c"} {
+		add := func(what string, op logical.Operation, path string, data map[string]any) {
+			requests = append(requests, &request{tenant: name, what: what, op: op, path: path, data: data})
+		}
+		change := rapid.SampledFrom([]string{"", "token", "ttl", "delete"}).Draw(m.rt, "change")
+		changed[name] = change == "token" || change == "delete"
+		switch change {
+		case "token":
+			m.kaizala.SetRefreshTokenAge(rapid.SampledFrom([]time.Duration{0, inWindow}).Draw(m.rt, "age"))
+			verify := rapid.Bool().Draw(m.rt, "verify")
+			add(change, logical.UpdateOperation, "tenants/"+name, map[string]any{"refresh_token": m.newToken(name), "verify": verify})
+		case "ttl":
+			ttl := time.Duration(rapid.IntRange(1, 20).Draw(m.rt, "hours")) * time.Hour
+			add(change, logical.UpdateOperation, "tenants/"+name, map[string]any{"ttl": ttl.String()})
+		case "delete":
+			add(change, logical.DeleteOperation, "tenants/"+name, nil)
+		}
+		for range rapid.IntRange(0, 2).Draw(m.rt, "readers") {
+			switch rapid.SampledFrom([]string{"creds", "token", "refresh"}).Draw(m.rt, "reads") {
+			case "creds":
+				add("creds", logical.ReadOperation, "creds/"+name, nil)
+			case "token":
+				add("read", logical.ReadOperation, "token/"+name, nil)
+			case "refresh":
+				add("refresh", logical.UpdateOperation, "tenants/"+name+"/refresh", nil)
+			}
+		}
+	}
+	s := &stepper{parked: map[string][]chan struct{}{}}
+	m.engine.storage.surround(s.around)
+	var all sync.WaitGroup
+	ended := make(chan struct{})
+	for _, r := range requests {
+		all.Go(func() { r.resp, r.status, r.text = m.try(r.op, r.path, r.data) })
+	}
+	go func() {
+		all.Wait()
+		close(ended)
+	}()
+	pick := func(of []string) string { return rapid.SampledFrom(of).Draw(m.rt, "next") }
+	for over := false; !over; {
+		synctest.Wait()
+		if s.step(pick) {
+			continue
+		}
+		select {
+		case <-ended:
+			over = true
+		case <-time.After(time.Second):
+		}
+	}
+	m.engine.storage.surround(nil)
+	for s.step(func(of []string) string { return of[0] }) {
+		synctest.Wait()
+	}
+	for _, r := range requests {
+		m.rt.Logf("%s %s: %d %s", r.op, r.path, r.status, r.text)
+		tenant := m.tenants[r.tenant]
+		if r.resp != nil && r.resp.Data["access_token"] != nil && !m.kaizala.AccessTokenAlive(accessTokenOf(r.resp)) {
+			m.rt.Fatalf("%s: a dead access token was handed out", r.path)
+		}
+		switch {
+		case r.what == "ttl" && r.status < 300:
+			ttl, _ := time.ParseDuration(r.data["ttl"].(string))
+			tenant.ttl = &ttl
+		case r.what == "delete" && r.status < 300:
+			*tenant = modelTenant{exists: known(false), ttl: known(time.Duration(0)), retired: tenant.retired}
+		case r.what == "token" && r.status < 300:
+			tenant.exists, tenant.lost, tenant.leases = known(true), false, nil
+			if tenant.ttl == nil {
+				tenant.ttl = known(m.storedTTL(r.tenant))
+			}
+		case r.what == "token":
+			tenant.exists, tenant.ttl, tenant.lost = nil, nil, true
+		case r.what == "ttl" && r.status >= 500:
+			tenant.ttl = nil
+		case r.what == "delete":
+			tenant.exists = nil
+		case r.what == "creds" && r.status == http.StatusOK && !changed[r.tenant]:
+			r.resp.Secret.IssueTime = time.Now()
+			if r.resp.Secret.TTL == 0 {
+				r.resp.Secret.TTL = r.resp.Secret.MaxTTL
+			}
+			tenant.leases = append(tenant.leases, r.resp)
+		}
+	}
+}
+
 // heals: with all well again, each tenant that was not lost can be read.
 func (m *model) heals() {
 	m.serviceHeals(nil)
@@ -343,6 +479,7 @@ func TestProperties(t *testing.T) {
 				"storageFails": m.storageFails,
 				"storageHeals": m.storageHeals,
 				"processEnds":  m.processEnds,
+				"together":     m.together,
 			})
 			m.heals()
 		})
