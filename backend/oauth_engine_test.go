@@ -86,7 +86,9 @@ func (e *oauthEngine) kept() {
 	}
 }
 
-func (e *oauthEngine) pending(tenant string) any { return e.read("tenants/" + tenant)["pending_revocations"] }
+func (e *oauthEngine) pending(tenant string) any {
+	return e.read("tenants/" + tenant)["pending_revocations"]
+}
 
 func bubble(t *testing.T, f func(t *testing.T)) { synctest.Test(t, f) }
 

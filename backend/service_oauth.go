@@ -182,8 +182,8 @@ func (s *oauthSettings) show(data map[string]any) {
 	data["issuer"] = s.Issuer
 	data["token_params"] = orEmpty(s.TokenParams)
 	data["authorization_params"] = orEmpty(s.AuthorizationParams)
-	data["scopes"] = slices.Concat([]string{}, s.Scopes)
-	data["redirect_uris"] = slices.Concat([]string{}, s.RedirectURIs)
+	data["scopes"] = append([]string{}, s.Scopes...)
+	data["redirect_uris"] = append([]string{}, s.RedirectURIs...)
 	data["endpoint_url_field"] = s.EndpointURLField
 	data["access_token_life"] = int64(s.AccessTokenLife.Seconds())
 	data["refresh_token_life"] = int64(s.RefreshTokenLife.Seconds())

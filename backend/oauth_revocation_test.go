@@ -1,0 +1,423 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+func TestOAuthTokenPerLease(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		one, other := e.lease("acme"), e.lease("acme")
+		shared := e.read("token/acme")["access_token"].(string)
+		assert.NotEqual(t, accessTokenOf(one), accessTokenOf(other))
+		assert.NotContains(t, []string{accessTokenOf(one), accessTokenOf(other)}, shared)
+		e.revoke(one)
+		assert.False(t, e.server.Alive(accessTokenOf(one)))
+		assert.True(t, e.server.Alive(accessTokenOf(other)))
+		assert.True(t, e.server.Alive(shared))
+
+		// A natural end is one, too.
+		e.write("tenants/acme", map[string]any{"ttl": "1m"})
+		short := e.lease("acme")
+		require.Equal(t, time.Minute, short.Secret.TTL)
+		time.Sleep(time.Minute)
+		e.revoke(short)
+		assert.False(t, e.server.Alive(accessTokenOf(short)))
+
+		// refresh replaces the shared token alone, and a lease is what it was when the setting changes.
+		e.write("tenants/acme/refresh", nil)
+		synctest.Wait()
+		assert.False(t, e.server.Alive(shared))
+		assert.True(t, e.server.Alive(accessTokenOf(other)))
+		e.write("tenants/acme", map[string]any{"token_per_lease": false})
+		sharing := e.lease("acme")
+		assert.Equal(t, e.read("token/acme")["access_token"], accessTokenOf(sharing))
+		e.revoke(other)
+		assert.False(t, e.server.Alive(accessTokenOf(other)))
+		assert.True(t, e.server.Alive(accessTokenOf(sharing)))
+		calls := len(e.revocations())
+		assert.Equal(t, 4, calls, "each token once")
+
+		// A deleted tenant's leases keep their tokens until they end.
+		e.write("tenants/acme", map[string]any{"token_per_lease": true})
+		last := e.lease("acme")
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait()
+		assert.True(t, e.server.Alive(accessTokenOf(last)))
+		assert.False(t, e.server.Alive(accessTokenOf(sharing)), "the shared one goes with its tenant")
+		e.revoke(last)
+		assert.False(t, e.server.Alive(accessTokenOf(last)))
+		e.kept()
+	})
+}
+
+func TestOAuthTokenPerLeaseQueues(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second})
+		type answer struct {
+			token  string
+			status int
+		}
+		answers := make(chan answer, 6)
+		for range 6 {
+			go func() {
+				resp, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				a := answer{status: status}
+				if status == 200 {
+					a.token = accessTokenOf(resp)
+				}
+				answers <- a
+			}()
+		}
+		seen, refused := map[string]bool{}, 0
+		for range 6 {
+			if a := <-answers; a.status == 200 {
+				assert.False(t, seen[a.token])
+				seen[a.token] = true
+			} else {
+				assert.Equal(t, 503, a.status)
+				refused++
+			}
+		}
+		assert.Len(t, seen, 4, "one after another, and nobody waits longer than 9 s")
+		e.server.ClearFaults()
+		e.quiet("acme")
+		time.Sleep(time.Minute)
+		alive := e.server.AccessTokens("acme")
+		assert.Len(t, alive, 4, "what nobody waited for any more is given up")
+		assert.Equal(t, 2, refused)
+		e.kept()
+	})
+}
+
+// The process dies at each write to storage of a read with a token of its own, and of its lease's end.
+func TestOAuthCrashAtEachStep(t *testing.T) {
+	for _, own := range []bool{true, false} {
+		for step := 1; step <= 9; step++ {
+			for _, arrives := range []bool{false, true} {
+				t.Run(fmt.Sprintf("own %t step %d arrives %t", own, step, arrives), func(t *testing.T) {
+					bubble(t, func(t *testing.T) {
+						e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Grace = 30 * time.Second }, classA)
+						e.add("acme", map[string]any{"token_per_lease": own})
+						warm := e.lease("acme")
+						time.Sleep(time.Second)
+						writes := 0
+						e.storage.surround(func(op, key string, do func() error) error {
+							if op != "put" && op != "delete" {
+								return do()
+							}
+							writes++
+							if writes < step {
+								return do()
+							}
+							if writes == step && arrives {
+								_ = do()
+							}
+							return errors.New("the process is dead")
+						})
+						read, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+						var err error
+						if status == 200 {
+							read.Secret.IssueTime = time.Now()
+							read.Secret.TTL = min(e.system.DefaultLeaseTTLVal, read.Secret.MaxTTL)
+							if err = e.revokeLease(read); err == nil && !own {
+								err = e.revokeLease(warm)
+							}
+						}
+						e.crash()
+						e.pass(2 * time.Minute)
+						handed := map[string]bool{}
+						for range 3 {
+							resp, status, text := e.try(logical.ReadOperation, "token/acme", nil)
+							require.Equal(t, 200, status, text)
+							handed[accessTokenOf(resp)] = true
+							e.pass(time.Minute)
+						}
+						for token := range handed {
+							assert.True(t, e.server.Alive(token), "a dead token is handed out")
+						}
+						if err != nil {
+							// Vault tries again.
+							require.NoError(t, e.revokeLease(read))
+							if !own {
+								require.NoError(t, e.revokeLease(warm))
+							}
+							e.pass(time.Minute)
+						}
+						if status == 200 {
+							assert.False(t, e.server.Alive(accessTokenOf(read)), "its lease has ended")
+						}
+						for _, token := range e.server.AccessTokens("acme") {
+							if handed[token] || own && token == accessTokenOf(warm) {
+								continue
+							}
+							if own && (step == 3 && arrives || step == 2 && !arrives) {
+								continue // its record says that there may be a lease; it has died with the process
+							}
+							t.Errorf("a token lives that nobody has")
+						}
+						assert.Empty(t, e.server.LostGrants())
+						assert.True(t, e.server.RefreshTokenAlive(e.held("acme")))
+					})
+				})
+			}
+		}
+	}
+}
+
+func TestOAuthClassesBAndC(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassB, classB)
+		e.add("acme", nil)
+		one, other := e.lease("acme"), e.lease("acme")
+		e.revoke(one, other)
+		e.write("tenants/acme/refresh", nil)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(5 * time.Minute)
+		assert.Empty(t, e.revocations(), "no call ever")
+		e.kept()
+	})
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassC, classA)
+		e.add("acme", nil)
+		e.revoke(e.lease("acme"))
+		e.pass(5 * time.Minute)
+		assert.Len(t, e.revocations(), 1)
+		status := e.read("tenants/acme")
+		assert.Contains(t, status["last_revocation_error"], "cannot revoke")
+		assert.NotContains(t, status, "pending_revocations")
+		assert.Contains(t, e.read("config"), "last_revocation_error")
+		e.kept()
+	})
+}
+
+// The revocation endpoint is down for an hour, with a restart in between.
+func TestOAuthRevocationOutage(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 3 * time.Hour }, classA)
+		e.write("config", map[string]any{"exchanges_per_minute": 600})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		var tokens []string
+		for i := range 100 {
+			name := fmt.Sprint("t", i)
+			e.add(name, nil)
+			lease := e.lease(name)
+			tokens = append(tokens, accessTokenOf(lease))
+			begun := time.Now()
+			e.revoke(lease)
+			assert.Less(t, time.Since(begun), 6*time.Second)
+		}
+		status := e.read("tenants/t5")
+		assert.EqualValues(t, 1, status["pending_revocations"])
+		assert.NotEmpty(t, status["last_revocation_error"])
+		assert.NotContains(t, status["last_revocation_error"], tokens[5])
+		assert.EqualValues(t, 100, e.read("config")["pending_revocations"])
+		for i := range 100 {
+			e.ok(logical.DeleteOperation, fmt.Sprint("tenants/t", i), nil)
+		}
+		for path, data := range map[string]map[string]any{"config": {"connector_id": "another"}, "config ": {"service": "kaizala", "connector_id": "i", "connector_secret": "s"}} {
+			_, code, text := e.try(logical.UpdateOperation, strings.TrimSpace(path), data)
+			assert.Equal(t, 400, code)
+			assert.Contains(t, text, "pending_revocations")
+		}
+		_, code, _ := e.try(logical.DeleteOperation, "config", nil)
+		assert.Equal(t, 400, code)
+		e.pass(30 * time.Minute)
+		begun := time.Now()
+		e.restart()
+		assert.Less(t, time.Since(begun), time.Second, "no next try is waited for")
+		e.pass(30 * time.Minute)
+		calls := e.revocations()
+		last := map[string]time.Time{}
+		for _, c := range calls {
+			if at, ok := last[c.Token]; ok && c.Start.Before(begun) {
+				assert.GreaterOrEqual(t, c.Start.Sub(at), time.Second)
+			}
+			last[c.Token] = c.Start
+		}
+		assert.LessOrEqual(t, e.server.MaxPerMinute(e.clientID), 600)
+		for _, token := range tokens {
+			assert.True(t, e.server.Alive(token))
+		}
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		for _, token := range tokens {
+			assert.False(t, e.server.Alive(token))
+		}
+		assert.NotContains(t, e.read("config"), "pending_revocations")
+		intents, err := e.storage.List(context.Background(), intentPrefix)
+		require.NoError(t, err)
+		assert.Empty(t, intents)
+		e.ok(logical.DeleteOperation, "config", nil)
+		e.kept()
+	})
+}
+
+// What a revocation waits for: a token's next tries come after 1, 2, 4, ... 30 seconds.
+func TestOAuthRevocationBackoffAndWaits(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 5 * time.Minute }, classA)
+		e.add("acme", map[string]any{"min_ttl": "1s"})
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		begun := time.Now()
+		e.revoke(lease)
+		e.pass(6 * time.Minute)
+		var after []time.Duration
+		for _, c := range e.revocations() {
+			after = append(after, c.Start.Sub(begun).Round(time.Second))
+		}
+		want := []time.Duration{0, 1, 3, 7, 15, 31, 61, 91, 121, 151, 181, 211, 241, 271}
+		for i := range want {
+			want[i] *= time.Second
+		}
+		assert.Equal(t, want, after, "and none in the token's last moments")
+		assert.Nil(t, e.pending("acme"), "a token that has ended needs no revocation")
+		e.kept()
+	})
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		var leases []*logical.Response
+		for i := range 6 {
+			e.add(fmt.Sprint("t", i), nil)
+			leases = append(leases, e.lease(fmt.Sprint("t", i)))
+		}
+		revoke := func(i int) time.Duration {
+			begun := time.Now()
+			e.revoke(leases[i])
+			return time.Since(begun)
+		}
+		assert.Zero(t, revoke(0))
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 1900 * time.Millisecond, Times: 1})
+		assert.Equal(t, 1900*time.Millisecond, revoke(1))
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Hang: true})
+		assert.Equal(t, 5*time.Second, revoke(2))
+		assert.Equal(t, 5*time.Second, revoke(3), "the call of before has not failed yet")
+		assert.Zero(t, revoke(4), "11.9 s of waits in a minute")
+		time.Sleep(70 * time.Second)
+		assert.Zero(t, revoke(5), "the last call has failed")
+		e.server.ClearFaults()
+		e.pass(time.Minute)
+		for _, lease := range leases {
+			assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		}
+	})
+}
+
+func TestOAuthRevokeOnDelete(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
+		e.add("acme", nil)
+		e.lease("acme")
+		// The delete meets an exchange in flight: the newest refresh token is revoked.
+		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
+		synctest.Wait()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait()
+		e.server.ClearFaults()
+		time.Sleep(time.Second)
+		e.pass(time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")))
+		assert.Empty(t, e.server.AccessTokens("acme"))
+
+		// A refresh token that is written again is wanted.
+		token := e.server.Grant(e.clientID, "other")
+		e.write("tenants/other", map[string]any{"refresh_token": token, "verify": false})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.ok(logical.DeleteOperation, "tenants/other", nil)
+		time.Sleep(100 * time.Millisecond)
+		assert.EqualValues(t, 1, e.read("config")["pending_revocations"])
+		e.write("tenants/other", map[string]any{"refresh_token": token})
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.NotContains(t, e.read("config"), "pending_revocations")
+		e.read("creds/other")
+		// One that a write replaces is not revoked.
+		before := len(e.revocations())
+		e.write("tenants/other", map[string]any{"refresh_token": e.server.Grant(e.clientID, "other")})
+		e.pass(2 * time.Minute)
+		assert.Len(t, e.revocations(), before)
+	})
+}
+
+func TestOAuthRevocationByExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.revoke(lease)
+		synctest.Wait()
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
+
+		// It is owed after an outage and a restart, too.
+		lease = e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		synctest.Wait()
+		e.crash()
+		e.pass(2 * time.Minute)
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		exchanges := e.server.Exchanges("acme")
+		e.pass(10 * time.Minute)
+		assert.Equal(t, exchanges, e.server.Exchanges("acme"), "once")
+
+		// A delete makes no exchange.
+		e.lease("acme")
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(2 * time.Minute)
+		assert.Equal(t, exchanges, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
+// Changes of a connector with tokens to revoke.
+func TestOAuthConnectorChanges(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("own", map[string]any{"token_per_lease": true})
+		for _, change := range []map[string]any{{"exchange_invalidates": true}, {"revocation": "none"}, {"revocation": nil}} {
+			_, code, text := e.try(logical.PatchOperation, "config", change)
+			assert.Equal(t, 400, code)
+			assert.Contains(t, text, "token_per_lease")
+		}
+		e.write("config/careful", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret})
+		_, code, text := e.try(logical.UpdateOperation, "tenants/own", map[string]any{"connector": "careful"})
+		assert.Equal(t, 400, code)
+		assert.Contains(t, text, "token_per_lease")
+		e.write("tenants/own", map[string]any{"token_per_lease": false})
+
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		resp := e.write("config", map[string]any{"revocation": "none", "revocation_url": nil})
+		require.NotNil(t, resp)
+		assert.Contains(t, resp.Warnings[0], "1 revocation ")
+		e.server.ClearFaults()
+		sent := len(e.revocations())
+		e.restart()
+		e.pass(2 * time.Minute)
+		assert.Len(t, e.revocations(), sent)
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
