@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 const (
@@ -159,4 +160,57 @@ func stepDownWhileHanging(t *testing.T, c *Cluster, service *kaizalatest.Service
 	readers.Wait()
 	Eventually(t, "the next leader to serve", func() bool { return at(next).in(t).read("token/due-000").status == 200 })
 	require.Equal(t, 404, at(next).in(t).read("tenants/none").status)
+}
+
+// Leases with access tokens of their own, at a service that takes 2 seconds for each revocation, hold up neither the end nor
+// the move of their mount, and nobody else meanwhile.
+func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 1,000 leases")
+	}
+	const leases = 500
+	v := Start(t)
+	v.RegisterEngine(t)
+	server := newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	mounted := func(t *testing.T, path string) mount {
+		v.Mount(t, path)
+		m := mount{vault: v, t: t, path: path, token: v.RootToken, heard: &answers{}}
+		m.write("config", fields{
+			"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret,
+			"revocation": "access_token", "exchange_invalidates": false, "exchanges_per_minute": 100000,
+		}).ok(t)
+		m.write("tenants/acme", fields{"refresh_token": server.Grant(id, path), "token_per_lease": true}).ok(t)
+		for range leases {
+			m.read("creds/acme").ok(t)
+		}
+		return m
+	}
+	for name, end := range map[string]func(path string) []string{
+		"disable": func(path string) []string { return []string{"secrets", "disable", path} },
+		"move":    func(path string) []string { return []string{"secrets", "move", path, path + "-moved"} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := mounted(t, name)
+			server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 2 * time.Second})
+			defer server.ClearFaults()
+			stop := otherMount(m)
+			began := time.Now()
+			out, exit := v.CLI(t, v.RootToken, end(name)...)
+			require.Zero(t, exit, out)
+			if name == "move" { // goes on behind the answer
+				Eventually(t, "the mount to have moved", func() bool {
+					mounts, err := v.Client.Sys().ListMounts()
+					return err == nil && mounts["move-moved/"] != nil
+				})
+			}
+			took := time.Since(began)
+			longest, failed := stop()
+			t.Logf("%s took %s, another mount's longest read %s", name, took.Round(time.Millisecond), longest.Round(time.Millisecond))
+			require.Less(t, took, promptly)
+			require.Less(t, longest, promptly)
+			require.Zero(t, failed)
+		})
+	}
+	requireNoIrrevocableLeases(t, v)
 }

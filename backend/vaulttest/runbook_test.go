@@ -1,6 +1,7 @@
 package vaulttest
 
 import (
+	"io"
 	"maps"
 	"net/http"
 	"os"
@@ -197,8 +198,10 @@ var badDays = map[string]func(*badDay){
 		require.NoError(d.t, err)
 		resp, err := d.http.Get(back)
 		require.NoError(d.t, err)
+		page, err := io.ReadAll(resp.Body)
+		require.NoError(d.t, err)
 		require.NoError(d.t, resp.Body.Close())
-		require.Equal(d.t, 200, resp.StatusCode)
+		require.Equal(d.t, 200, resp.StatusCode, "%s", page)
 		require.Equal(d.t, "ok", d.status())
 		require.True(d.t, d.server.Alive(d.token()))
 	},
