@@ -108,6 +108,7 @@ func (e *engine) crashOnto(next *storage) {
 	dead.failWith(func(string, string) error { return errors.New("this process is dead") })
 	old := e.backend
 	old.cancel()
+	old.index.stop() // a dead process has no timers
 	e.start()
 	e.t.Cleanup(func() { old.Cleanup(context.Background()) })
 }
