@@ -20,7 +20,7 @@ const name = "vault-plugin-secrets-kaizala"
 // version is set at build time with -ldflags "-X main.version=v1.2.3". Vault
 // accepts only a semantic version with a leading v, so this default has to be
 // one as well.
-var version = "v0.1.0"
+var version = "v0.2.0"
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
