@@ -427,6 +427,9 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
 		// Until the next try older access tokens live, and are handed out for leases that end before it.
 		next.until = latest(next.until, earliest(now.Add(plannedRetryLeast), a.Expires))
+		if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) && (failure.Kind == tokenservice.Limited || failure.Kind == tokenservice.RefusedConnector) {
+			next.until = next.until.Add(leaseMargin) // readers may not come for the next exchange before
+		}
 	}
 	// One line for each outage: reasons differ from one try to the next, and the status has the last.
 	of := []string{f.from}

@@ -98,7 +98,7 @@ type reader struct {
 	take   func(*accessToken) bool
 	leases bool // the request is for a lease
 	own    bool // the access token is for this lease alone
-	waited bool // the reader has waited for an exchange
+	waited bool // the reader has waited for an exchange, or for its planned time
 }
 
 func newReader(d *framework.FieldData, least time.Duration, take func(*accessToken) bool) (*reader, error) {
@@ -198,6 +198,7 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 		defer timer.Stop()
 		select {
 		case <-timer.C:
+			r.waited = true // somebody may have exchanged it before this reader looks
 			return nil, false, nil
 		case <-ctx.Done():
 			return nil, false, ctx.Err()

@@ -262,6 +262,10 @@ func (t *tenant) known(e *tenantEntry) *accessToken {
 	}
 	a := newAccessToken(t.name, e.Access)
 	a.leases.Store(leasesUnknown)
+	if !e.Access.Planned.IsZero() {
+		// The last lease lasts a second at the least.
+		a.leasedTo.Store(e.Access.Planned.Add(leaseLeast - 2*leaseMargin).UnixNano())
+	}
 	return a
 }
 
@@ -637,6 +641,9 @@ func (t *tenant) postpone(until time.Time) bool {
 	if a != nil && (a.Planned.IsZero() || v.trouble != nil || !a.current() || now.Before(v.bound().Add(-leaseMargin)) || !now.Before(a.Expires)) {
 		return false
 	}
+	if a != nil {
+		until = until.Add(leaseMargin) // leases on the token end when the exchange is permitted
+	}
 	t.update(func(v *tenantView) { v.postponed = until })
 	return a != nil && now.Before(until.Add(-leaseMargin))
 }
@@ -667,6 +674,7 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 		if !waited {
 			until = until.Add(-a.guard())
 		}
+		until = until.Add(-1) // from then on a read exchanges
 	}
 	if now.After(until) {
 		return nil

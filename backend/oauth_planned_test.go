@@ -1,0 +1,252 @@
+package backend
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// renewLease renews a lease as Vault does, and returns its new end.
+func (e *engine) renewLease(lease *logical.Response, increment time.Duration) (time.Time, bool) {
+	lease.Secret.Increment = increment
+	resp, err := e.HandleRequest(context.Background(), &logical.Request{Operation: logical.RenewOperation, Secret: lease.Secret, Storage: e.storage})
+	if err != nil || resp.IsError() {
+		return time.Time{}, false
+	}
+	lease.Secret = resp.Secret
+	ttl, _, err := framework.CalculateTTL(e.system, increment, resp.Secret.TTL, 0, resp.Secret.MaxTTL, 0, lease.Secret.IssueTime)
+	return time.Now().Add(ttl), err == nil
+}
+
+// Ten minutes of readers who also renew, read token and ask for min_ttl, and a restart in between: no access token dies before
+// its lease, or before the ttl that token has told.
+func TestOAuthNoTokenDiesBeforeItsLease(t *testing.T) {
+	for _, life := range []time.Duration{6 * time.Second, time.Minute, 5 * time.Minute} {
+		t.Run(life.String(), func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = life }, nil)
+				e.add("acme", nil)
+				var leases, renewals, tokens, refused, died atomic.Int64
+				var checks sync.WaitGroup
+				lives := func(token, what string, until time.Time) {
+					checks.Go(func() {
+						time.Sleep(time.Until(until) - time.Millisecond)
+						if !e.server.Alive(token) && died.Add(1) < 5 {
+							t.Errorf("%s of %s: the token died before %s", what, life, until.Format("15:04:05.000"))
+						}
+					})
+				}
+				reader := func(seed uint64, end time.Time) {
+					r := rand.New(rand.NewPCG(seed, uint64(life)))
+					for time.Now().Before(end) {
+						time.Sleep(time.Duration(r.Int64N(int64(3 * time.Second))))
+						data := map[string]any{}
+						if r.IntN(3) == 0 {
+							data["min_ttl"] = fmt.Sprint(1+r.Int64N(int64(life/2/time.Second)), "s")
+						}
+						path := []string{"creds/acme", "creds/acme", "token/acme"}[r.IntN(3)]
+						resp, status, text := e.try(logical.ReadOperation, path, data)
+						switch {
+						case status == 400 && len(data) > 0:
+							assert.Contains(t, text, "min_ttl")
+							refused.Add(1)
+							continue
+						case status != 200:
+							t.Errorf("%s %v: %d %s", path, data, status, text)
+							return
+						}
+						token := accessTokenOf(resp)
+						if resp.Secret == nil {
+							tokens.Add(1)
+							lives(token, "ttl", time.Now().Add(time.Duration(resp.Data["ttl"].(int64))*time.Second))
+							continue
+						}
+						leases.Add(1)
+						ttl, _, err := framework.CalculateTTL(e.system, 0, resp.Secret.TTL, 0, resp.Secret.MaxTTL, 0, time.Time{})
+						require.NoError(t, err)
+						resp.Secret.IssueTime, resp.Secret.TTL = time.Now(), ttl
+						until := time.Now().Add(ttl)
+						lives(token, "lease", until)
+						for r.IntN(2) == 0 && time.Until(until) > 0 {
+							time.Sleep(time.Duration(r.Int64N(int64(time.Until(until)))))
+							next, ok := e.renewLease(resp, time.Duration(r.IntN(2))*life)
+							if !ok {
+								break
+							}
+							renewals.Add(1)
+							until = next
+							lives(token, "renewed lease", until)
+						}
+					}
+				}
+				phase := func(d time.Duration) {
+					var readers sync.WaitGroup
+					for i := range 8 {
+						readers.Go(func() { reader(uint64(i), time.Now().Add(d)) })
+					}
+					e.pass(d)
+					readers.Wait()
+				}
+				phase(5 * time.Minute)
+				e.restart()
+				phase(5 * time.Minute)
+				checks.Wait()
+				assert.Greater(t, leases.Load(), int64(100))
+				assert.True(t, renewals.Load() > 5 || life < 10*time.Second)
+				assert.Greater(t, tokens.Load(), int64(50))
+				assert.Greater(t, refused.Load(), int64(5))
+				most := 11*time.Minute/max(time.Second, life*45/100-leaseMargin) + 3
+				assert.LessOrEqual(t, e.server.Exchanges("acme"), int(most), "exchanges come as late as they can")
+				e.kept()
+				t.Log(life, leases.Load(), renewals.Load(), tokens.Load(), refused.Load(), e.server.Exchanges("acme"))
+			})
+		})
+	}
+}
+
+// The numbers of the contract: X, C, what a lease and token's ttl last, and what is refused.
+func TestOAuthPlannedExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		begun := time.Now()
+		lease := e.lease("acme")
+		a := e.stored("acme").Access
+		left := a.Expires.Sub(a.Planned)
+		assert.Equal(t, begun.Add(time.Hour).UTC(), a.Expires)
+		assert.GreaterOrEqual(t, left, 15*time.Minute+72*time.Second)
+		assert.LessOrEqual(t, left, 15*time.Minute+180*time.Second)
+		c := a.Planned.Add(-2 * time.Second)
+		whole := c.Sub(begun).Truncate(time.Second)
+		assert.Equal(t, whole, lease.Secret.MaxTTL)
+		assert.Equal(t, int64(whole.Seconds()), e.read("token/acme")["ttl"])
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "30m"})
+		assert.Equal(t, 200, status, text)
+		time.Sleep(20 * time.Minute)
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "29m"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, c.Truncate(time.Second).Format("15:04:05"))
+		assert.Equal(t, 1, e.server.Exchanges("acme"), "it brings no exchange forward")
+		end, ok := e.renewLease(lease, 10*time.Hour)
+		require.True(t, ok)
+		assert.LessOrEqual(t, end, c)
+		assert.Greater(t, end, c.Add(-2*time.Second))
+
+		// A read shortly before C waits for it.
+		time.Sleep(time.Until(c) - 5*time.Second + time.Millisecond)
+		next := e.lease("acme")
+		assert.Equal(t, c, time.Now().UTC())
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(next))
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
+
+		// refresh ends the token under its leases, and says so.
+		resp := e.write("tenants/acme/refresh", nil)
+		require.NotEmpty(t, resp.Warnings)
+		assert.Contains(t, resp.Warnings[0], "leases on it are of no use")
+
+		// The renewer exchanges at X, where the token was read.
+		e.read("token/acme")
+		x := e.stored("acme").Access.Planned
+		exchanges := e.server.Exchanges("acme")
+		time.Sleep(time.Until(x) - time.Millisecond)
+		assert.Equal(t, exchanges, e.server.Exchanges("acme"))
+		time.Sleep(time.Second)
+		assert.Equal(t, exchanges+1, e.server.Exchanges("acme"))
+		// It was not read: nobody exchanges it but keep_alive.
+		e.pass(50 * time.Hour)
+		assert.Equal(t, exchanges+1, e.server.Exchanges("acme"))
+		e.pass(22 * time.Hour)
+		assert.Equal(t, exchanges+2, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
+// When the exchange at X fails, the token lives on, and the next try is what leases end by.
+func TestOAuthPlannedExchangeFails(t *testing.T) {
+	for name, fault := range map[string]oauth2test.Fault{
+		"outage": {Answer: oauth2test.BadGateway, Times: 1},
+		"limit":  {Answer: oauth2test.TooManyRequests(40 * time.Second), Times: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				old := accessTokenOf(e.lease("acme"))
+				x := e.stored("acme").Access.Planned
+				e.server.Inject(fault)
+				time.Sleep(time.Until(x) + time.Millisecond)
+				synctest.Wait()
+				require.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+				time.Sleep(time.Second)
+				lease := e.lease("acme")
+				assert.Equal(t, old, accessTokenOf(lease))
+				end := time.Now().Add(lease.Secret.MaxTTL)
+				time.Sleep(time.Until(end) - time.Millisecond)
+				assert.True(t, e.server.Alive(old), "until the lease ends")
+				assert.Equal(t, 1, e.server.Exchanges("acme"))
+				next := e.lease("acme")
+				assert.NotEqual(t, old, accessTokenOf(next))
+				assert.Equal(t, statusOK, e.status("acme"))
+				e.kept()
+			})
+		})
+	}
+}
+
+// While a pause that another tenant's answer has begun permits no exchange, readers have the token that lives.
+func TestOAuthPlannedExchangeIsPostponed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		e.add("loud", nil)
+		lease := e.lease("acme")
+		c := e.stored("acme").Access.Planned.Add(-leaseMargin)
+		time.Sleep(time.Until(c) - time.Minute)
+		e.server.Inject(oauth2test.Fault{User: "loud", Answer: oauth2test.TooManyRequests(10 * time.Minute), Times: 1})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/loud/refresh", nil)
+		require.Equal(t, 429, status)
+		until := time.Now().Add(10 * time.Minute)
+		e.pass(2 * time.Minute)
+		again := e.lease("acme")
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(again))
+		assert.True(t, e.server.Alive(accessTokenOf(again)))
+		end := time.Now().Add(again.Secret.MaxTTL)
+		assert.False(t, end.After(until))
+		assert.Greater(t, again.Secret.MaxTTL, 6*time.Minute)
+		e.pass(time.Until(end) - time.Millisecond)
+		assert.True(t, e.server.Alive(accessTokenOf(again)))
+		e.pass(time.Minute)
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
+func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classB)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		assert.Equal(t, time.Hour-leaseMargin, lease.Secret.MaxTTL)
+		e.write("config", map[string]any{"exchange_invalidates": true})
+		careful := e.lease("acme")
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(careful))
+		assert.Less(t, careful.Secret.MaxTTL, 45*time.Minute)
+		e.write("config", map[string]any{"exchange_invalidates": false})
+		end, ok := e.renewLease(careful, time.Hour)
+		require.True(t, ok)
+		assert.Less(t, time.Until(end), 45*time.Minute, "a lease keeps its end")
+		assert.Equal(t, time.Hour-leaseMargin, e.lease("acme").Secret.MaxTTL)
+	})
+}
