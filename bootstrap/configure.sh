@@ -161,6 +161,7 @@ read -r -a tenants <<<"$KAIZALA_TENANTS"
 for tenant in ${tenants[@]+"${tenants[@]}"}; do
   [[ $tenant =~ $named ]] || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
   policy "$prefix-tenant-user-$tenant" tenant-user "$tenant"
+  policy "$prefix-tenant-connect-$tenant" tenant-connect "$tenant"
   policy "$prefix-app-$tenant" app "$tenant"
   policy "$prefix-sidecar-$tenant" sidecar "$tenant"
 done
@@ -205,5 +206,6 @@ if [[ -z $(vault read -field=connector_id "$config" 2>/dev/null) ]]; then
 fi
 for tenant in "${tenants[@]:-TENANT}"; do
   say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant refresh_token=-"
+  say "  or, by consent ($prefix-tenant-connect-$tenant):  vault write -f $mount/tenants/$tenant/authorize"
   say "  the app ($prefix-app-$tenant):  vault read $mount/creds/$tenant"
 done

@@ -15,6 +15,8 @@ import (
 
 	"github.com/hashicorp/vault/api"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // shortLived is how long access tokens live here. The tenant's min_ttl leaves
@@ -116,6 +118,27 @@ func TestAgentRenders(t *testing.T) {
 	s.write(t, "kaizala/tenants/acme/refresh", nil)
 	Eventually(t, "the token that was refreshed to go", func() bool { return s.rendered(t, unleased) != refreshed })
 	require.True(t, s.kaizala.AccessTokenAlive(s.rendered(t, unleased)))
+}
+
+// An authorization server names no endpoint: the file says null.
+func TestAgentRendersForOAuth(t *testing.T) {
+	t.Parallel()
+	s := &site{Vault: Start(t)}
+	s.MountEngine(t, "kaizala")
+	server := newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	s.write(t, "kaizala/config", map[string]any{"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret})
+	s.write(t, "kaizala/tenants/acme", map[string]any{"refresh_token": server.Grant(id, "asha"), "ttl": "15m"})
+	require.NoError(t, s.Client.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
+	for config, policy := range map[string]string{"token.hcl": "sidecar", "creds.hcl": "app"} {
+		dir := s.startAgent(t, config, policy)
+		Eventually(t, "Agent to render by "+config, func() bool { return contents(filepath.Join(dir, "access-token.json")) != "" })
+		var file map[string]any
+		require.NoError(t, json.Unmarshal([]byte(contents(filepath.Join(dir, "access-token.json"))), &file))
+		require.True(t, server.Alive(file["access_token"].(string)))
+		require.Contains(t, file, "endpoint_url")
+		require.Nil(t, file["endpoint_url"])
+	}
 }
 
 // With a ttl, whose leases are renewable, Agent notices a revocation, and its

@@ -93,8 +93,8 @@ func TestConfigure(t *testing.T) {
 	require.Contains(t, out, "vault write kaizala/tenants/contoso refresh_token=-")
 	policies := []string{
 		"kaizala-connector-owner", "kaizala-operator", "kaizala-monitor", "kaizala-app-templated",
-		"kaizala-tenant-user-acme", "kaizala-app-acme", "kaizala-sidecar-acme",
-		"kaizala-tenant-user-contoso", "kaizala-app-contoso", "kaizala-sidecar-contoso",
+		"kaizala-tenant-user-acme", "kaizala-tenant-connect-acme", "kaizala-app-acme", "kaizala-sidecar-acme",
+		"kaizala-tenant-user-contoso", "kaizala-tenant-connect-contoso", "kaizala-app-contoso", "kaizala-sidecar-contoso",
 	}
 	first := configured(t, v, policies...)
 	mount := first["sys/mounts/kaizala"].(map[string]any)

@@ -308,10 +308,9 @@ func TestRunbook(t *testing.T) {
 	s := newSite(t, Raft(), WithConfig(func(config map[string]any) {
 		config["telemetry"] = map[string]any{"prometheus_retention_time": "1h", "disable_hostname": true}
 	}))
-	for _, name := range []string{"operator", "tenant-user", "connector-owner"} {
+	for _, name := range []string{"operator", "tenant-user", "tenant-connect", "connector-owner"} {
 		s.shippedPolicy(t, name)
 	}
-	s.Policy(t, "tenant-connect", `path "kaizala/tenants/acme/authorize" { capabilities = ["update", "read"] }`)
 	s.Policy(t, "hr-owner", strings.ReplaceAll(fileText(t, bootstrapFile(t, "policies", "connector-owner.hcl")), "config/default", "config/hr"))
 	tokens := map[string]string{
 		"administrator":         s.RootToken,

@@ -23,7 +23,7 @@ locals {
     },
     [
       for tenant in var.tenants : {
-        for name in ["tenant-user", "app", "sidecar"] :
+        for name in ["tenant-user", "tenant-connect", "app", "sidecar"] :
         "${local.prefix}-${name}-${tenant}" => { file = name, tenant = tenant }
       }
     ]...
