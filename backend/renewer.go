@@ -105,7 +105,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	case !a.Planned.IsZero():
 		// While leases may live on the token, the exchange that ends it comes at its planned time.
 		if x := v.bound(); a.wanted() && now.Before(a.Expires) {
-			if a.use.Load() == read || due.IsZero() || !due.After(x) {
+			if a.use.Load() == read || due.IsZero() || !due.After(x) || v.trouble != nil && v.trouble.lost {
 				return x
 			}
 		} else if trouble != nil {
