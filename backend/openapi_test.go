@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"flag"
@@ -363,6 +364,7 @@ func TestEveryAnswerFitsItsSchema(t *testing.T) {
 		}
 		e.ok(remove, "config/hr", nil)
 		e.ok(remove, "config", nil)
+		e.askOAuth()
 
 		for _, status := range []string{statusOK, statusDegraded, statusRejected, statusExpired, statusUnverified} {
 			assert.True(t, e.seen["status "+status], "no tenant was %s", status)
@@ -372,6 +374,35 @@ func TestEveryAnswerFitsItsSchema(t *testing.T) {
 			return grant || strings.Contains(path.Pattern, "refresh") && strings.HasPrefix(field, "last_error")
 		}, slices.DeleteFunc(slices.Clone(e.Paths), isGrants))
 	})
+}
+
+// askOAuth asks for what an OAuth 2.0 connector and its tenants answer, with revocations that fail.
+func (e *checkedEngine) askOAuth() {
+	const read, write, remove = logical.ReadOperation, logical.UpdateOperation, logical.DeleteOperation
+	server := oauth2test.New()
+	e.connectors.transport = server.Transport()
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+	for _, path := range []string{"config", "config/hr"} {
+		connector := cmp.Or(strings.TrimPrefix(strings.TrimPrefix(path, "config"), "/"), defaultConnector)
+		e.ok(write, path, map[string]any{
+			"service": "oauth2", "connector_id": id, "connector_secret": secret, "issuer": server.Issuer(),
+			"revocation": "access_token", "exchange_invalidates": false, "token_params": map[string]any{"audience": "a"},
+		})
+		e.ok(write, "tenants/oauth", map[string]any{"refresh_token": server.Grant(id, connector), "connector": connector})
+		lease := e.ok(read, "creds/oauth", nil)
+		e.ok(read, "token/oauth", nil)
+		lease.Secret.IssueTime, lease.Secret.TTL = time.Now(), lease.Secret.MaxTTL
+		require.NoError(e.t, e.revokeLease(lease))
+		e.ok(write, "tenants/oauth/refresh", nil)
+		e.ok(read, "tenants/oauth", nil)
+		e.ok(read, path, nil)
+		e.ok(remove, "tenants/oauth", nil)
+	}
+	server.ClearFaults()
+	e.pass(2 * time.Minute)
+	e.ok(remove, "config/hr", nil)
+	e.ok(remove, "config", nil)
 }
 
 // isGrants says whether a path is one by which a person grants access.
