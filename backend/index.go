@@ -203,6 +203,7 @@ func (b *backend) buildIndex() {
 		if err == nil {
 			b.revocations.tick()
 		}
+		b.attendGrants()
 		b.mu.Lock()
 		b.indexed = err == nil
 		if err != nil {

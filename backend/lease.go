@@ -182,19 +182,25 @@ func (b *backend) revoke(ctx context.Context, req *logical.Request, _ *framework
 	} else {
 		err = b.endShared(ctx, name, generation, endsEarly(req.Secret, now))
 	}
-	if errors.Is(err, errUnreadable) || errors.Is(err, logical.ErrReadOnly) && !b.revokesAtService(req.Secret, name) {
+	if errors.Is(err, errUnreadable) || errors.Is(err, logical.ErrReadOnly) && !b.revokesAtService(ctx, req.Secret, name) {
 		return nil, nil // what cannot be read is not handed out; the node that may write gives the token up too
 	}
 	return nil, err
 }
 
-// revokesAtService says whether the end of a lease may end its access token at the service.
-func (b *backend) revokesAtService(secret *logical.Secret, tenant string) bool {
+// revokesAtService says whether the end of a lease may end its access token at the service. A tenant or a connector that is
+// not there ends nothing.
+func (b *backend) revokesAtService(ctx context.Context, secret *logical.Secret, tenant string) bool {
 	if secret.InternalData[leaseOwn] == "true" {
 		return true
 	}
 	t := b.tenants.named(tenant)
-	return t == nil || b.revocations.mayRevoke(t.view.Load().summary)
+	if t == nil {
+		return false
+	}
+	summary := t.view.Load().summary
+	via, err := b.connectors.get(ctx, summary.connector)
+	return b.revocations.mayRevoke(summary) && (via != nil || ignoreUnusable(err) != nil)
 }
 
 // endHeld has the access token revoked that a lease alone stands for.

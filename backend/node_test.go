@@ -160,7 +160,7 @@ func TestEveryKeyWritten(t *testing.T) {
 				entry := map[string]any{}
 				require.NoError(t, raw.DecodeJSON(&entry))
 				for field := range entry {
-					assert.Contains(t, []string{"format", "tenant", "until"}, field, "a call holds no secret")
+					assert.Contains(t, []string{"format", "tenant", "at", "until"}, field, "a call holds no secret")
 				}
 				continue
 			}
