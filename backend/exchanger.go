@@ -67,8 +67,6 @@ type outcome struct {
 	rejected     bool // the service refuses the refresh token
 	retires      bool // the access token that there was is given up
 	ownToken     bool
-	keepAlive    time.Duration
-	planned      bool // an exchange ends the access tokens before it
 }
 
 // succeeded says whether the exchange has brought what it was made for.
