@@ -6,8 +6,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -17,6 +20,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
@@ -63,6 +67,10 @@ func TestEveryFormatLoads(t *testing.T) {
 		t.Run(fmt.Sprintf("format %d", format), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newEngine(t)
+				server := oauth2test.New()
+				e.wire = func() http.RoundTripper {
+					return byHost{"as.example": server.Transport(), "": e.kaizala.Transport()}
+				}
 				for key, value := range entriesOfFormat(t, format) {
 					e.put(key, value)
 				}
@@ -72,10 +80,15 @@ func TestEveryFormatLoads(t *testing.T) {
 				for name := range e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"].(map[string]any) {
 					states[name] = e.status(name)
 				}
-				assert.Equal(t, map[string]string{
+				want := map[string]string{
 					"user": statusOK, "group": statusOK, "revoked": statusOK, "rejected": statusRejected,
 					"unverified": statusUnverified, "opaque": statusUnverified,
-				}, states)
+				}
+				if format >= 2 {
+					want["planned"], want["ending"], want["own"] = statusOK, statusOK, statusOK
+					checkOAuthFixtures(t, e)
+				}
+				assert.Equal(t, want, states)
 				assert.Equal(t, "AB12CD34EF", must(e.storedConnector(context.Background(), "default")).ConnectorSecret)
 				assert.Equal(t, "https://kaizala.example", e.read("config/hr")["api_root"])
 				assert.Equal(t, "hr", e.read("tenants/opaque")["connector"])
@@ -117,6 +130,53 @@ func must[T any](value T, err error) T {
 	return value
 }
 
+// checkOAuthFixtures asks for what version 0.2.0 has stored of OAuth 2.0.
+func checkOAuthFixtures(t *testing.T, e *engine) {
+	synctest.Wait()
+	as := e.read("config/as")
+	assert.Equal(t, "https://as.example/written/token", as["token_url"])
+	assert.Equal(t, "client_secret_post", as["token_endpoint_auth_method"])
+	assert.EqualValues(t, 1, as["pending_revocations"])
+	e.ok(logical.PatchOperation, "config/as", map[string]any{"token_url": nil})
+	assert.Equal(t, "https://as.example/found/token", e.read("config/as")["token_url"])
+	planned := e.read("tenants/planned")
+	assert.Equal(t, "token-ada", planned["granted_by"])
+	assert.Equal(t, "ada@example.com", planned["subject"])
+	assert.Equal(t, 11*time.Hour-leaseMargin, e.lease("planned").Secret.MaxTTL)
+	assert.Equal(t, "access-token-of-own", e.read("token/own")["access_token"])
+	assert.EqualValues(t, 1, e.read("tenants/own")["pending_revocations"], "the token for one lease has its record")
+	require.NoError(t, e.revokeLease(&logical.Response{Secret: &logical.Secret{
+		LeaseOptions: logical.LeaseOptions{TTL: time.Hour, IssueTime: time.Now()},
+		InternalData: map[string]any{"secret_type": accessTokenType, "tenant": "own", "generation": "GENERATIONOFUNLEASED", "expires": "2000-01-01T12:00:00Z", "own": "true"},
+	}}))
+	assert.EqualValues(t, 2, e.read("tenants/own")["pending_revocations"])
+}
+
+// storedFields lists the fields of an entry's JSON form, those of entries in it by their path.
+func storedFields(in string, of reflect.Type) (fields []string) {
+	for of.Kind() == reflect.Pointer {
+		of = of.Elem()
+	}
+	if of.Kind() != reflect.Struct || of == reflect.TypeFor[time.Time]() {
+		return nil
+	}
+	for i := range of.NumField() {
+		name, _, _ := strings.Cut(of.Field(i).Tag.Get("json"), ",")
+		if name != "" {
+			fields = append(append(fields, in+name), storedFields(in+name+".", of.Field(i).Type)...)
+		}
+	}
+	return fields
+}
+
+func seenFields(in string, value any, seen map[string]bool) {
+	of, _ := value.(map[string]any)
+	for name, value := range of {
+		seen[in+name] = true
+		seenFields(in+name+".", value, seen)
+	}
+}
+
 // A field that is renamed or changes its meaning needs a new format: what the
 // engine makes of an entry of today's format, and writes again, is that entry.
 func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
@@ -130,8 +190,9 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 		assert.JSONEq(t, string(value), string(again), key)
 		fields := map[string]any{}
 		require.NoError(t, json.Unmarshal(again, &fields))
-		for field := range fields {
-			seen[strings.Split(key, "/")[0]+" "+field] = true
+		seenFields(strings.Split(key, "/")[0]+" ", fields, seen)
+		if c, ok := entry.(*connectorEntry); ok {
+			seenFields(c.Service+" ", fields["settings"], seen)
 		}
 	}
 	for key, value := range entriesOfFormat(t, entryFormat) {
@@ -140,11 +201,26 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 			roundTrip(key, value, &connectorEntry{})
 		case strings.HasPrefix(key, callPrefix):
 			roundTrip(key, value, &map[string]any{}) // package share knows more
+		case strings.HasPrefix(key, heldPrefix):
+			roundTrip(key, value, &held{})
+		case strings.HasPrefix(key, intentPrefix):
+			roundTrip(key, value, &intent{})
 		default:
 			roundTrip(key, value, &tenantEntry{})
 		}
 	}
-	assert.Len(t, seen, 9+3+16, "the fixtures hold every field: %v", seen)
+	every := slices.Concat(
+		storedFields("config ", reflect.TypeFor[connectorEntry]()), storedFields("tenants ", reflect.TypeFor[tenantEntry]()),
+		storedFields("held ", reflect.TypeFor[held]()), storedFields("revocations ", reflect.TypeFor[intent]()),
+	)
+	for name, kind := range serviceKinds {
+		every = append(every, storedFields(name+" ", reflect.TypeOf(kind.settings()))...)
+	}
+	for _, field := range every {
+		known := strings.HasPrefix(field, "tenants unleased.") || seen[field]
+		assert.True(t, known, "the fixtures hold every field: %s", field)
+	}
+	assert.Greater(t, len(every), 90)
 }
 
 // damage is what an engine may find in storage and can make nothing of.
