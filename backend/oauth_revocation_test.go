@@ -421,3 +421,19 @@ func TestOAuthConnectorChanges(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(lease)))
 	})
 }
+
+// A token in its last 5 seconds is not sent: at some services the revocation of an expired one ends the grant.
+func TestOAuthLastMoments(t *testing.T) {
+	for left, calls := range map[time.Duration]int{5 * time.Second: 0, 5*time.Second + time.Millisecond: 1} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.RevokeExpiredEndsGrant = true }, classA)
+			e.add("acme", map[string]any{"token_per_lease": true})
+			lease := e.lease("acme")
+			time.Sleep(time.Hour - left)
+			e.revoke(lease)
+			e.pass(time.Minute)
+			assert.Len(t, e.revocations(), calls)
+			e.kept()
+		})
+	}
+}
