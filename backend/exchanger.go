@@ -240,7 +240,8 @@ func (x *exchanger) call(f *flight) error {
 	if f.want.background && !f.t.mayEnd(time.Now()) {
 		return errSuperseded // somebody has begun to use the access token that this exchange would end
 	}
-	for retried := false; ; {
+	var lost *tokenservice.Result // of the first request, where its answer was lost
+	for {
 		via, err := x.connectors.of(x.ctx, f.connector)
 		if err != nil {
 			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
@@ -250,8 +251,11 @@ func (x *exchanger) call(f *flight) error {
 			continue // the connector was written meanwhile: begin anew, with what it is now
 		}
 		x.connectors.judge(x.ctx, via, result.Err)
-		if lostAnswer(result) && via.about.RetryLost && !retried && x.ctx.Err() == nil {
-			retried = true
+		if lost != nil && result.Sent.IsZero() {
+			result = *lost // there was no second request: the first may have been carried out
+		}
+		if lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
+			lost = &result
 			continue
 		}
 		return x.settle(f, entry, via, result)
@@ -406,13 +410,16 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	}
 	now := time.Now()
 	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff())}
+	if before := f.t.view.Load().trouble; before != nil {
+		next.lost = before.lost // until an exchange succeeds
+	}
 	about := tokenservice.About{Name: "the service"}
 	if via != nil {
 		next.revision, about = via.revision, via.about
 	}
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
 	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
-		next.lost = failure.Lost || f.carriedOut
+		next.lost = next.lost || failure.Lost || f.carriedOut
 		switch failure.Kind {
 		case tokenservice.RefusedConnector:
 			next.until = via.nextProbe()

@@ -593,7 +593,7 @@ func (v *tenantView) base() *tenantEntry {
 func (t *tenant) mayEnd(now time.Time) bool {
 	v := t.view.Load()
 	a := v.access
-	if a == nil || a.Planned.IsZero() || !now.Before(v.bound()) {
+	if a == nil || !a.current() || a.Planned.IsZero() || !now.Before(v.bound()) {
 		return true
 	}
 	return !a.leased() && (a.use.CompareAndSwap(unread, ending) || a.use.Load() == ending)

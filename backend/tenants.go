@@ -482,13 +482,13 @@ func (ts *tenants) settled(ctx context.Context, t *tenant, o *outcome, next *ten
 // live and the service can revoke it.
 func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
 	switch old := v.access; {
-	case v.entry == nil:
-		return nil
+	case v.entry == nil, o.access != nil && old != nil && old.Generation == o.access.Generation:
+		return nil // there is nothing, or storage had taken it though it said otherwise
 	case o.change != nil:
 		return ts.giveUpAll(ctx, t, v.entry, nil, false)
 	case o.access == nil || old == nil || o.ownToken:
 		return nil
-	case o.retires:
+	case o.retires || !old.current(): // storage may not know yet that the old one is given up
 		return ts.revocations.giveUp(ctx, v.entry.Connector, t.name, old.accessEntry)
 	case old.leased():
 		return ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
