@@ -122,6 +122,7 @@ if [[ $mode == demo ]]; then
   exit 0
 fi
 
+trap 'echo; exit 0' INT
 cat <<EOF
 
 Running until Ctrl-C. For another terminal:
@@ -135,6 +136,5 @@ export connector_id=$connector_id
 
 Vault's log: $work/vault.log
 EOF
-trap 'echo; exit 0' INT
 wait "$vault_pid" || true
 fail "Vault has ended"
