@@ -24,6 +24,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // The benchmarks here compare the engine with the floor: see floor/main.go. They
@@ -130,28 +131,34 @@ func (s *side) speed(other *side) (ratio, plusMinus float64) {
 	return ratio, t95 * math.Sqrt(squares/(blocks-1)/blocks)
 }
 
+func (s *side) perSecond(rounds []time.Duration) float64 {
+	return float64(connections*len(rounds)) / total(rounds).Seconds()
+}
+
+// extremes are the slowest and the fastest of the blocks.
+func (s *side) extremes() (slowest, fastest float64) {
+	slowest = math.Inf(1)
+	for i := range blocks {
+		slowest, fastest = min(slowest, s.perSecond(s.block(i))), max(fastest, s.perSecond(s.block(i)))
+	}
+	return slowest, fastest
+}
+
 // report measures the engine beside the floor, and the floor beside itself.
-func report(b *testing.B, engine, floor, again func() error) {
-	rounds := benchRounds(b)
+func report(b *testing.B, rounds int, engine, floor, again func() error) {
 	ours, base, twin := &side{get: engine}, &side{get: floor}, &side{get: again}
 	measure(b, rounds, ours, base, twin)
-	perSecond := func(rounds []time.Duration) float64 {
-		return float64(connections*len(rounds)) / total(rounds).Seconds()
-	}
 	ratio, ratioSpread := ours.speed(base)
 	noise, noiseSpread := twin.speed(base)
-	slowest, fastest := math.Inf(1), 0.0
-	for i := range blocks {
-		slowest, fastest = min(slowest, perSecond(ours.block(i))), max(fastest, perSecond(ours.block(i)))
-	}
+	slowest, fastest := ours.extremes()
 	for _, metric := range []struct {
 		value float64
 		unit  string
 	}{
-		{perSecond(ours.rounds), "reads/s"},
+		{ours.perSecond(ours.rounds), "reads/s"},
 		{slowest, "slowest-reads/s"},
 		{fastest, "fastest-reads/s"},
-		{perSecond(base.rounds), "floor-reads/s"},
+		{base.perSecond(base.rounds), "floor-reads/s"},
 		{ratio, "ratio"},
 		{ratioSpread, "±ratio"},
 		{noise, "noise"},
@@ -162,6 +169,17 @@ func report(b *testing.B, engine, floor, again func() error) {
 	} {
 		b.ReportMetric(metric.value, metric.unit)
 	}
+}
+
+// reportAlone measures what has no floor.
+func reportAlone(b *testing.B, rounds int, get func() error) {
+	ours := &side{get: get}
+	measure(b, rounds, ours)
+	slowest, fastest := ours.extremes()
+	b.ReportMetric(ours.perSecond(ours.rounds), "reads/s")
+	b.ReportMetric(slowest, "slowest-reads/s")
+	b.ReportMetric(fastest, "fastest-reads/s")
+	b.ReportMetric(0, "ns/op")
 }
 
 // buildFloor builds the floor from this tree, in the way the engine is built.
@@ -189,6 +207,21 @@ func settings(b *testing.B) (config, tenant map[string]any) {
 		map[string]any{"refresh_token": kaizala.GenerateUserToken(id, "asha")}
 }
 
+// oauthSettings are the configuration of an authorization server on loopback, whose access tokens can be revoked, and a way
+// to get a refresh token for a tenant. The connector's part of the limit is so large that nothing waits for it.
+func oauthSettings(b *testing.B) (config map[string]any, grant func(user string) string) {
+	b.Helper()
+	server := oauth2test.New()
+	server.Set(oauth2test.ClassA)
+	b.Cleanup(server.Listen())
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	return map[string]any{
+		"service": "oauth2", "token_url": server.TokenURL(), "revocation_url": server.RevocationURL(),
+		"connector_id": id, "connector_secret": secret, "exchange_invalidates": false,
+		"exchanges_per_minute": 10_000_000,
+	}, func(user string) string { return server.Grant(id, user) }
+}
+
 func request(b testing.TB, mount logical.Backend, op logical.Operation, path string, data map[string]any) *logical.Response {
 	b.Helper()
 	resp, err := mount.HandleRequest(context.Background(), &logical.Request{Operation: op, Path: path, Data: data})
@@ -197,13 +230,16 @@ func request(b testing.TB, mount logical.Backend, op logical.Operation, path str
 	return resp
 }
 
-// startEngine is the engine over go-plugin, its tenant acme ready to be read.
+// startEngine is the engine over go-plugin, its tenants acme, of Kaizala, and oauth ready to be read.
 func startEngine(b *testing.B, p *Plugin, storage logical.Storage) logical.Backend {
 	b.Helper()
 	config, tenant := settings(b)
 	mount := p.Mount(b, storage, logical.TestSystemView())
 	request(b, mount, logical.CreateOperation, "config", config)
 	request(b, mount, logical.CreateOperation, "tenants/acme", tenant)
+	config, grant := oauthSettings(b)
+	request(b, mount, logical.CreateOperation, "config/oauth", config)
+	request(b, mount, logical.CreateOperation, "tenants/oauth", map[string]any{"connector": "oauth", "refresh_token": grant("oauth")})
 	return mount
 }
 
@@ -211,7 +247,7 @@ func startEngine(b *testing.B, p *Plugin, storage logical.Storage) logical.Backe
 func constants(b *testing.B, engine logical.Backend) map[string]string {
 	b.Helper()
 	answers := map[string]string{}
-	for _, path := range []string{"creds/acme", "token/acme"} {
+	for _, path := range []string{"creds/acme", "token/acme", "creds/oauth", "token/oauth"} {
 		text, err := json.Marshal(request(b, engine, logical.ReadOperation, path, nil))
 		require.NoError(b, err)
 		answers[path] = string(text)
@@ -242,7 +278,7 @@ func BenchmarkGoPlugin(b *testing.B) {
 					return err
 				}
 			}
-			report(b, reader(engine), reader(floors[0]), reader(floors[1]))
+			report(b, benchRounds(b), reader(engine), reader(floors[0]), reader(floors[1]))
 		})
 	}
 }
@@ -332,37 +368,83 @@ func BenchmarkVault(b *testing.B) {
 			transport.Proxy = nil
 			transport.MaxIdleConnsPerHost, transport.MaxConnsPerHost = connections, connections
 			b.Cleanup(transport.CloseIdleConnections)
-			for _, path := range []string{"token/acme", "creds/acme"} {
-				name, _, _ := strings.Cut(path, "/")
+			config, grant := oauthSettings(b)
+			write("kaizala/config/oauth", config)
+			config["revocation"] = "access_token"
+			write("kaizala/config/revoking", config)
+			write("kaizala/tenants/oauth", map[string]any{"connector": "oauth", "refresh_token": grant("oauth")})
+			get := func(path string) func() error { return v.requester(b, transport, http.MethodGet, path, "") }
+			for _, path := range []string{"token/acme", "creds/acme", "token/oauth", "creds/oauth"} {
+				name, tenant, _ := strings.Cut(path, "/")
+				if tenant == "oauth" {
+					name = tenant + "-" + name
+				}
 				b.Run(name, func(b *testing.B) {
-					report(b, v.getter(b, transport, "kaizala/"+path), v.getter(b, transport, "floor-a/"+path), v.getter(b, transport, "floor-b/"+path))
+					report(b, benchRounds(b), get("kaizala/"+path), get("floor-a/"+path), get("floor-b/"+path))
 				})
 			}
+			for i := range connections {
+				write(fmt.Sprintf("kaizala/tenants/x%d", i), map[string]any{"connector": "oauth", "refresh_token": grant(fmt.Sprintf("x%d", i))})
+				write(fmt.Sprintf("kaizala/tenants/own%d", i), map[string]any{"connector": "revoking", "refresh_token": grant(fmt.Sprintf("own%d", i)), "token_per_lease": true})
+			}
+			// Each connection has a tenant, or a secret, of its own.
+			each := func(method, path, body string) func() error {
+				return spread(func(i int) func() error { return v.requester(b, transport, method, path+strconv.Itoa(i), body) })
+			}
+			// A write costs what some hundred reads do.
+			rounds := max(benchRounds(b)/10, blocks)
+			b.Run("exchange", func(b *testing.B) {
+				for _, mount := range []string{"kv-a", "kv-b"} {
+					require.NoError(b, v.Client.Sys().Mount(mount, &api.MountInput{Type: "kv", Options: map[string]string{"version": "1"}}))
+				}
+				secret := fmt.Sprintf(`{"refresh_token": %q}`, strings.Repeat("x", 1000))
+				exchange := spread(func(i int) func() error {
+					return v.requester(b, transport, http.MethodPut, fmt.Sprintf("kaizala/tenants/x%d/refresh", i), "")
+				})
+				report(b, rounds, exchange, each(http.MethodPut, "kv-a/", secret), each(http.MethodPut, "kv-b/", secret))
+			})
+			b.Run("token-per-lease", func(b *testing.B) {
+				reportAlone(b, rounds, each(http.MethodGet, "kaizala/creds/own", ""))
+			})
 		})
 	}
 }
 
-// getter reads a path through Vault, without the API client's own costs.
-func (v *Vault) getter(b *testing.B, transport http.RoundTripper, path string) func() error {
+// spread hands one of several functions to each of those who call it at the same time.
+func spread(of func(i int) func() error) func() error {
+	all := make([]func() error, connections)
+	for i := range all {
+		all[i] = of(i)
+	}
+	var next atomic.Int64
+	return func() error { return all[int(next.Add(1))%connections]() }
+}
+
+// requester makes a request to Vault, without the API client's own costs.
+func (v *Vault) requester(b *testing.B, transport http.RoundTripper, method, path, body string) func() error {
 	b.Helper()
-	req, err := http.NewRequest(http.MethodGet, v.Addr+"/v1/"+path, nil)
-	require.NoError(b, err)
-	req.Header.Set("X-Vault-Token", v.RootToken)
-	get := func() (string, error) {
-		resp, err := transport.RoundTrip(req.Clone(context.Background()))
+	request := func() (string, error) {
+		req, err := http.NewRequest(method, v.Addr+"/v1/"+path, strings.NewReader(body))
+		if err != nil {
+			return "", err
+		}
+		req.Header.Set("X-Vault-Token", v.RootToken)
+		resp, err := transport.RoundTrip(req)
 		if err != nil {
 			return "", err
 		}
 		defer resp.Body.Close()
-		body, err := io.ReadAll(resp.Body)
-		if err == nil && resp.StatusCode != http.StatusOK {
-			err = fmt.Errorf("GET %s: %d\n%s", path, resp.StatusCode, body)
+		answer, err := io.ReadAll(resp.Body)
+		if err == nil && resp.StatusCode >= 300 {
+			err = fmt.Errorf("%s %s: %d\n%s", method, path, resp.StatusCode, answer)
 		}
-		return string(body), err
+		return string(answer), err
 	}
-	body, err := get()
+	answer, err := request()
 	require.NoError(b, err)
-	require.Contains(b, body, `"access_token"`)
-	b.Logf("an answer of %s has %d bytes", path, len(body))
-	return func() error { _, err := get(); return err }
+	if method == http.MethodGet {
+		require.Contains(b, answer, `"access_token"`)
+		b.Logf("an answer of %s has %d bytes", path, len(answer))
+	}
+	return func() error { _, err := request(); return err }
 }

@@ -147,6 +147,10 @@ func table(measured results) []string {
 			section("through Vault, " + storage + " storage, 32 connections")
 			compared(row, "`creds`, beside a floor with leases", m)
 			compared(row, "`token`, beside a floor without", measured["Vault/"+storage+"/token"])
+			compared(row, "`creds` of an OAuth tenant, beside the floor with leases", measured["Vault/"+storage+"/oauth-creds"])
+			compared(row, "`token` of an OAuth tenant, beside the floor without", measured["Vault/"+storage+"/oauth-token"])
+			writes(row, "an exchange of an OAuth tenant (`refresh`), beside a write of Vault's kv", measured["Vault/"+storage+"/exchange"])
+			writes(row, "`creds` with `token_per_lease`", measured["Vault/"+storage+"/token-per-lease"])
 		}
 	}
 	return lines
@@ -154,6 +158,9 @@ func table(measured results) []string {
 
 // compared is what the rounds of two sides have shown.
 func compared(row func(what, median, spread, beside string), what string, m map[string][]float64) {
+	if m == nil {
+		return
+	}
 	one := func(unit string) float64 { return median(m[unit]) }
 	rate := fmt.Sprintf("%.0f reads/s", one("reads/s"))
 	if one("fastest-reads/s")-one("slowest-reads/s") > 2*widest*one("reads/s") {
@@ -166,6 +173,20 @@ func compared(row func(what, median, spread, beside string), what string, m map[
 	}
 	row(what, rate, fmt.Sprintf("%.0f … %.0f", one("slowest-reads/s"), one("fastest-reads/s")),
 		fmt.Sprintf("%s; the floor beside itself %.3f ± %.3f; median rounds %.3f, and %.3f", ratio, one("noise"), one("±noise"), one("median-ratio"), one("median-noise")))
+}
+
+// writes is a row of what stores something, which is slower and less even than a read. m has a ratio where something was
+// measured beside it.
+func writes(row func(what, median, spread, beside string), what string, m map[string][]float64) {
+	if m == nil {
+		return
+	}
+	beside := ""
+	if m["ratio"] != nil {
+		beside = fmt.Sprintf("%.2f ± %.2f of %.0f writes/s; kv beside itself %.2f ± %.2f",
+			median(m["ratio"]), median(m["±ratio"]), median(m["floor-reads/s"]), median(m["noise"]), median(m["±noise"]))
+	}
+	row(what, fmt.Sprintf("%.0f/s", median(m["reads/s"])), fmt.Sprintf("%.0f … %.0f", median(m["slowest-reads/s"]), median(m["fastest-reads/s"])), beside)
 }
 
 // summary is the median as text, unless the values are too far apart for that, and

@@ -7,7 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"log"
-	"sync/atomic"
+	"sync"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -35,11 +35,11 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 	return b, b.Setup(ctx, conf)
 }
 
-// constant is a path whose every read has the answer that was last written to it,
+// constant is a path of tenants. Every read of one has the answer that was last written to it,
 // a logical.Response as JSON. Callbacks, unlike Operations, spare a read the
 // framework's question for the replication state, a round trip to Vault.
 func constant(prefix string) *framework.Path {
-	var answer atomic.Pointer[logical.Response]
+	var answers sync.Map // of tenants
 	return &framework.Path{
 		Pattern: prefix + framework.GenericNameRegex("tenant"),
 		Fields: map[string]*framework.FieldSchema{
@@ -48,13 +48,15 @@ func constant(prefix string) *framework.Path {
 		},
 		//lint:ignore SA1019 Operations would add the framework's question, which the engine does not ask either
 		Callbacks: map[logical.Operation]framework.OperationFunc{
-			logical.ReadOperation: func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
-				return answer.Load(), nil
+			logical.ReadOperation: func(_ context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+				answer, _ := answers.Load(req.Path)
+				next, _ := answer.(*logical.Response)
+				return next, nil
 			},
-			logical.UpdateOperation: func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+			logical.UpdateOperation: func(_ context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 				next := &logical.Response{}
 				err := json.Unmarshal([]byte(d.Get("response").(string)), next)
-				answer.Store(next)
+				answers.Store(req.Path, next)
 				return nil, err
 			},
 		},
