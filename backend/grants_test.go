@@ -49,7 +49,9 @@ func newGrantEngine(t testing.TB, options ...func(*oauth2test.Options)) *grantEn
 	for _, set := range options {
 		e.server.Set(set)
 	}
-	e.route()
+	e.wire = e.transport
+	synctest.Wait() // nothing reads the transport meanwhile
+	e.connectors.transport = e.transport()
 	e.clientID, e.clientSecret = e.server.RegisterClient(oauth2test.AuthBasic, callbackTo, callbackTo+"/as")
 	e.write("config/as", map[string]any{
 		"service": "oauth2", "connector_id": e.clientID, "connector_secret": e.clientSecret, "exchanges_per_minute": 1000,
@@ -60,18 +62,14 @@ func newGrantEngine(t testing.TB, options ...func(*oauth2test.Options)) *grantEn
 	return e
 }
 
-func (e *grantEngine) route() {
-	e.connectors.transport = byHost{"as.example": e.server.Transport(), "other.example": e.other.Transport(), "": e.kaizala.Transport()}
+func (e *grantEngine) transport() http.RoundTripper {
+	return byHost{"as.example": e.server.Transport(), "other.example": e.other.Transport(), "": e.kaizala.Transport()}
 }
 
-func (e *grantEngine) restart() {
-	e.engine.restart()
-	e.route()
-}
-
+// crash waits until nothing runs: a request of before may have begun with the engine that dies.
 func (e *grantEngine) crash() {
+	synctest.Wait()
 	e.engine.crash()
-	e.route()
 }
 
 // ask makes a request as a person whom Vault calls token-ada.
