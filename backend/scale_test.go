@@ -144,7 +144,7 @@ func TestRevocationStorm(t *testing.T) {
 
 func TestAHundredThousandTenants(t *testing.T) {
 	n := 100_000
-	if testing.Short() {
+	if testing.Short() || raceDetector {
 		n = 15_000
 	}
 	e := newConfiguredEngine(t)
