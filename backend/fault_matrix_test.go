@@ -26,7 +26,7 @@ import (
 // steps, for the service to answer, for the caller to behave and for the process
 // to end. What must hold in every cell stands in cell.play.
 //
-// Of 46,504 cells for Kaizala, in 93 s of processor time, 2,800 are left, and 3,000 are OAuth's: 11 s. Of 51 changes of the
+// Of 46,504 cells for Kaizala, in 93 s of processor time, 2,800 are left, and 3,000 are OAuth's: 11 s. 51 changes of the
 // engine that somebody could make by mistake were tried on what is left: some 27 turn it red, 17 of them seen on today's
 // cells. The matrix of before was tried on 10 of the others only, in part, so a change that it alone caught is not ruled out.
 
