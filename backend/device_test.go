@@ -154,6 +154,21 @@ func TestPollsThatAreToWait(t *testing.T) {
 	})
 }
 
+// The node that goes on begins with its start: it waits for one interval, and for no periodic function.
+func TestPollsGoOnWithTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		time.Sleep(7 * time.Second)
+		e.crash()
+		restarted, polls := time.Now(), len(e.polls())
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		time.Sleep(6 * time.Second)
+		assert.Equal(t, []time.Time{restarted.Add(5 * time.Second)}, e.polls()[polls:])
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
 // An outage, a limit or a wrong secret may pass before the code expires.
 func TestPollsGoOnAfterAnOutage(t *testing.T) {
 	for name, answer := range map[string]oauth2test.Answer{

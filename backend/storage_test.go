@@ -118,6 +118,9 @@ func TestEveryFormatLoads(t *testing.T) {
 				e.write("config/hr", map[string]any{"request_timeout": "30s"})
 				assert.Equal(t, entryFormat, must(e.storedConnector(context.Background(), "hr")).Format)
 				assert.NotEmpty(t, e.read("config/hr")["ca_cert"])
+				if format >= 2 {
+					checkAttemptFixtures(t, e, server)
+				}
 			})
 		})
 	}
@@ -150,6 +153,34 @@ func checkOAuthFixtures(t *testing.T, e *engine) {
 		InternalData: map[string]any{"secret_type": accessTokenType, "tenant": "own", "generation": "GENERATIONOFUNLEASED", "expires": "2000-01-01T12:00:00Z", "own": "true"},
 	}}))
 	assert.EqualValues(t, 2, e.read("tenants/own")["pending_revocations"])
+}
+
+// checkAttemptFixtures goes on with the attempts that version 0.2.0 has stored: each of the three flows ends as it would have.
+func checkAttemptFixtures(t *testing.T, e *engine, server *oauth2test.Server) {
+	as := &grantEngine{engine: e, server: server}
+	status := func(path string) string { return e.read("tenants/" + path)["status"].(string) }
+	assert.Equal(t, attemptPending, status("browsed/authorize"))
+	assert.Equal(t, attemptDenied, status("browsed/device"))
+	assert.Equal(t, attemptPending, status("polled/device"))
+	assert.Equal(t, map[string]any{"status": attemptFailed, "expire_time": "2000-01-01T00:10:00Z", "last_error": "The service refuses."}, e.read("tenants/polled/authorize"))
+	_, code, _ := as.ask(logical.ReadOperation, "tenants/phoned/authorize", nil)
+	assert.Equal(t, 404, code)
+
+	// The services are others by now, and know none of it: what counts is that each is asked.
+	server.SetURL("https://as.example")
+	e.write("config/as", map[string]any{"token_url": server.TokenURL()})
+	time.Sleep(time.Minute)
+	assert.NotEmpty(t, as.polls())
+	used := as.visit(logical.ReadOperation, "callback", map[string]any{"state": strings.Repeat("u", 43), "code": "code"})
+	assert.Contains(t, used.text(), "has been used")
+	e.write("config/as", map[string]any{"connector_secret": "another"}) // the one of before has been refused
+	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1"})
+	assert.Contains(t, confirmed.text(), "Started by token-ada")
+	assert.Equal(t, 1, as.sent(codeGrant))
+	assert.Equal(t, attemptFailed, status("browsed/authorize"))
+	_, code, _ = as.ask(logical.UpdateOperation, "tenants/phoned/pin", map[string]any{"pin": "123456"})
+	assert.Equal(t, 400, code)
+	assert.Equal(t, 1, e.pinCalls(redeemPINPath))
 }
 
 // storedFields lists the fields of an entry's JSON form, those of entries in it by their path.
@@ -205,6 +236,18 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 			roundTrip(key, value, &held{})
 		case strings.HasPrefix(key, intentPrefix):
 			roundTrip(key, value, &intent{})
+		case strings.HasPrefix(key, stateKeys):
+			roundTrip(key, value, &stateEntry{})
+		case strings.HasPrefix(key, attemptKeys):
+			all := &attempts{}
+			roundTrip(key, value, all)
+			for _, a := range all.Last {
+				raw, err := json.Marshal(a)
+				require.NoError(t, err)
+				fields := map[string]any{}
+				require.NoError(t, json.Unmarshal(raw, &fields))
+				seenFields("attempt ", fields, seen)
+			}
 		default:
 			roundTrip(key, value, &tenantEntry{})
 		}
@@ -212,6 +255,7 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 	every := slices.Concat(
 		storedFields("config ", reflect.TypeFor[connectorEntry]()), storedFields("tenants ", reflect.TypeFor[tenantEntry]()),
 		storedFields("held ", reflect.TypeFor[held]()), storedFields("revocations ", reflect.TypeFor[intent]()),
+		storedFields("attempts ", reflect.TypeFor[attempts]()), storedFields("attempts ", reflect.TypeFor[stateEntry]()), storedFields("attempt ", reflect.TypeFor[attempt]()),
 	)
 	for name, kind := range serviceKinds {
 		every = append(every, storedFields(name+" ", reflect.TypeOf(kind.settings()))...)
@@ -220,7 +264,7 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 		known := strings.HasPrefix(field, "tenants unleased.") || seen[field]
 		assert.True(t, known, "the fixtures hold every field: %s", field)
 	}
-	assert.Greater(t, len(every), 90)
+	assert.Greater(t, len(every), 110)
 }
 
 // damage is what an engine may find in storage and can make nothing of.

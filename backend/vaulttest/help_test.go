@@ -18,6 +18,10 @@ func TestPathHelp(t *testing.T) {
 		"tenants/acme":           "A tenant's refresh token, which nobody can read back, and its settings.",
 		"tenants/acme/refresh":   "Exchange a tenant's refresh token now, and retire its access token.",
 		"tenants/acme/authorize": "Get a tenant's refresh token by a person's consent in a browser.",
+		"tenants/acme/device":    "Get a tenant's refresh token by a code that a person enters on another device.",
+		"tenants/acme/pin":       "Get a tenant's refresh token by a PIN that comes by SMS.",
+		"callback":               "Where a person comes back to with an authorization code.",
+		"callback/hr":            "Where a person comes back to with an authorization code.",
 		"creds/acme":             "Read a leased access token of a tenant.",
 		"token/acme":             "Read an access token of a tenant without a lease.",
 	} {
