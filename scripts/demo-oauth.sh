@@ -46,14 +46,13 @@ printf '%s' "$password" >password
 echo "Vault: $VAULT_ADDR ($(vault version))"
 echo "The authorization server: $ISSUER"
 
-say "The Vault operator registers the plugin, mounts it and writes the three policies."
+say "The Vault operator registers the plugin, mounts it and writes the policies."
 export VAULT_TOKEN=$ROOT_TOKEN
 register_plugin
 works "vault secrets enable -path=oauth $plugin"
-for policy in connector-owner tenant-user app; do
+for policy in connector-owner tenant-user tenant-connect app; do
   works "sed 's|kaizala/|oauth/|' bootstrap/policies/$policy.hcl | vault policy write $policy -"
 done
-works "echo 'path \"oauth/tenants/acme/authorize\" { capabilities = [\"create\", \"update\", \"read\"] }' | vault policy write tenant-connect -"
 sets 'OWNER_TOKEN=$(vault token create -policy=connector-owner -ttl=8h -field=token)'
 sets 'USER_TOKEN=$(vault token create -policy=tenant-user -policy=tenant-connect -display-name=asha -ttl=8h -field=token)'
 sets 'APP_TOKEN=$(vault token create -policy=app -ttl=8h -field=token)'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Kaizala's four steps on a real Vault, against the emulator, as the three
-# people with their three policies. Ends by itself; a step that does not do
-# what it should ends it with status 1.
+# Kaizala's four steps on a real Vault, against the emulator, as the people
+# with their policies: step 2 by a PIN, and as documented. Ends by itself; a step
+# that does not do what it should ends it with status 1.
 #
 #   scripts/demo.sh          walk through, and clean up
 #   scripts/demo.sh --dev    walk through, and leave all of it running until Ctrl-C
@@ -47,15 +47,17 @@ start_vault
 echo "Vault: $VAULT_ADDR ($(vault version))"
 echo "Kaizala's emulator: $KAIZALA_EMULATOR_URL"
 
-say "The Vault operator registers the plugin, mounts it and writes the three policies."
+say "The Vault operator registers the plugin, mounts it and writes the policies."
 export VAULT_TOKEN=$ROOT_TOKEN
 register_plugin
 works "vault secrets enable -path=kaizala $plugin"
 for policy in connector-owner tenant-user app; do
   works "vault policy write $policy bootstrap/policies/$policy.hcl"
 done
+works "sed 's|/acme|/contoso|' bootstrap/policies/tenant-connect.hcl | vault policy write tenant-connect-contoso -"
 sets 'OWNER_TOKEN=$(vault token create -policy=connector-owner -ttl=8h -field=token)'
 sets 'USER_TOKEN=$(vault token create -policy=tenant-user -ttl=8h -field=token)'
+sets 'CONNECT_TOKEN=$(vault token create -policy=tenant-connect-contoso -display-name=ravi -ttl=8h -field=token)'
 sets 'APP_TOKEN=$(vault token create -policy=app -ttl=8h -field=token)'
 
 say "Step 1. The connector owner registers a connector on Kaizala's portal, which shows its ID and secret," \
@@ -78,7 +80,20 @@ works 'vault read kaizala/config'
 [[ $output != *"$connector_secret"* ]] || fail "the connector's secret can be read"
 checked "the connector secret is not there to be read"
 
-say "Step 2. The tenant user opens the connector on the portal and generates the tenant's refresh token."
+say "Step 2, in the way that needs no step 3: contoso's tenant user logs in by a PIN, and Kaizala hands the refresh token to" \
+  "Vault. His policy allows him to connect the tenant, and nothing else."
+sets 'export VAULT_TOKEN=$CONNECT_TOKEN'
+works "kaizala-emulator phone -user ravi | tr -d '\\n' | vault write kaizala/tenants/contoso/pin mobile_number=-"
+grep -Eq '^status +pending$' <<<"$output" || fail "a PIN should be awaited"
+works "grep '^SMS' emulator.log # his phone"
+works "sed -n 's/^SMS .* //p' emulator.log | tr -d '\\n' | vault write kaizala/tenants/contoso/pin pin=-"
+grep -Eq '^status +granted$' <<<"$output" || fail "contoso should be connected"
+checked "contoso is connected, and no person and no shell has held a refresh token"
+denied 'vault read kaizala/tenants/contoso'
+checked "he can read nothing back"
+
+say "Step 2, as Kaizala documents it: acme's tenant user opens the connector on the portal and generates the tenant's refresh" \
+  "token."
 sets 'export VAULT_TOKEN=$USER_TOKEN'
 works 'kaizala-emulator token -connector "$connector_id" -user asha > refresh-token'
 refresh_token=$(<refresh-token)
@@ -113,8 +128,8 @@ works 'vault read kaizala/creds/acme > creds-anew; cat creds-anew'
 checked "the access token is a new one"
 works "awk '\$1 == \"access_token\" { print \$2 }' creds-anew | kaizala-emulator me"
 
-say "All of it has cost two exchanges: one when the refresh token was written, one after the revocation."
-works 'kaizala-emulator exchanges'
+say "Acme has cost two exchanges: one when the refresh token was written, one after the revocation."
+works 'kaizala-emulator exchanges -user asha'
 [[ $output == 2 ]] || fail "there should have been two exchanges, and there were: $output"
 
 if [[ $mode == demo ]]; then
@@ -131,7 +146,7 @@ export PATH=$work/path:\$PATH
 export VAULT_ADDR=$VAULT_ADDR
 export VAULT_TOKEN=$ROOT_TOKEN
 export KAIZALA_EMULATOR_URL=$KAIZALA_EMULATOR_URL
-export OWNER_TOKEN=$OWNER_TOKEN USER_TOKEN=$USER_TOKEN APP_TOKEN=$APP_TOKEN
+export OWNER_TOKEN=$OWNER_TOKEN USER_TOKEN=$USER_TOKEN CONNECT_TOKEN=$CONNECT_TOKEN APP_TOKEN=$APP_TOKEN
 export connector_id=$connector_id
 
 Vault's log: $work/vault.log

@@ -47,13 +47,17 @@ func TestDemo(t *testing.T) {
 	for _, text := range []string{
 		"$ vault secrets enable -path=kaizala " + PluginName,
 		"connector_secret=-",
+		"| vault write kaizala/tenants/contoso/pin mobile_number=-",
+		"\nSMS to +",
+		"| vault write kaizala/tenants/contoso/pin pin=-",
+		"✓ contoso is connected",
 		"$ vault write kaizala/tenants/acme refresh_token=-",
 		"permission denied",
 		`"name":"asha"`,
 		"$ vault lease renew",
 		"$ vault lease revoke",
 		"✓ the access token is a new one",
-		"$ kaizala-emulator exchanges\n2\n",
+		"$ kaizala-emulator exchanges -user asha\n2\n",
 	} {
 		require.Contains(t, out.String(), text)
 	}
