@@ -151,9 +151,11 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	}
 	b.askTTLs()
 	secret.MaxTTL = end.Sub(issued)
-	if v.entry.MaxTTL > 0 && v.entry.MaxTTL < secret.MaxTTL {
-		secret.MaxTTL = v.entry.MaxTTL
-		left = max(min(left, wholeSeconds(issued.Add(secret.MaxTTL).Sub(now))), time.Second)
+	for _, most := range []time.Duration{v.entry.MaxTTL, time.Duration(b.maxTTL.Load())} {
+		if most > 0 && most < secret.MaxTTL {
+			secret.MaxTTL = most
+			left = max(min(left, wholeSeconds(issued.Add(most).Sub(now))), time.Second)
+		}
 	}
 	secret.TTL = b.leaseTTL(v.entry, left)
 	secret.InternalData[leaseRenewed] = strconv.FormatInt(now.UnixNano(), 10)

@@ -2,16 +2,19 @@ package backend
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 func TestReadersShareOneAccessToken(t *testing.T) {
@@ -75,6 +78,74 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 		assert.Equal(t, time.Hour, lease.Secret.TTL)
 		assert.True(t, lease.Secret.Renewable)
 	})
+}
+
+// Vault compares times in whole seconds. However a renewal falls between them, it asks for no more than Vault may give, which
+// would warn the client that its TTL "exceeded the effective max_ttl".
+func TestRenewalEarnsNoWarning(t *testing.T) {
+	kaizala := func(t *testing.T) *engine {
+		e := newConfiguredEngine(t)
+		e.kaizala.SetAccessTokenLife(time.Minute)
+		e.addTenant("acme")
+		return e
+	}
+	planned := func(t *testing.T) *engine {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 2 * time.Minute }, nil)
+		e.add("acme", nil)
+		return e.engine
+	}
+	for _, c := range []struct {
+		name   string
+		engine func(*testing.T) *engine
+		tenant map[string]any
+		mount  time.Duration // its max_lease_ttl
+	}{
+		{"token's end", kaizala, map[string]any{"ttl": "7s"}, 0},
+		{"tenant's max_ttl", kaizala, map[string]any{"ttl": "7s", "max_ttl": "31s"}, 0},
+		{"mount's max", kaizala, map[string]any{"ttl": "7s"}, 31 * time.Second},
+		{"mount's default", kaizala, nil, 0},
+		{"planned exchange", planned, map[string]any{"ttl": "7s"}, 0},
+		{"planned exchange, tenant's max_ttl", planned, map[string]any{"ttl": "7s", "max_ttl": "31s"}, 0},
+		{"planned exchange, mount's max", planned, map[string]any{"ttl": "7s"}, 31 * time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for seed := range uint64(30) {
+				bubble(t, func(t *testing.T) {
+					r := rand.New(rand.NewPCG(seed, 0))
+					within := func(d time.Duration) { time.Sleep(time.Duration(r.Int64N(int64(d)))) }
+					e := c.engine(t)
+					if c.tenant != nil {
+						e.write("tenants/acme", c.tenant)
+					} else {
+						e.system.DefaultLeaseTTLVal = 5 * time.Second
+					}
+					if c.mount != 0 {
+						e.system.MaxLeaseTTLVal = c.mount
+					}
+					within(time.Second)
+					lease := e.lease("acme")
+					renewals := 0
+					for range 200 {
+						within(time.Second)
+						resp, err := e.HandleRequest(context.Background(), &logical.Request{Operation: logical.RenewOperation, Secret: lease.Secret, Storage: e.storage})
+						require.NoError(t, err)
+						if resp.IsError() {
+							break
+						}
+						lease.Secret = resp.Secret
+						within(500 * time.Millisecond) // until Vault has the answer
+						_, warnings, err := framework.CalculateTTL(e.system, 0, resp.Secret.TTL, 0, resp.Secret.MaxTTL, 0, resp.Secret.IssueTime)
+						require.Empty(t, warnings, "after %s", time.Since(resp.Secret.IssueTime))
+						if err != nil {
+							break // Vault's own refusal, when max_ttl is over
+						}
+						renewals++
+					}
+					require.Greater(t, renewals, 20)
+				})
+			}
+		})
+	}
 }
 
 func TestRestartIsSilent(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // The contract, as each of the three people and the operator see it: the built
@@ -37,6 +38,7 @@ func TestAcceptance(t *testing.T) {
 		{"leases end before their token", acceptLeaseTTLs},
 		{"renewal", acceptRenewal},
 		{"renewal of an expired token", acceptRenewalOfExpired},
+		{"renewals earn no warning", acceptRenewalsWithoutWarning},
 		{"revocation", acceptRevocation},
 		{"revocation with everything gone", acceptRevocationWithNothingLeft},
 		{"policies", acceptPolicies},
@@ -541,6 +543,68 @@ func acceptRenewalOfExpired(t *testing.T, v *Vault) {
 	require.Equal(t, 400, m.renew(creds.lease(), time.Hour).status)
 	require.False(t, m.kaizala.AccessTokenAlive(creds.text("access_token")))
 	require.True(t, m.kaizala.AccessTokenAlive(m.access("acme")))
+}
+
+// Renewals at any fraction of a second, until a lease can be renewed no more, never ask Vault for more than it may give. Vault
+// would warn the client that its TTL "exceeded the effective max_ttl"; so it does where the client itself asks for more.
+func acceptRenewalsWithoutWarning(t *testing.T, v *Vault) {
+	kaizala := func(path string) mount {
+		m := configuredEngine(t, v, path)
+		m.kaizala.SetAccessTokenLife(14 * time.Second)
+		m.addTenant("acme", fields{"ttl": "3s"})
+		return m
+	}
+	planned := func(path string) mount {
+		server := newAuthServer(t)
+		server.Set(func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 28 * time.Second })
+		id, secret := server.RegisterClient(oauth2test.AuthBasic)
+		v.Mount(t, path)
+		m := mount{t: t, vault: v, path: path, token: v.RootToken, heard: &answers{}}
+		m.write("config", fields{"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret}).ok(t)
+		m.write("tenants/acme", fields{"refresh_token": server.Grant(id, "asha"), "ttl": "3s"}).ok(t)
+		return m
+	}
+	cases := []struct {
+		name   string
+		mount  mount
+		tenant fields
+		most   string // the mount's max
+	}{
+		{name: "Kaizala", mount: kaizala("unwarned-1")},
+		{name: "Kaizala, tenant's max_ttl", mount: kaizala("unwarned-2"), tenant: fields{"max_ttl": "9s"}},
+		{name: "Kaizala, mount's max", mount: kaizala("unwarned-3"), most: "9s"},
+		{name: "planned exchange", mount: planned("unwarned-4")},
+		{name: "planned exchange, tenant's max_ttl", mount: planned("unwarned-5"), tenant: fields{"max_ttl": "9s"}},
+		{name: "planned exchange, mount's max", mount: planned("unwarned-6"), most: "9s"},
+	}
+	for _, c := range cases {
+		if c.most != "" {
+			tune(t, v, c.mount.path, "", c.most)
+		}
+		if c.tenant != nil {
+			c.mount.write("tenants/acme", c.tenant).ok(t)
+		}
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			m := c.mount.in(t)
+			m.write("tenants/acme/refresh", nil).ok(t)
+			lease := m.read("creds/acme").ok(t).lease()
+			renewals := 0
+			for range time.Tick(37 * time.Millisecond) {
+				increment := time.Duration(renewals%3/2) * time.Second // 0, 0, 1 s
+				renewed := m.renew(lease, increment)
+				if renewed.status != 200 {
+					require.Equal(t, 400, renewed.status, renewed.body)
+					break
+				}
+				require.Empty(t, renewed.parsed().Warnings, "renewal %d, by %s", renewals, increment)
+				renewals++
+			}
+			require.Greater(t, renewals, 30)
+		})
+	}
 }
 
 func acceptRevocation(t *testing.T, v *Vault) {
