@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
 // What each shipped policy allows and denies. The rows of a table run from top
@@ -27,6 +28,7 @@ func TestPolicies(t *testing.T) {
 	app := s.TokenWith(t, "app")
 	sidecar := s.TokenWith(t, "sidecar")
 	monitor := s.TokenWith(t, "monitor")
+	connects := s.TokenWith(t, "tenant-connect")
 	templated := s.entityToken(t, "acme-app", "app-templated", map[string]string{"tenant": "acme"})
 	unnamed := s.entityToken(t, "nobodys-app", "app-templated", nil)
 
@@ -81,6 +83,51 @@ func TestPolicies(t *testing.T) {
 		{operator, post, "kaizala/config/new", fields{"api_root": s.kaizala.URL}, bad},
 		{operator, del, "kaizala/config/hr", nil, done},
 	})
+
+	number := s.kaizala.PhoneNumber("ravi")
+	run("tenant user who connects", []try{
+		{connects, get, "kaizala/tenants/acme", nil, denied},
+		{connects, get, "kaizala/tenants/acme/authorize", nil, 404},
+		{connects, post, "kaizala/tenants/acme/authorize", nil, bad}, // allowed, and refused: Kaizala has the PIN login
+		{connects, post, "kaizala/tenants/acme/device", nil, bad},
+		{connects, post, "kaizala/tenants/acme/pin", fields{"mobile_number": number}, ok},
+	})
+	pin := s.kaizala.PIN(id, "ravi")
+	run("tenant user who connects", []try{
+		{user, post, "kaizala/tenants/acme/pin", fields{"pin": pin}, denied},
+		{connects, post, "kaizala/tenants/acme/pin", fields{"pin": pin}, ok},
+	})
+	require.Equal(t, "ok", s.read(t, "kaizala/tenants/acme")["status"], "with this policy alone")
+	run("and who can do nothing else", []try{
+		{connects, get, "kaizala/tenants/acme", nil, denied},
+		{connects, post, "kaizala/tenants/acme", fields{"refresh_token": refresh}, denied},
+		{connects, post, "kaizala/tenants/acme", fields{"connector": "default"}, denied},
+		{connects, patch, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
+		{connects, del, "kaizala/tenants/acme", nil, denied},
+		{connects, post, "kaizala/tenants/acme/refresh", nil, denied},
+		{connects, get, "kaizala/tenants/acme/pin", nil, denied},
+		{connects, del, "kaizala/tenants/acme/authorize", nil, denied},
+		{connects, get, "kaizala/creds/acme", nil, denied},
+		{connects, get, "kaizala/token/acme", nil, denied},
+		{connects, list, "kaizala/tenants", nil, denied},
+		{connects, get, "kaizala/config", nil, denied},
+		{connects, post, "kaizala/config", fields{"connector_secret": "XXXXXXXXXX"}, denied},
+		{connects, post, "kaizala/tenants/other/authorize", nil, denied},
+		{connects, get, "kaizala/tenants/other/authorize", nil, denied},
+		{connects, post, "kaizala/tenants/other/device", nil, denied},
+		{connects, post, "kaizala/tenants/other/pin", fields{"mobile_number": number}, denied},
+		{connects, post, "sys/leases/revoke-prefix/kaizala/creds/acme", nil, denied},
+	})
+	for _, token := range []string{owner, user, operator, app, sidecar, monitor, templated} {
+		run("these are for nobody else", []try{
+			{token, post, "kaizala/tenants/acme/authorize", nil, denied},
+			{token, get, "kaizala/tenants/acme/authorize", nil, denied},
+			{token, post, "kaizala/tenants/acme/device", nil, denied},
+			{token, post, "kaizala/tenants/acme/pin", fields{"mobile_number": number}, denied},
+		})
+	}
+	_, err := s.Client.Logical().Delete("kaizala/tenants/acme")
+	require.NoError(t, err)
 
 	run("tenant user", []try{
 		{user, get, "kaizala/tenants/acme", nil, 404},
@@ -222,7 +269,8 @@ func TestPoliciesForOAuth(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	server := newAuthServer(t)
-	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	callback := s.Addr + "/v1/kaizala/callback/default"
+	id, secret := server.RegisterClient(oauth2test.AuthBasic, callback)
 	refresh := server.Grant(id, "asha")
 	for _, name := range []string{"connector-owner", "operator", "tenant-user", "app"} {
 		s.shippedPolicy(t, name)
@@ -282,6 +330,44 @@ func TestPoliciesForOAuth(t *testing.T) {
 		require.Equal(t, c.want, status, "%s %s %v: %s", c.method, c.path, c.data, answer)
 		require.Empty(t, secretsIn(answer, secret, refresh, server.CurrentRefreshToken("asha")), "%s %s", c.method, c.path)
 	}
+
+	// Who has tenant-connect alone connects the tenant from nothing, and can read nothing back.
+	s.shippedPolicy(t, "tenant-connect")
+	connects := s.TokenWith(t, "tenant-connect")
+	s.write(t, "kaizala/config", fields{"redirect_uris": callback, "scopes": "offline_access"})
+	starts := func(path string) map[string]any {
+		t.Helper()
+		_, err := s.Client.Logical().Delete("kaizala/tenants/acme")
+		require.NoError(t, err)
+		status, answer := s.request(t, connects, post, path, nil)
+		require.Equal(t, ok, status, answer)
+		var secret api.Secret
+		require.NoError(t, json.Unmarshal([]byte(answer), &secret))
+		return secret.Data
+	}
+	ends := func(path string) {
+		t.Helper()
+		Eventually(t, path+" to end", func() bool {
+			status, answer := s.request(t, connects, get, path, nil)
+			require.Equal(t, ok, status, answer)
+			require.Empty(t, secretsIn(answer, server.CurrentRefreshToken("ravi")))
+			return strings.Contains(answer, `"status":"granted"`)
+		})
+		require.Equal(t, "ok", s.read(t, "kaizala/tenants/acme")["status"])
+		for _, secret := range []string{"kaizala/tenants/acme", "kaizala/creds/acme", "kaizala/token/acme"} {
+			status, answer := s.request(t, connects, get, secret, nil)
+			require.Equal(t, denied, status, answer)
+		}
+	}
+	back, err := server.Approve(starts("kaizala/tenants/acme/authorize")["authorization_url"].(string), "ravi")
+	require.NoError(t, err)
+	visit, err := browser.Person{}.Open(back)
+	require.NoError(t, err)
+	require.Contains(t, visit.Last().Text(), "The tenant is connected")
+	ends("kaizala/tenants/acme/authorize")
+	require.NoError(t, server.ApproveDevice(starts("kaizala/tenants/acme/device")["user_code"].(string), "ravi"))
+	ends("kaizala/tenants/acme/device")
+
 	config := s.read(t, "kaizala/config")
 	require.Equal(t, server.TokenURL(), config["token_url"], "where refresh tokens go is not the owner's to decide")
 	require.Equal(t, id, config["connector_id"])
