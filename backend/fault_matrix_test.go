@@ -786,7 +786,7 @@ func (c *cell) checkSecrets() {
 
 // Without the race detector each cell is played, with it and with -short one in thinned: the race detector makes a cell ten
 // times as slow, and finds its races in many cells or in none.
-const thinned = 12
+const thinned = 36
 
 // mostSteps is how many steps of a flow fail or are the last: those behind them are tries of the same again.
 const mostSteps = 12

@@ -144,6 +144,7 @@ var pairEvents = []struct {
 // The flows, with each event between any two of their steps: what a person grants is stored, or else the later event has its
 // way, and nothing is half done.
 func TestGrantPairs(t *testing.T) {
+	t.Parallel()
 	for _, f := range pairFlows {
 		for _, event := range pairEvents {
 			for at := 1; at < len(f.steps); at++ {

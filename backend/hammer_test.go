@@ -341,7 +341,7 @@ func TestOneTenantCannotStarveTheRest(t *testing.T) {
 					select {
 					case <-stop:
 						return
-					case <-time.After(50 * time.Millisecond):
+					case <-time.After(250 * time.Millisecond):
 					}
 					if resp, status, _ := e.try(logical.ReadOperation, "creds/greedy", nil); status == http.StatusOK {
 						resp.Secret.IssueTime = time.Now()

@@ -216,36 +216,37 @@ func (e *engine) restartWith(events logical.EventSender) {
 	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))
 }
 
-// live lets three tenants live for 41 days, which is a refresh token's life and a
-// day: one is rotated, one is rejected, and one ends because Kaizala is down for
-// the last days of its life.
-func live(t *testing.T, e *engine) {
+// live lets three tenants live for a bit longer than a refresh token does: one is
+// rotated, one is rejected, and one ends because Kaizala is down for the last eighth
+// of its life.
+func live(t *testing.T, e *engine, life time.Duration) {
 	t.Helper()
-	e.kaizala.SetRefreshTokenLife(40 * day)
+	e.kaizala.SetRefreshTokenLife(life)
 	for _, name := range []string{"rotated", "rejected", "expiring"} {
 		e.write("tenants/"+name, map[string]any{"refresh_token": e.newToken(name)})
 	}
-	time.Sleep(35 * day)
+	time.Sleep(life * 7 / 8)
 	e.newToken("rejected")
 	_, status, _ := e.try(logical.UpdateOperation, "tenants/rejected/refresh", nil)
 	require.Equal(t, 400, status)
 	e.kaizala.Inject(kaizalatest.Fault{User: "expiring", Status: 500})
-	time.Sleep(4 * day)
+	time.Sleep(life / 10)
 	require.Equal(t, originService, e.read("tenants/rotated")["refresh_token_origin"])
 	require.Equal(t, statusRejected, e.status("rejected"))
 	require.Equal(t, statusDegraded, e.status("expiring"))
-	time.Sleep(2 * day)
+	time.Sleep(life / 20)
 	require.Equal(t, statusOK, e.status("rotated"))
 	require.Equal(t, statusExpired, e.status("rejected"))
 	require.Equal(t, statusExpired, e.status("expiring"))
 }
 
 func TestEvents(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		bus := &sender{}
 		e.restartWith(bus)
-		live(t, e)
+		live(t, e, 40*day)
 		assert.Equal(t, map[string]int{eventRotated: 1}, bus.counted(t, "rotated"))
 		assert.Equal(t, 1, bus.counted(t, "rejected")[eventRejected])
 		expiring := bus.counted(t, "expiring")
@@ -264,7 +265,7 @@ func TestEventsAreHarmlessWithoutABus(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newConfiguredEngine(t)
 				e.restartWith(bus)
-				live(t, e)
+				live(t, e, 4*day)
 				assert.Zero(t, e.log.count("events are not enabled")+e.log.count("no event sender"))
 			})
 		})

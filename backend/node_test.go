@@ -74,7 +74,7 @@ func TestPromotedNodeRenews(t *testing.T) {
 		e.addTenant("acme")
 		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
 		e.pass(time.Hour)
-		time.Sleep(350 * day)
+		time.Sleep(338 * day)
 		e.pass(time.Hour)
 		assert.Zero(t, e.kaizala.CallCount())
 		e.system.replication.Store(0)

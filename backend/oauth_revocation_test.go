@@ -208,6 +208,7 @@ func TestOAuthClassesBAndC(t *testing.T) {
 
 // The revocation endpoint is down for an hour, with a restart in between.
 func TestOAuthRevocationOutage(t *testing.T) {
+	t.Parallel()
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 3 * time.Hour }, classA)
 		e.write("config", map[string]any{"exchanges_per_minute": 600})

@@ -3,12 +3,15 @@ package backend
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"image"
 	"image/color"
+	"image/draw"
 	"image/png"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,44 +19,64 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// How the pages look in a real browser, on a phone and on a desk, in light and dark. The pictures are left in the folder that
-// KAIZALA_SCREENSHOTS names, for people to look at.
+// How the pages look in a real browser, on a phone and on a desk, in light and dark. The browser starts once, which takes it
+// seconds, and shows all of them side by side, each in a frame that is a viewport of its own. The pictures are left in the
+// folder that KAIZALA_SCREENSHOTS names, for people to look at.
 func TestPagesInABrowser(t *testing.T) {
+	t.Parallel()
 	browser, err := exec.LookPath("chromium")
 	if err != nil || testing.Short() {
 		t.Log("LEFT OUT: the pages were not looked at in a browser. That needs chromium in PATH, and a run without -short.")
 		return
 	}
-	folder := os.Getenv("KAIZALA_SCREENSHOTS")
-	if folder == "" {
-		folder = t.TempDir()
+	type frame struct {
+		name string
+		at   image.Rectangle
+		dark bool
 	}
-	for _, what := range []string{endConfirm, attemptGranted, attemptFailed} {
+	var frames []frame
+	var html strings.Builder
+	html.WriteString(`<!DOCTYPE html><style>body { margin: 0 } iframe { position: absolute; border: 0 }</style>`)
+	work := t.TempDir()
+	all := image.Rectangle{}
+	for row, what := range []string{endConfirm, attemptGranted, attemptFailed} {
 		end := pagesOf()[what]
 		end.attempt.By = "oidc-ada.lovelace@example.com"
-		file := filepath.Join(t.TempDir(), what+".html")
-		require.NoError(t, os.WriteFile(file, []byte(htmlOf(end)), 0o600))
-		for _, size := range []string{"390,844", "1280,800"} {
-			for _, dark := range []bool{false, true} {
-				name := filepath.Join(folder, what+"-"+size+map[bool]string{true: "-dark"}[dark]+".png")
-				args := []string{
-					"--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--user-data-dir=" + t.TempDir(),
-					"--window-size=" + size, "--screenshot=" + name,
-				}
-				if dark {
-					args = append(args, "--force-dark-mode", "--blink-settings=preferredColorScheme=0")
-				}
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-				out, err := exec.CommandContext(ctx, browser, append(args, "file://"+file)...).CombinedOutput()
-				cancel()
-				require.NoError(t, err, string(out))
-				raw, err := os.ReadFile(name)
-				require.NoError(t, err)
-				picture, err := png.Decode(bytes.NewReader(raw))
-				require.NoError(t, err)
-				assert.Equal(t, dark, isDark(picture.At(5, 5)), "the background of %s", name)
-				assert.Greater(t, colors(picture), 20, "%s is blank", name)
+		require.NoError(t, os.WriteFile(filepath.Join(work, what+".html"), []byte(htmlOf(end)), 0o600))
+		corner := image.Pt(0, row*844)
+		for _, size := range []image.Point{{390, 844}, {1280, 800}} {
+			for _, scheme := range []string{"light", "dark"} {
+				f := frame{fmt.Sprintf("%s-%d,%d-%s", what, size.X, size.Y, scheme), image.Rectangle{corner, corner.Add(size)}, scheme == "dark"}
+				frames = append(frames, f)
+				fmt.Fprintf(&html, `<iframe src="%s.html" style="left: %dpx; top: %dpx; width: %dpx; height: %dpx; color-scheme: %s"></iframe>`,
+					what, corner.X, corner.Y, size.X, size.Y, scheme)
+				corner.X += size.X
+				all = all.Union(f.at)
 			}
+		}
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(work, "all.html"), []byte(html.String()), 0o600))
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, browser,
+		"--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--user-data-dir="+t.TempDir(),
+		fmt.Sprintf("--window-size=%d,%d", all.Dx(), all.Dy()), "--screenshot="+filepath.Join(work, "all.png"),
+		"file://"+filepath.Join(work, "all.html")).CombinedOutput()
+	require.NoError(t, err, string(out))
+	shot, err := os.ReadFile(filepath.Join(work, "all.png"))
+	require.NoError(t, err)
+	picture, err := png.Decode(bytes.NewReader(shot))
+	require.NoError(t, err)
+	require.Equal(t, all, picture.Bounds())
+	for _, f := range frames {
+		page := image.NewRGBA(image.Rectangle{Max: f.at.Size()})
+		draw.Draw(page, page.Rect, picture, f.at.Min, draw.Src)
+		assert.Equal(t, f.dark, isDark(page.At(5, 5)), "the background of %s", f.name)
+		assert.Greater(t, colors(page), 20, "%s is blank", f.name)
+		if folder := os.Getenv("KAIZALA_SCREENSHOTS"); folder != "" {
+			var file bytes.Buffer
+			require.NoError(t, png.Encode(&file, page))
+			require.NoError(t, os.WriteFile(filepath.Join(folder, f.name+".png"), file.Bytes(), 0o600))
 		}
 	}
 }
@@ -64,12 +87,11 @@ func isDark(c color.Color) bool {
 }
 
 // colors counts the different colors of a picture.
-func colors(picture image.Image) int {
-	seen := map[color.Color]bool{}
-	bounds := picture.Bounds()
-	for y := bounds.Min.Y; y < bounds.Max.Y; y += 2 {
-		for x := bounds.Min.X; x < bounds.Max.X; x++ {
-			seen[picture.At(x, y)] = true
+func colors(picture *image.RGBA) int {
+	seen := map[color.RGBA]bool{}
+	for y := picture.Rect.Min.Y; y < picture.Rect.Max.Y; y += 2 {
+		for x := picture.Rect.Min.X; x < picture.Rect.Max.X; x++ {
+			seen[picture.RGBAAt(x, y)] = true
 		}
 	}
 	return len(seen)

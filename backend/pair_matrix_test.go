@@ -784,4 +784,4 @@ func TestPairMatrix(t *testing.T) {
 }
 
 // pairsThinned is how many pairs there are for each that -short, or the race detector, plays.
-const pairsThinned = 12
+const pairsThinned = 36

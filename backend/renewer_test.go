@@ -52,6 +52,7 @@ func (e *engine) alter(a altered) {
 }
 
 func TestThousandTenantsDoNotComeDueTogether(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenants(1000)
@@ -134,7 +135,7 @@ func TestOpaqueTokenIsExchangedEachMonth(t *testing.T) {
 func TestIdleTickReadsNoStorage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
-		e.addTenants(2000)
+		e.addTenants(200)
 		e.read("creds/t1")
 		e.restart()
 		e.pass(time.Minute)

@@ -20,7 +20,7 @@ func TestStopWhileTheServiceHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		var tokens []string
-		for i := range 500 {
+		for i := range 200 {
 			tokens = append(tokens, e.newToken(fmt.Sprint("u", i)))
 		}
 		time.Sleep(inWindow)
@@ -30,7 +30,7 @@ func TestStopWhileTheServiceHangs(t *testing.T) {
 		}
 		e.minute()
 		var readers sync.WaitGroup
-		for i := range 100 {
+		for i := range 40 {
 			readers.Go(func() {
 				begun := time.Now()
 				_, status, _ := e.try(logical.ReadOperation, fmt.Sprint("creds/t", i*5), nil)

@@ -22,5 +22,5 @@ if (($# > 0)); then
   CGO_ENABLED=1 exec go test -race -count=1 -timeout 30m "$@"
 fi
 CGO_ENABLED=1 go test -race -count=1 -timeout 30m ./...
-CGO_ENABLED=0 go test -v -count=1 -timeout 30m -run '^(TestFaultMatrix|TestPairMatrix|TestProperties|TestYear|TestAHundredThousandTenants)$' ./backend -rapid.checks=1000 |
+CGO_ENABLED=0 go test -v -count=1 -timeout 30m -run '^(TestFaultMatrix|TestPairMatrix|TestRevocationStorm|TestProperties|TestYear|TestAHundredThousandTenants)$' ./backend -rapid.checks=1000 |
   grep -Ev '^=== |^ +--- PASS'
