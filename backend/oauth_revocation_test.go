@@ -223,6 +223,7 @@ func TestOAuthRevocationOutage(t *testing.T) {
 			e.revoke(lease)
 			assert.Less(t, time.Since(begun), 6*time.Second)
 		}
+		synctest.Wait() // the worker has tried them all
 		status := e.read("tenants/t5")
 		assert.EqualValues(t, 1, status["pending_revocations"])
 		assert.NotEmpty(t, status["last_revocation_error"])
