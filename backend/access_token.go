@@ -25,6 +25,9 @@ func (a *accessEntry) life() time.Duration { return a.Expires.Sub(a.Obtained) }
 // margin is how much life the token must have left to be handed out.
 func (a *accessEntry) margin(minTTL time.Duration) time.Duration { return min(minTTL, a.life()/2) }
 
+// guard is how long before a planned exchange's own margin a reader waits for the next token instead of taking this one.
+func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time.Second, a.life()/10)) }
+
 // accessToken is an access token in memory, with the parts of its responses and what is known of its use.
 type accessToken struct {
 	*accessEntry

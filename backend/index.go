@@ -279,6 +279,7 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 		v.access = newAccessToken(name, e.Access)
 		v.access.leases.Store(leasesUnknown)
 	}
+	v.derive()
 	t.planning.Lock()
 	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && !t.isDropped() {
 		b.index.atMost(name, due) // whoever has read the tenant meanwhile has planned it too

@@ -3,7 +3,6 @@ package backend
 import (
 	"context"
 	"errors"
-	"math"
 	"strconv"
 	"time"
 
@@ -48,7 +47,7 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	now := time.Now()
 	bound := token.Expires
 	if !own {
-		bound = v.bound()
+		bound = v.bound
 	}
 	most := untilBound(bound, now)
 	if v.entry.MaxTTL > 0 {
@@ -69,14 +68,11 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	if own {
 		internal[leaseOwn] = "true"
 	}
+	ttl, renewable := b.leaseTTL(v.entry, most)
 	return &logical.Response{
 		Data: token.response(),
 		Secret: &logical.Secret{
-			LeaseOptions: logical.LeaseOptions{
-				TTL:       b.leaseTTL(v.entry, most),
-				MaxTTL:    most,
-				Renewable: b.leavesRoom(v.entry, most),
-			},
+			LeaseOptions: logical.LeaseOptions{TTL: ttl, MaxTTL: most, Renewable: renewable},
 			InternalData: internal,
 		},
 	}
@@ -85,35 +81,25 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 // untilBound is how long a lease lasts at the most that must be over by then: whole seconds, one at the least. Vault takes a
 // TTL of 0 for its default, and a MaxTTL of 0 for no limit.
 func untilBound(bound, from time.Time) time.Duration {
-	return max(wholeSeconds(bound.Sub(from))-leaseMargin, time.Second)
+	return max(bound.Sub(from).Truncate(time.Second)-leaseMargin, time.Second)
 }
 
 // leaseTTL is the TTL of a lease that ends within most: the tenant's or the mount's. 0 leaves the mount's to Vault, which
-// knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut.
-func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) time.Duration {
-	if e.TTL == 0 && time.Duration(b.defaultTTL.Load()) < most {
-		return 0
+// knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut. renewable says whether the
+// lease can be renewed before it has lasted for most, or for as long as the mount allows.
+func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) (ttl time.Duration, renewable bool) {
+	lasts, longest := e.TTL, most
+	if lasts == 0 {
+		lasts = time.Duration(b.defaultTTL.Load())
 	}
-	if e.TTL == 0 {
-		return most
+	if mounts := time.Duration(b.maxTTL.Load()); mounts > 0 {
+		longest = min(longest, mounts)
 	}
-	return min(e.TTL, most)
-}
-
-// leavesRoom says whether a lease can be renewed before it has lasted for most, or for as long as the mount allows.
-func (b *backend) leavesRoom(e *tenantEntry, most time.Duration) bool {
-	if longest := time.Duration(b.maxTTL.Load()); longest > 0 {
-		most = min(most, longest)
+	ttl = min(lasts, most)
+	if e.TTL == 0 && lasts < most {
+		ttl = 0
 	}
-	ttl := e.TTL
-	if ttl == 0 {
-		ttl = time.Duration(b.defaultTTL.Load())
-	}
-	return ttl > 0 && ttl < most
-}
-
-func wholeSeconds(d time.Duration) time.Duration {
-	return time.Duration(math.Floor(d.Seconds())) * time.Second
+	return ttl, lasts > 0 && lasts < longest
 }
 
 // renew prolongs a lease, never past its access token, the exchange that ends that, the tenant's max_ttl or the mount's:
@@ -135,8 +121,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	}
 	now := time.Now()
 	issued := secret.IssueTime.Truncate(time.Second)
-	end := issued.Add(wholeSeconds(bound.Sub(issued)) - leaseMargin)
-	left := wholeSeconds(end.Sub(now))
+	end := issued.Add(bound.Sub(issued).Truncate(time.Second) - leaseMargin)
+	left := end.Sub(now).Truncate(time.Second)
 	if left < time.Second {
 		return answer(badValue("the access token of this lease has expired, or is about to: read creds/%s for a new one", name))
 	}
@@ -154,10 +140,10 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	for _, most := range []time.Duration{v.entry.MaxTTL, time.Duration(b.maxTTL.Load())} {
 		if most > 0 && most < secret.MaxTTL {
 			secret.MaxTTL = most
-			left = max(min(left, wholeSeconds(issued.Add(most).Sub(now))), time.Second)
+			left = max(min(left, issued.Add(most).Sub(now).Truncate(time.Second)), time.Second)
 		}
 	}
-	secret.TTL = b.leaseTTL(v.entry, left)
+	secret.TTL, _ = b.leaseTTL(v.entry, left)
 	secret.InternalData[leaseRenewed] = strconv.FormatInt(now.UnixNano(), 10)
 	return &logical.Response{Secret: secret}, nil
 }

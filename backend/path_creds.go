@@ -169,8 +169,10 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 // on a token that was given up meanwhile.
 func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, error) {
 	now := time.Now()
-	if err := v.minTTLFits(r.minTTL, now); err != nil {
-		return nil, err
+	if r.minTTL > 0 {
+		if err := v.minTTLFits(r.minTTL, now); err != nil {
+			return nil, err
+		}
 	}
 	if r.leases && v.entry.TokenPerLease {
 		return nil, nil
@@ -187,6 +189,51 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		b.schedule(t) // a token that is used is renewed ahead of its end
 	}
 	return token, nil
+}
+
+// usableUntil is when the access token stops being handed out to readers who want minTTL of life left.
+func (v *tenantView) usableUntil(minTTL time.Duration) time.Time {
+	if until := v.access.Expires.Add(-minTTL); until.Before(v.until) {
+		return until
+	}
+	return v.until
+}
+
+// usable returns the access token if it lives long enough for a reader. One who has waited for it gets it in the moments
+// before its planned exchange too.
+func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *accessToken {
+	a := v.access
+	if a == nil {
+		return nil
+	}
+	until := v.usableUntil(minTTL)
+	if !a.Planned.IsZero() {
+		if v.kept != nil {
+			return nil // an exchange has ended it, and storage has not taken what came instead
+		}
+		if !waited {
+			until = until.Add(-a.guard())
+		}
+		until = until.Add(-1) // from then on a read exchanges
+	}
+	if now.After(until) {
+		return nil
+	}
+	return a
+}
+
+// closing is until when a reader waits before the access token is exchanged: the planned exchange is near, and leases on
+// the token live until then. Zero where there is nothing to wait for.
+func (v *tenantView) closing(now time.Time) time.Time {
+	a := v.access
+	if a == nil || a.Planned.IsZero() || !a.current() || v.kept != nil {
+		return time.Time{}
+	}
+	until := latest(v.bound.Add(-leaseMargin), time.Unix(0, a.leasedTo.Load()))
+	if !now.Before(until) || until.Sub(now) > a.guard()+leaseMargin {
+		return time.Time{}
+	}
+	return until
 }
 
 // nextToken waits for another access token: until the planned exchange where that is near, or else for an exchange. It
@@ -210,14 +257,11 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 
 // minTTLFits refuses what no access token of the tenant can give, as soon as the life of one is known.
 func (v *tenantView) minTTLFits(minTTL time.Duration, now time.Time) error {
-	if minTTL == 0 {
-		return nil
-	}
 	if half := v.entry.AccessTokenLife / 2; half > 0 && minTTL > half {
 		return badValue("min_ttl is more than half of an access token's life: %s at most", half.Truncate(time.Second))
 	}
 	if a := v.access; a != nil && !a.Planned.IsZero() && a.current() {
-		until := v.bound().Add(-leaseMargin)
+		until := v.bound.Add(-leaseMargin)
 		if left := until.Sub(now); left > 0 && minTTL > left {
 			return badValue("min_ttl is more than this access token has left before the exchange that ends it: a new one comes at %s", stamp(until.Truncate(time.Second)))
 		}
@@ -234,7 +278,9 @@ func (b *backend) warn(resp *logical.Response, t *tenant, v *tenantView) {
 	if v.trouble != nil && v.entry.Access != nil {
 		resp.AddWarning(fmt.Sprintf("The access token could not be renewed, and this one ends at %s: %s", v.entry.Access.Expires.Format(time.RFC3339), v.trouble.text))
 	}
-	if danger := b.danger(t, v.entry, v.trouble, time.Now()); danger != "" {
-		resp.AddWarning(danger)
+	if now := time.Now(); !v.dangerFrom.IsZero() && !now.Before(v.dangerFrom) {
+		if danger := b.danger(t, v, now); danger != "" {
+			resp.AddWarning(danger)
+		}
 	}
 }

@@ -104,7 +104,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		}
 	case !a.Planned.IsZero():
 		// While leases may live on the token, the exchange that ends it comes at its planned time.
-		if x := v.bound(); a.wanted() && now.Before(a.Expires) {
+		if x := v.bound; a.wanted() && now.Before(a.Expires) {
 			if a.use.Load() == read || due.IsZero() || !due.After(x) || v.trouble != nil && v.trouble.lost {
 				return x
 			}
@@ -147,7 +147,7 @@ func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.
 
 // warnDue says when the log next warns of a tenant's end; zero: no need.
 func (b *backend) warnDue(t *tenant, v *tenantView, now time.Time) time.Time {
-	if b.danger(t, v.entry, v.trouble, now) == "" {
+	if v.dangerFrom.IsZero() || now.Before(v.dangerFrom) || b.danger(t, v, now) == "" {
 		return time.Time{}
 	}
 	// A rejection has had a line of its own.
@@ -272,7 +272,7 @@ func (b *backend) attend(name string) {
 	now := time.Now()
 	if warn := b.warnDue(t, v, now); !warn.IsZero() && !warn.After(now) {
 		t.warnNow(now)
-		b.announce.expiring(ctx, t.name, v.entry, b.danger(t, v.entry, v.trouble, now))
+		b.announce.expiring(ctx, t.name, v.entry, b.danger(t, v, now))
 	}
 	if due := b.exchangeDue(t, v, now); due.IsZero() || due.After(now) {
 		b.schedule(t)

@@ -48,15 +48,16 @@ func (cs *connectors) about(connector string) tokenservice.About {
 func (b *backend) serviceName(connector string) string { return b.connectors.about(connector).Name }
 
 // danger says who has to do what before a tenant's refresh token ends, or "".
-func (b *backend) danger(t *tenant, e *tenantEntry, trouble *trouble, now time.Time) string {
+func (b *backend) danger(t *tenant, v *tenantView, now time.Time) string {
+	e := v.entry
 	switch {
+	case v.dangerFrom.IsZero() || now.Before(v.dangerFrom):
+		return ""
 	case e.expired(now):
 		return expiredText(b.connectors.about(e.Connector), t.name, e)
 	case !e.Rejected.IsZero():
 		return rejectedText(b.connectors.about(e.Connector), t.name) + "."
-	case e.Facts.RotatesFrom.IsZero() || now.Before(latest(e.Facts.RotatesFrom, e.Facts.Expires.Add(-dangerAhead))):
-		return ""
-	case trouble == nil && e.LastExchange.Before(e.Facts.RotatesFrom):
+	case v.trouble == nil && e.LastExchange.Before(e.Facts.RotatesFrom):
 		return "" // nothing has been tried yet
 	}
 	about := b.connectors.about(e.Connector)
@@ -113,7 +114,7 @@ func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 		text("endpoint_url", a.EndpointURL)
 		at("access_token_expire_time", a.Expires)
 	}
-	danger := b.danger(t, e, trouble, now)
+	danger := b.danger(t, v, now)
 	switch {
 	case trouble != nil:
 		data["last_error"] = trouble.text

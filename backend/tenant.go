@@ -122,6 +122,47 @@ type tenantView struct {
 	trouble *trouble
 	// postponed is when the next exchange is permitted, as far as is known, where one was due and none was permitted.
 	postponed time.Time
+
+	// The rest follows from the above: see derive.
+
+	// bound is when leases on the access token must be over: its end, or the exchange that ends it.
+	bound time.Time
+	// until is when the access token stops being handed out to readers who ask for no more than the tenant does.
+	until time.Time
+	// dangerFrom is when readers may have to be warned of the refresh token's end; zero: never.
+	dangerFrom time.Time
+}
+
+// derive works out what readers need, so that a read of a usable token computes little.
+func (v *tenantView) derive() {
+	v.bound, v.until, v.dangerFrom = time.Time{}, time.Time{}, time.Time{}
+	if v.entry == nil {
+		return
+	}
+	switch facts := v.entry.Facts; {
+	case !v.entry.Rejected.IsZero():
+		v.dangerFrom = v.entry.Rejected
+	case !facts.RotatesFrom.IsZero():
+		v.dangerFrom = latest(facts.RotatesFrom, facts.Expires.Add(-dangerAhead))
+	case !facts.Assumed:
+		v.dangerFrom = facts.Expires
+	}
+	a := v.access
+	if a == nil {
+		return
+	}
+	v.bound, v.until = a.Expires, a.Expires.Add(-a.margin(v.entry.MinTTL))
+	if a.Planned.IsZero() {
+		return
+	}
+	// An exchange ends this token. While exchanges fail, the next try does; after an answer that was lost the planned time does
+	// not hold.
+	v.bound = a.Planned
+	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(v.bound)) {
+		v.bound = v.trouble.until
+	}
+	v.bound = earliest(latest(v.bound, v.postponed), a.Expires)
+	v.until = earliest(v.until, v.bound.Add(-leaseMargin)) // a lease has room before the exchange
 }
 
 // tenantSummary is what LIST and the renewer know without reading storage.
@@ -222,6 +263,7 @@ func newTenant(name string) *tenant {
 func (t *tenant) update(change func(*tenantView)) {
 	next := *t.view.Load()
 	change(&next)
+	next.derive()
 	t.view.Store(&next)
 }
 
@@ -593,7 +635,7 @@ func (v *tenantView) base() *tenantEntry {
 func (t *tenant) mayEnd(now time.Time) bool {
 	v := t.view.Load()
 	a := v.access
-	if a == nil || !a.current() || a.Planned.IsZero() || !now.Before(v.bound()) {
+	if a == nil || !a.current() || a.Planned.IsZero() || !now.Before(v.bound) {
 		return true
 	}
 	return !a.leased() && (a.use.CompareAndSwap(unread, ending) || a.use.Load() == ending)
@@ -604,20 +646,6 @@ func (t *tenant) spare() {
 	if a := t.view.Load().access; a != nil {
 		a.use.CompareAndSwap(ending, unread)
 	}
-}
-
-// bound is when leases on the access token must be over: its end, or the exchange that ends it. While exchanges fail, that
-// is the next try; after an answer that was lost the planned time does not hold.
-func (v *tenantView) bound() time.Time {
-	a := v.access
-	if a.Planned.IsZero() {
-		return a.Expires
-	}
-	x := a.Planned
-	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(x)) {
-		x = v.trouble.until
-	}
-	return earliest(latest(x, v.postponed), a.Expires)
 }
 
 // rests says whether the tenant's last exchange has failed so lately that none is made yet. Where an exchange ends older access
@@ -638,7 +666,7 @@ func (t *tenant) postpone(until time.Time) bool {
 	v := t.view.Load()
 	a := v.access
 	now := time.Now()
-	if a != nil && (a.Planned.IsZero() || v.trouble != nil || !a.current() || now.Before(v.bound().Add(-leaseMargin)) || !now.Before(a.Expires)) {
+	if a != nil && (a.Planned.IsZero() || v.trouble != nil || !a.current() || now.Before(v.bound.Add(-leaseMargin)) || !now.Before(a.Expires)) {
 		return false
 	}
 	if a != nil {
@@ -646,55 +674,4 @@ func (t *tenant) postpone(until time.Time) bool {
 	}
 	t.update(func(v *tenantView) { v.postponed = until })
 	return a != nil && now.Before(until.Add(-leaseMargin))
-}
-
-// usableUntil is when the access token stops being handed out to readers who want minTTL of life left, or what the tenant
-// asks for where that is more. Where an exchange ends it, that is shortly before the exchange, so that a lease has room.
-func (v *tenantView) usableUntil(minTTL time.Duration) time.Time {
-	a := v.access
-	until := a.Expires.Add(-max(a.margin(v.entry.MinTTL), minTTL))
-	if !a.Planned.IsZero() {
-		until = earliest(until, v.bound().Add(-leaseMargin))
-	}
-	return until
-}
-
-// usable returns the access token if it may be handed out now. A reader who has waited for the token gets it in the
-// moments before its planned exchange too.
-func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *accessToken {
-	a := v.access
-	if a == nil || !a.current() {
-		return nil
-	}
-	until := v.usableUntil(minTTL)
-	if !a.Planned.IsZero() {
-		if v.kept != nil {
-			return nil // an exchange has ended it, and storage has not taken what came instead
-		}
-		if !waited {
-			until = until.Add(-a.guard())
-		}
-		until = until.Add(-1) // from then on a read exchanges
-	}
-	if now.After(until) {
-		return nil
-	}
-	return a
-}
-
-// guard is how long before a planned exchange's own margin a reader waits for the next token instead of taking this one.
-func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time.Second, a.life()/10)) }
-
-// closing is until when a reader waits before the access token is exchanged: the planned exchange is near, and leases on
-// the token live until then. Zero where there is nothing to wait for.
-func (v *tenantView) closing(now time.Time) time.Time {
-	a := v.access
-	if a == nil || a.Planned.IsZero() || !a.current() || v.kept != nil {
-		return time.Time{}
-	}
-	until := latest(v.bound().Add(-leaseMargin), time.Unix(0, a.leasedTo.Load()))
-	if !now.Before(until) || until.Sub(now) > a.guard()+leaseMargin {
-		return time.Time{}
-	}
-	return until
 }
