@@ -167,8 +167,8 @@ func (g *grants) note(a *attempt) {
 	}
 }
 
-// lineage is the tenant's as storage has it.
-func (v *tenantView) lineage() string {
+// storedLineage is the tenant's lineage as storage has it.
+func (v *tenantView) storedLineage() string {
 	if v.base() == nil {
 		return noLineage
 	}
@@ -179,7 +179,7 @@ func (v *tenantView) lineage() string {
 func (b *backend) settled(a *attempt, v *tenantView) (status, text string) {
 	now := time.Now()
 	kept := v != nil && v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
-	switch lineage := v.lineage(); {
+	switch lineage := v.storedLineage(); {
 	case a.Status != attemptPending:
 		return a.Status, a.Error
 	case lineage == a.Next:
@@ -490,7 +490,7 @@ func (b *backend) tryGrant(a *attempt, w want) error {
 		if err != nil {
 			return err
 		}
-		if v.lineage() != a.Lineage {
+		if v.storedLineage() != a.Lineage {
 			if w.result != nil {
 				b.abandon(a.Tenant, w.result.via, w.result.result)
 			}

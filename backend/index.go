@@ -273,7 +273,7 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	if t == nil {
 		return nil
 	}
-	v := &tenantView{trouble: t.view.Load().trouble}
+	v := &tenantView{tenantMemory: &tenantMemory{trouble: t.view.Load().trouble}}
 	v.show(e, nil)
 	if e.Access != nil {
 		v.access = newAccessToken(name, e.Access)

@@ -656,7 +656,7 @@ func (p *meeting) checkIndex(when string) {
 	limit := time.Now().Add(time.Minute)
 	if v.kept == nil && v.knows != doubted {
 		if v.entry == nil {
-			v = &tenantView{trouble: v.trouble}
+			v = &tenantView{tenantMemory: &tenantMemory{trouble: v.trouble}}
 			v.show(p.stored("acme"), nil)
 		}
 		due := p.due(t, v, time.Now())

@@ -170,7 +170,7 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	return &attempt{
 		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, By: req.DisplayName,
-		Begun: now, Expires: now.Add(attemptLife), Status: attemptPending, Lineage: v.lineage(), Next: rand.Text(),
+		Begun: now, Expires: now.Add(attemptLife), Status: attemptPending, Lineage: v.storedLineage(), Next: rand.Text(),
 	}, v, via, nil
 }
 

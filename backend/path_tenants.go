@@ -308,7 +308,7 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 		if change.verify {
 			err = b.verify(ctx, name, t, v, via, change)
 		} else {
-			change.seen = v.lineage()
+			change.seen = v.storedLineage()
 			err = b.storeUnverified(ctx, name, via, change)
 		}
 		if !errors.Is(err, errSuperseded) {

@@ -91,8 +91,6 @@ type tenant struct {
 	mu      sync.Mutex
 	flight  *flight
 	dropped bool // the registry has dropped this record
-	// absence stands for a lineage while storage has no such tenant. It is new with each delete.
-	absence string
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
 	// issued is the generation of the last access token for one lease whose own record storage has taken.
@@ -114,8 +112,18 @@ const (
 type tenantView struct {
 	knows   knowledge
 	summary tenantSummary
-	entry   *tenantEntry // nil unless loaded or doubted
-	access  *accessToken // entry's, unless it was given up
+	*tenantMemory
+}
+
+// nothing is the state of each tenant of which memory has no more than the summary: most of a large mount's.
+var nothing = &tenantMemory{}
+
+// tenantMemory is what memory has of a tenant beside its summary.
+type tenantMemory struct {
+	entry  *tenantEntry // nil unless loaded or doubted
+	access *accessToken // entry's, unless it was given up
+	// absence stands for a lineage while storage has no such tenant. It is new with each delete; "": noLineage.
+	absence string
 	// kept is what the service has sent and storage has not taken yet.
 	kept *outcome
 	// trouble is why the last exchange failed; nil: it did not.
@@ -254,16 +262,21 @@ func (f *flight) shared(w want) bool {
 }
 
 func newTenant(name string) *tenant {
-	t := &tenant{name: name, absence: noLineage}
-	t.view.Store(&tenantView{})
+	t := &tenant{name: name}
+	t.view.Store(&tenantView{tenantMemory: nothing})
 	return t
 }
 
 // update replaces the view. The caller holds mu.
 func (t *tenant) update(change func(*tenantView)) {
 	next := *t.view.Load()
+	state := *next.tenantMemory
+	next.tenantMemory = &state
 	change(&next)
 	next.derive()
+	if state == *nothing {
+		next.tenantMemory = nothing
+	}
 	t.view.Store(&next)
 }
 
@@ -286,7 +299,7 @@ func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 	}
 	t.update(func(v *tenantView) {
 		if e == nil {
-			*v = tenantView{knows: absent, kept: v.kept, trouble: v.trouble}
+			v.knows, v.summary, v.entry, v.access, v.postponed = absent, tenantSummary{}, nil, nil, time.Time{}
 			return
 		}
 		v.show(e, t.known(e))
@@ -342,7 +355,7 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			maps.DeleteFunc(t.replaced, func(_ string, a *accessToken) bool { return !now.Before(a.Expires) })
 			t.replaced[old.Generation] = old
 		}
-		if fresh == nil && t.lineage(v) != e.Lineage {
+		if fresh == nil && v.lineage() != e.Lineage {
 			// An operator has written another refresh token or connector: what failed before is over.
 			t.retry, v.trouble = nil, nil
 		}
@@ -364,20 +377,20 @@ func (t *tenant) retired(e *tenantEntry) {
 	})
 }
 
-// lineage is the tenant's by a view of it. The caller holds mu.
-func (t *tenant) lineage(v *tenantView) string {
-	if v.entry == nil {
-		return t.absence
+// lineage is the tenant's. After each delete it is another one.
+func (v *tenantView) lineage() string {
+	switch {
+	case v.entry != nil:
+		return v.entry.Lineage
+	case v.absence != "":
+		return v.absence
 	}
-	return v.entry.Lineage
+	return noLineage
 }
 
-// supersedes says whether an operator has written or deleted the tenant since the exchange that o comes from began. v is what
-// storage has.
-func (t *tenant) supersedes(v *tenantView, o *outcome) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	lineage := t.lineage(v)
+// supersedes says whether an operator has written or deleted the tenant since the exchange that o comes from began.
+func (v *tenantView) supersedes(o *outcome) bool {
+	lineage := v.lineage()
 	return lineage != o.from && (o.change == nil || lineage != o.change.lineage)
 }
 
@@ -385,8 +398,8 @@ func (t *tenant) supersedes(v *tenantView, o *outcome) bool {
 func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry, t.replaced, t.warned, t.absence = nil, nil, 0, noLineage+rand.Text()
-	t.view.Store(&tenantView{knows: absent})
+	t.retry, t.replaced, t.warned = nil, nil, 0
+	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 
 // doubt takes in that a write has failed, and that storage may have it all the same. Readers of a usable token go on; who
@@ -434,7 +447,7 @@ func (t *tenant) giveUp(generation string) {
 func (t *tenant) failed(next *trouble, of ...string) (news, superseded bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if v := t.view.Load(); v.knows != unknown && len(of) > 0 && !slices.Contains(of, t.lineage(v)) {
+	if v := t.view.Load(); v.knows != unknown && len(of) > 0 && !slices.Contains(of, v.lineage()) {
 		return false, true
 	}
 	t.update(func(v *tenantView) {
@@ -532,16 +545,14 @@ func (t *tenant) forgetReplaced(generation string) {
 func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	v := t.view.Load()
 	switch {
 	case t.flight != nil:
 		return t.flight, nil
-	case t.dropped, f.v != nil && t.view.Load() != f.v:
+	case t.dropped, f.v != nil && v != f.v, f.v == nil && v.entry != nil:
 		return nil, errSuperseded
 	}
-	f.from = t.absence
-	if e := f.v.base(); e != nil {
-		f.from = e.Lineage
-	}
+	f.from = v.lineage()
 	if !start() {
 		return nil, errStopping
 	}

@@ -275,7 +275,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			}
 		}
 		switch {
-		case c.grant != nil && v.lineage() != c.grant.from, c.seen != "" && v.lineage() != c.seen:
+		case c.grant != nil && v.storedLineage() != c.grant.from, c.seen != "" && v.storedLineage() != c.seen:
 			return errSuperseded
 		case v.entry == nil && c.patch:
 			return notFound("there is no tenant %q to patch", name)
@@ -429,7 +429,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if err != nil {
 		return ts.unstored(t, o, nil)
 	}
-	superseded := t.supersedes(v, o)
+	superseded := v.supersedes(o)
 	if superseded && !o.rotates(v.entry) {
 		if v.kept == o {
 			t.dropKept()
