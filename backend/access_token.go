@@ -61,6 +61,9 @@ func newAccessToken(tenant string, e *accessEntry) *accessToken {
 	return a
 }
 
+// stamp is how the engine writes times: RFC 3339, in UTC.
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
+
 // response is what creds and token both answer.
 func (a *accessToken) response() map[string]any {
 	data := map[string]any{

@@ -66,6 +66,8 @@ type loadedConnector struct {
 	service  tokenservice.Service
 	about    tokenservice.About
 	revision uint64
+	// incomplete says what must be written before a call can be made; nil: nothing.
+	incomplete error
 }
 
 // connectors owns every connector of the mount, and what services say about them.
@@ -163,7 +165,9 @@ func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntr
 	}
 	c.share.Configure(entry.ExchangesPerMinute, entry.RequestTimeout)
 	c.refusal.Store(r) // in one step: a reload lets no call through
-	c.loaded.Store(&loadedConnector{connector: c, entry: entry, service: service, about: service.About(), revision: changes})
+	c.loaded.Store(&loadedConnector{
+		connector: c, entry: entry, service: service, about: service.About(), revision: changes, incomplete: entry.Settings.missing(entry),
+	})
 }
 
 func refusedSince(at time.Time) *refusal {
@@ -240,26 +244,10 @@ func (cs *connectors) close() {
 	}
 }
 
-// endpointOf is where a tenant's exchange begins, by what the service said before.
-func (l *loadedConnector) endpointOf(m *move) string {
-	if m == nil || m.From != l.entry.address() {
-		return ""
-	}
-	return m.To
-}
-
-// moveTo remembers where a tenant's next exchange is to begin.
-func (l *loadedConnector) moveTo(endpoint string) *move {
-	if endpoint == "" {
-		return nil
-	}
-	return &move{From: l.entry.address(), To: endpoint}
-}
-
 // blocked says why no call is made through the connector now.
 func (l *loadedConnector) blocked(now time.Time) error {
-	if err := l.entry.complete(); err != nil {
-		return err
+	if l.incomplete != nil {
+		return l.incomplete
 	}
 	if r := l.refusal.Load(); r != nil && r.probe.Load() > now.UnixNano() {
 		return r.failure
@@ -288,7 +276,11 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
 		return nil, err
 	}
-	call, err := p.take(ctx)
+	take := p.via.share.Take
+	if p.joined != nil && p.want.Class != share.Reader {
+		take = p.takeBehind
+	}
+	call, err := take(ctx, p.want)
 	if err != nil {
 		return nil, err
 	}
@@ -312,11 +304,8 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	return call.End, nil
 }
 
-// take takes a place in the share.
-func (p *passage) take(ctx context.Context) (*share.Call, error) {
-	if p.joined == nil || p.want.Class == share.Reader {
-		return p.via.share.Take(ctx, p.want)
-	}
+// takeBehind takes a place in the share for background work, which waits as a reader does once one has joined it.
+func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call, error) {
 	asBackground, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
@@ -326,7 +315,6 @@ func (p *passage) take(ctx context.Context) (*share.Call, error) {
 		case <-asBackground.Done():
 		}
 	}()
-	want := p.want
 	if want.Hop {
 		want.Wait = hopPatience
 	}
@@ -375,7 +363,7 @@ func (l *loadedConnector) nextProbe() time.Time {
 func (cs *connectors) judge(ctx context.Context, via *loadedConnector, answer error) {
 	failure := (*tokenservice.Failure)(nil)
 	switch {
-	case answer == nil:
+	case answer == nil && via.refusal.Load() != nil:
 		cs.accept(ctx, via)
 	case !errors.As(answer, &failure):
 	case failure.Kind == tokenservice.RefusedConnector:
@@ -423,9 +411,6 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 
 // accept notes that the service takes a connector which it refused.
 func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
-	if via.refusal.Load() == nil {
-		return
-	}
 	cs.mu.Lock()
 	news := via.isPresent() && via.refusal.Swap(nil) != nil
 	if news {

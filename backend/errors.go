@@ -131,20 +131,3 @@ func upperFirst(s string) string {
 	}
 	return strings.ToUpper(s[:1]) + s[1:]
 }
-
-func latest(a time.Time, others ...time.Time) time.Time {
-	for _, t := range others {
-		if t.After(a) {
-			a = t
-		}
-	}
-	return a
-}
-
-// earliest returns the earlier of two times; a zero time stands for none.
-func earliest(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return b
-	}
-	return a
-}

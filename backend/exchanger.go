@@ -69,9 +69,6 @@ type outcome struct {
 	ownToken     bool
 }
 
-// succeeded says whether the exchange has brought what it was made for.
-func (o *outcome) succeeded() bool { return o.access != nil }
-
 // precious says whether what the exchange has brought must not be lost.
 func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != "" }
 
@@ -233,9 +230,14 @@ func (x *exchanger) fly(f *flight) {
 
 // call makes the exchange of a flight, and stores what comes of it.
 func (x *exchanger) call(f *flight) error {
-	entry := f.want.change.applied(f.v)
-	if err := x.tenants.resolveUnleased(x.ctx, f.t, entry); err != nil {
-		return storageTrouble(f.t.name, err)
+	entry := f.v.base()
+	if c := f.want.change; c != nil {
+		entry = c.apply(entry)
+	}
+	if entry.Unleased != nil {
+		if err := x.tenants.resolveUnleased(x.ctx, f.t, entry); err != nil {
+			return storageTrouble(f.t.name, err)
+		}
 	}
 	if f.want.background && !f.t.mayEnd(time.Now()) {
 		return errSuperseded // somebody has begun to use the access token that this exchange would end
@@ -254,7 +256,7 @@ func (x *exchanger) call(f *flight) error {
 		if lost != nil && result.Sent.IsZero() {
 			result = *lost // there was no second request: the first may have been carried out
 		}
-		if lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
+		if result.Err != nil && lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
 			lost = &result
 			continue
 		}
@@ -268,11 +270,11 @@ func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tok
 		return g.result
 	}
 	x.ahead()
-	return via.service.Exchange(x.ctx, tokenservice.Exchange{
-		RefreshToken: entry.RefreshToken,
-		Endpoint:     via.endpointOf(entry.Move),
-		Permit:       x.permit(f, via),
-	})
+	request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, via)}
+	if m := entry.Move; m != nil && m.From == via.entry.address() {
+		request.Endpoint = m.To // the service has moved this tenant
+	}
+	return via.service.Exchange(x.ctx, request)
 }
 
 // permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
@@ -285,7 +287,7 @@ func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit 
 	}
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if isStorages(err) && ctx.Err() == nil {
+		if err != nil && isStorages(err) && ctx.Err() == nil {
 			// A node whose storage takes no writes calls nobody: what comes back would be lost with the process.
 			err = storageTrouble(f.t.name, err)
 		}
@@ -295,7 +297,7 @@ func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit 
 
 // isStorages says whether the error of a permit comes from storage.
 func isStorages(err error) bool {
-	return err != nil && !errors.As(err, new(*tokenservice.Failure)) && !errors.As(err, new(*share.LimitError)) &&
+	return !errors.As(err, new(*tokenservice.Failure)) && !errors.As(err, new(*share.LimitError)) &&
 		!errors.Is(err, errReplaced) && !errors.As(err, new(logical.HTTPCodedError))
 }
 
@@ -322,8 +324,10 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		return err // nothing is kept: the writer still has the refresh token
 	case err != nil:
 		return x.fail(f, via, err)
-	case r.Err == nil:
+	case r.Err == nil && o.ownToken:
 		return x.issueOwn(f, o)
+	case r.Err == nil:
+		return nil
 	}
 	f.carriedOut = o.refreshToken != "" // and has ended older access tokens where it does that
 	if err := x.fail(f, via, r.Err); f.want.change == nil {
@@ -344,7 +348,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		facts:        r.Facts,
 		subject:      r.Subject,
 		move:         entry.Move,
-		rejected:     isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
+		rejected:     r.Err != nil && isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
 		retires:      f.want.force || f.want.change != nil,
 		ownToken:     f.want.ownToken,
 	}
@@ -352,7 +356,10 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		return o
 	}
 	if f.want.result == nil && !r.Sent.IsZero() {
-		o.move = via.moveTo(r.Endpoint)
+		o.move = nil
+		if r.Endpoint != "" {
+			o.move = &move{From: via.entry.address(), To: r.Endpoint}
+		}
 	}
 	if r.Err != nil || r.AccessToken == nil {
 		return o
@@ -383,9 +390,6 @@ func (e *tenantEntry) withAccess(a *accessEntry, r tokenservice.Result) *tenantE
 
 // issueOwn stores the record of an access token for one lease, without which it is revoked.
 func (x *exchanger) issueOwn(f *flight, o *outcome) error {
-	if !o.ownToken {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()
 	if f.isAbandoned() {

@@ -159,7 +159,7 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 		err = via.offers(path)
 	}
 	if err == nil {
-		err = via.entry.complete()
+		err = via.incomplete
 	}
 	if err == nil {
 		err = b.tenants.validate(ctx, &next)

@@ -204,14 +204,6 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 	return next
 }
 
-// applied is the entry that an exchange is made with: the tenant's, or what a write that it verifies makes of that.
-func (c *tenantChange) applied(v *tenantView) *tenantEntry {
-	if c == nil {
-		return v.base()
-	}
-	return c.apply(v.base())
-}
-
 func set[T any](field *T, value *T) {
 	if value != nil {
 		*field = *value

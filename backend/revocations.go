@@ -705,7 +705,7 @@ func forEach(keys []string, f func(key string) error) error {
 
 // resolveUnleased makes sure that an access token for one lease is revoked where the lease's own record has never come.
 func (ts *tenants) resolveUnleased(ctx context.Context, t *tenant, e *tenantEntry) error {
-	if e.Unleased == nil || t.wasIssued(e.Unleased.Generation) {
+	if t.wasIssued(e.Unleased.Generation) {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, storeWithin)

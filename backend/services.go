@@ -113,8 +113,6 @@ func (c *connectorEntry) service(transport http.RoundTripper) (tokenservice.Serv
 	return c.Settings.client(c, transport)
 }
 
-func (c *connectorEntry) complete() error { return c.Settings.missing(c) }
-
 func (c *connectorEntry) address() string { return c.Settings.address() }
 
 // change sets what a write names. A null sets a field to its default.

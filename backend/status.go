@@ -73,9 +73,6 @@ func expiredText(about tokenservice.About, tenant string, e *tenantEntry) string
 	return fmt.Sprintf("The refresh token of tenant %q expired at %s: its tenant user has to %s and write it to tenants/%s.", tenant, stamp(e.Facts.Expires), about.NewRefreshToken, tenant)
 }
 
-// stamp is how the engine writes times: RFC 3339, in UTC.
-func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
-
 // statusResponse is all about a tenant that may be shown.
 func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 	now := time.Now()

@@ -60,9 +60,6 @@ func (ts *tenants) named(name string) *tenant {
 
 // record returns the tenant's record, made where there is none. It is dropped again where storage has no such tenant.
 func (ts *tenants) record(name string) *tenant {
-	if t := ts.named(name); t != nil {
-		return t
-	}
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	t := ts.byName[name]
@@ -180,7 +177,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 		if ended {
 			// It ended between the two writes that give an access token up.
 			e.Access = nil
-			_ = ts.put(ctx, t, e) // memory knows it all the same
+			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory knows it all the same
 		}
 	}
 	via, err := ts.connectors.get(ctx, e.Connector)
@@ -242,11 +239,6 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 	return e, err
 }
 
-// put stores a tenant's entry. The caller holds its lock.
-func (ts *tenants) put(ctx context.Context, t *tenant, e *tenantEntry) error {
-	return putEntry(ctx, ts.storage, tenantPrefix+t.name, e)
-}
-
 // stored lets readers see an entry that storage has taken.
 func (ts *tenants) stored(t *tenant, e *tenantEntry, fresh *accessToken) {
 	t.stored(e, fresh)
@@ -291,7 +283,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 				return err
 			}
 		}
-		if err := ts.put(ctx, t, next); err != nil {
+		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 			t.doubt() // storage may have taken it all the same
 			ts.schedule(t)
 			return err
@@ -352,8 +344,10 @@ func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kep
 		if err := ts.giveUpShared(ctx, t, e); err != nil {
 			return err
 		}
-		if err := ts.resolveUnleased(ctx, t, e); err != nil {
-			return err
+		if e.Unleased != nil {
+			if err := ts.resolveUnleased(ctx, t, e); err != nil {
+				return err
+			}
 		}
 	}
 	if deleted {
@@ -397,7 +391,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		if via := ts.connectors.present(next.Connector); via != nil && via.about.Revocation == tokenservice.RevokeByExchange {
 			next.EndsBy = v.entry.Access.Expires
 		}
-		if err := ts.put(ctx, t, &next); err != nil {
+		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, &next); err != nil {
 			return err
 		}
 		connector = next.Connector
@@ -446,7 +440,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if err := ts.replace(ctx, t, o, v); err != nil {
 		return ts.unstored(t, o, nil)
 	}
-	if err := ts.put(ctx, t, next); err != nil {
+	if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 		if o.retires && v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
 			v.access.leases.Store(givenUp) // it may be revoked by now
 		}
@@ -457,25 +451,20 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
 	}
 	ts.stored(t, next, o.access)
-	ts.settled(ctx, t, o, next)
-	if superseded {
-		return errSuperseded
-	}
-	return nil
-}
-
-// settled does what follows once storage has what an exchange has brought.
-func (ts *tenants) settled(ctx context.Context, t *tenant, o *outcome, next *tenantEntry) {
 	if o.refreshToken != "" {
 		ts.announce.rotated(ctx, t.name, next)
 	}
 	if o.rejected {
 		ts.announce.rejected(ctx, t.name, next)
 	}
-	if t.recovered(o.succeeded()) {
+	if t.recovered(o.access != nil) {
 		ts.announce.recovered(t.name, next.Connector)
 	}
 	ts.schedule(t)
+	if superseded {
+		return errSuperseded
+	}
+	return nil
 }
 
 // replace notes for revocation what a new access token retires. It keeps one that is about to be replaced where leases on it
