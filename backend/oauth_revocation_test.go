@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -438,4 +439,48 @@ func TestOAuthLastMoments(t *testing.T) {
 			e.kept()
 		})
 	}
+}
+
+// A write that gives a tenant token_per_lease, under way while another takes from its connector what that needs.
+func TestTokenPerLeaseMeetsAConfigWrite(t *testing.T) {
+	play := func(t *testing.T, data func(*oauthEngine) map[string]any, hold func(*oauthEngine) (release func())) {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", nil)
+			e.waitForIndex()
+			write := data(e)
+			release := hold(e)
+			var codes [2]int
+			var writes sync.WaitGroup
+			writes.Go(func() { _, codes[0], _ = e.try(logical.UpdateOperation, "tenants/acme", write) })
+			synctest.Wait()
+			writes.Go(func() {
+				_, codes[1], _ = e.try(logical.PatchOperation, "config", map[string]any{"revocation": "none"})
+			})
+			synctest.Wait()
+			release()
+			writes.Wait()
+			assert.Equal(t, [2]int{204, 400}, codes)
+		})
+	}
+	t.Run("settings", func(t *testing.T) {
+		play(t, func(*oauthEngine) map[string]any { return map[string]any{"token_per_lease": true} }, func(e *oauthEngine) func() {
+			held := make(chan struct{})
+			e.storage.surround(func(op, key string, do func() error) error {
+				if op == "put" && key == tenantPrefix+"acme" {
+					<-held
+				}
+				return do()
+			})
+			return func() { close(held) }
+		})
+	})
+	t.Run("verified", func(t *testing.T) {
+		play(t, func(e *oauthEngine) map[string]any {
+			return map[string]any{"token_per_lease": true, "refresh_token": e.server.Grant(e.clientID, "acme")}
+		}, func(e *oauthEngine) func() {
+			e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second}) // and then the right answer
+			return func() {}
+		})
+	})
 }

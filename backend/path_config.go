@@ -246,7 +246,7 @@ func (b *backend) noTokenPerLease(ctx context.Context, name string) error {
 	}
 	var found []string
 	b.tenants.each(func(t *tenant) {
-		if s := t.view.Load().summary; s.stored && s.ownTokens && s.connector == name {
+		if t.ownsTokens(name) {
 			found = append(found, t.name)
 		}
 	})

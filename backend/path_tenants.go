@@ -255,7 +255,7 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 			_ = b.endAttempts(ctx, name)
 		}
 	} else {
-		err = b.tenants.change(ctx, name, change)
+		err = b.changeSettings(ctx, name, change)
 	}
 	if err != nil {
 		return answer(err)
@@ -276,6 +276,31 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		}
 	}
 	return resp, nil
+}
+
+// changeSettings stores a write that leaves the refresh token and the connector as they are. What the tenant then needs of its
+// connector cannot be taken from that meanwhile.
+func (b *backend) changeSettings(ctx context.Context, name string, change *tenantChange) error {
+	if change.tokenPerLease == nil || !*change.tokenPerLease {
+		return b.tenants.change(ctx, name, change)
+	}
+	for {
+		_, v, err := b.tenants.load(ctx, name)
+		if err != nil {
+			return err
+		}
+		if v == nil {
+			return b.tenants.change(ctx, name, change) // which says what is missing
+		}
+		via, err := b.connectors.of(ctx, v.entry.Connector)
+		if err != nil {
+			return err
+		}
+		change.target, change.seen = v.entry.Connector, v.storedLineage()
+		if err := b.storeUnverified(ctx, name, via, change); !errors.Is(err, errSuperseded) {
+			return err
+		}
+	}
 }
 
 // replaceTokens writes a refresh token or a connector, once what can be known beforehand speaks for it, and the service does.

@@ -589,7 +589,18 @@ func (t *tenant) uses(connector string) bool {
 		v.kept != nil && v.kept.connector == connector
 }
 
-// idle marks the record as dropped where neither storage nor anybody at work has the tenant.
+// ownsTokens says whether the tenant has token_per_lease with a connector, or is about to.
+func (t *tenant) ownsTokens(connector string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	aboutTo := func(c *tenantChange) bool { return c != nil && c.target == connector && c.apply(v.entry).TokenPerLease }
+	return v.summary.stored && v.summary.ownTokens && v.summary.connector == connector ||
+		t.flight != nil && aboutTo(t.flight.want.change) ||
+		v.kept != nil && aboutTo(v.kept.change)
+}
+
+// drop marks the record as dropped where neither storage nor anybody at work has the tenant.
 func (t *tenant) drop() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
