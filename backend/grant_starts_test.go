@@ -108,6 +108,50 @@ func TestMixUp(t *testing.T) {
 	})
 }
 
+// Whoever may start grants for one tenant, and does so all the time, leaves the readers of others a fifth of the share.
+func TestGrantsLeaveReadersAFifth(t *testing.T) {
+	for name, flood := range map[string]func(e *grantEngine) (status int){
+		"device": func(e *grantEngine) int {
+			_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+			return status
+		},
+		"forged codes": func(e *grantEngine) int {
+			address := e.start(byCode, nil)["authorization_url"].(string)
+			_, status, _ := e.ask(logical.UpdateOperation, "callback", map[string]any{"state": query(e.t, address)["state"], "code": "forged"})
+			return map[int]int{400: 200, 429: 429}[status]
+		},
+		"messages": func(e *grantEngine) int {
+			_, status, _ := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
+			return status
+		},
+		"wrong PINs": func(e *grantEngine) int {
+			if e.pinCalls(sendPINPath) == 0 {
+				e.phone()
+				return 200
+			}
+			_, status, _ := e.pin(map[string]any{"pin": "wrong"})
+			return map[int]int{400: 200, 429: 429}[status]
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				e.write("config/as", map[string]any{"exchanges_per_minute": 50})
+				e.write("config", map[string]any{"exchanges_per_minute": 50})
+				e.write("tenants/oauth", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+				e.write("tenants/kaizala", map[string]any{"refresh_token": e.newToken("kaizala"), "verify": false})
+				count := map[int]int{}
+				for range 50 {
+					count[flood(e)]++
+				}
+				assert.Equal(t, map[int]int{200: 40, 429: 10}, count)
+				e.read("creds/oauth")
+				e.read("creds/kaizala")
+			})
+		})
+	}
+}
+
 // Who starts a grant hears that it costs the leases their access token.
 func TestStartsWarnOfLiveLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

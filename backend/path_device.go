@@ -41,7 +41,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	if err != nil {
 		return answer(err)
 	}
-	p := passage{via: via, want: share.Want{Wait: patience}}
+	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
 	start, err := via.service.(tokenservice.DeviceFlow).StartDevice(ctx, tokenservice.DeviceRequest{Scopes: scopes, LoginHint: hint, Permit: p.permit})
 	if err != nil {
 		return answer(b.notBegun(ctx, a, via, err))

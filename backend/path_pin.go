@@ -37,7 +37,7 @@ func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framewor
 	if err != nil {
 		return answer(err)
 	}
-	p := passage{via: via, want: share.Want{Wait: patience}}
+	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
 	if err := via.service.(tokenservice.PINFlow).SendPIN(ctx, number, p.permit); err != nil {
 		return answer(b.notBegun(ctx, a, via, err))
 	}
@@ -116,7 +116,7 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			b.grants.work(a.ID, false)
 			return via.offers(byPIN)
 		}
-		p := passage{via: via, want: share.Want{Wait: patience}}
+		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
 		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, p.permit)
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
 			continue // the connector was written meanwhile: go by what it is now

@@ -19,11 +19,12 @@ const Window = time.Minute
 type Class int
 
 const (
-	// Reader: a reader, a writer or a person at a browser waits for the call.
+	// Reader: a reader or a writer waits for the call.
 	Reader Class = iota
 	// RevocationWait: a revocation waits for the call.
 	RevocationWait
-	// Background: an exchange that nobody waits for. It leaves a fifth of the limit free, rounded down.
+	// Background: an exchange that nobody waits for; or a code or a PIN, since whoever may start a grant can start another one
+	// at once, as often as he likes. It leaves a fifth of the limit free, rounded down.
 	Background
 	// Revocation: a revocation that nobody waits for. It leaves free what Background does.
 	Revocation
