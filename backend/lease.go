@@ -17,6 +17,9 @@ import (
 const (
 	leaseMargin = 2 * time.Second
 	leaseLeast  = leaseMargin + time.Second
+
+	// leaseRegistered is what Vault has to register a lease: it counts a lease from then on, and not from the engine's answer.
+	leaseRegistered = time.Second
 )
 
 // accessTokenType names the engine's leases. Vault revokes a lease by this name, so it never changes.
@@ -53,7 +56,7 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	if v.entry.MaxTTL > 0 {
 		most = min(most, v.entry.MaxTTL)
 	}
-	if end := now.Add(most); !own && end.After(bound.Add(-leaseMargin)) {
+	if end := now.Add(most + leaseRegistered); !own && end.After(bound.Add(-leaseMargin)) {
 		token.leasedUntil(end) // the exchange waits for it
 	}
 	internal := map[string]any{

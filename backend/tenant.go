@@ -319,7 +319,7 @@ func (t *tenant) known(e *tenantEntry) *accessToken {
 	a.leases.Store(leasesUnknown)
 	if !e.Access.Planned.IsZero() {
 		// The last lease lasts a second at the least.
-		a.leasedTo.Store(e.Access.Planned.Add(leaseLeast - 2*leaseMargin).UnixNano())
+		a.leasedTo.Store(e.Access.Planned.Add(leaseLeast - 2*leaseMargin + leaseRegistered).UnixNano())
 	}
 	return a
 }

@@ -159,7 +159,8 @@ func (v *Vault) configure(o options) error {
 	}
 	if o.storage == "raft" {
 		storage["node_id"] = o.nodeID
-		storage["performance_multiplier"] = "1" // elections within a second or so
+		// Elections within some seconds. With 1 a leader that a busy machine holds up for half a second loses its place.
+		storage["performance_multiplier"] = "3"
 		var join []map[string]any
 		for _, addr := range o.join {
 			join = append(join, map[string]any{"leader_api_addr": addr})
