@@ -3,6 +3,7 @@ package vaulttest
 import (
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -162,55 +163,198 @@ func stepDownWhileHanging(t *testing.T, c *Cluster, service *kaizalatest.Service
 	require.Equal(t, 404, at(next).in(t).read("tenants/none").status)
 }
 
+// ownTokens is a mount of leases that have access tokens of their own, at a service that takes 2 seconds for each revocation
+// until its faults are cleared.
+func ownTokens(t *testing.T, v *Vault, path string, leases int) (m mount, server *oauth2test.Server, tokens []string) {
+	t.Helper()
+	server = newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	v.Mount(t, path)
+	m = mount{vault: v, t: t, path: path, token: v.RootToken, heard: &answers{}}
+	m.write("config", fields{
+		"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret,
+		"revocation": "access_token", "exchange_invalidates": false, "exchanges_per_minute": 100000,
+	}).ok(t)
+	// A tenant's exchanges are made one after another, those of several tenants are not.
+	const tenants = 10
+	var readers sync.WaitGroup
+	var mu sync.Mutex
+	for i := range tenants {
+		tenant := fmt.Sprint("t", i)
+		m.write("tenants/"+tenant, fields{"refresh_token": server.Grant(id, tenant), "token_per_lease": true}).ok(t)
+		readers.Go(func() {
+			for range leases / tenants {
+				a, err := m.send(http.MethodGet, path+"/creds/"+tenant, "", nil)
+				if err != nil || a.status != 200 {
+					t.Errorf("reading creds/%s: %v %d %s", tenant, err, a.status, a.body)
+					return
+				}
+				mu.Lock()
+				tokens = append(tokens, a.text("access_token"))
+				mu.Unlock()
+			}
+		})
+	}
+	readers.Wait()
+	require.Len(t, tokens, leases)
+	server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 2 * time.Second})
+	return m, server, tokens
+}
+
 // Leases with access tokens of their own, at a service that takes 2 seconds for each revocation, hold up neither the end nor
-// the move of their mount, and nobody else meanwhile.
+// the move of their mount, and nobody else meanwhile: not the readers of another mount, and no seal.
 func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 	if testing.Short() {
-		t.Skip("reads 1,000 leases")
+		t.Skip("reads 2,000 leases")
 	}
-	const leases = 500
-	v := Start(t)
+	t.Parallel()
+	v := Start(t, WithConfig(func(config map[string]any) { config["log_level"] = "info" }))
 	v.RegisterEngine(t)
-	server := newAuthServer(t)
-	id, secret := server.RegisterClient(oauth2test.AuthBasic)
-	mounted := func(t *testing.T, path string) mount {
-		v.Mount(t, path)
-		m := mount{vault: v, t: t, path: path, token: v.RootToken, heard: &answers{}}
-		m.write("config", fields{
-			"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret,
-			"revocation": "access_token", "exchange_invalidates": false, "exchanges_per_minute": 100000,
-		}).ok(t)
-		m.write("tenants/acme", fields{"refresh_token": server.Grant(id, path), "token_per_lease": true}).ok(t)
-		for range leases {
-			m.read("creds/acme").ok(t)
-		}
-		return m
-	}
-	for name, end := range map[string]func(path string) []string{
-		"disable": func(path string) []string { return []string{"secrets", "disable", path} },
-		"move":    func(path string) []string { return []string{"secrets", "move", path, path + "-moved"} },
-	} {
-		t.Run(name, func(t *testing.T) {
-			m := mounted(t, name)
-			server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 2 * time.Second})
-			defer server.ClearFaults()
-			stop := otherMount(m)
-			began := time.Now()
-			out, exit := v.CLI(t, v.RootToken, end(name)...)
-			require.Zero(t, exit, out)
-			if name == "move" { // goes on behind the answer
-				Eventually(t, "the mount to have moved", func() bool {
-					mounts, err := v.Client.Sys().ListMounts()
-					return err == nil && mounts["move-moved/"] != nil
-				})
+	for _, end := range []string{"disable", "move"} {
+		begin := func(t *testing.T, path string) (server *oauth2test.Server, ended chan time.Duration) {
+			_, server, _ = ownTokens(t, v, path, 500)
+			args := []string{"secrets", end, path}
+			if end == "move" {
+				args = append(args, path+"-moved")
 			}
-			took := time.Since(began)
+			ended = make(chan time.Duration, 1)
+			go func() {
+				began := time.Now()
+				out, exit := v.CLI(t, v.RootToken, args...)
+				if exit != 0 {
+					t.Errorf("secrets %s: %s", end, out)
+				}
+				if end == "move" { // goes on behind the answer
+					poll(patience, func() bool {
+						mounts, err := v.Client.Sys().ListMounts()
+						return err == nil && mounts[path+"-moved/"] != nil
+					})
+				}
+				ended <- time.Since(began)
+			}()
+			return server, ended
+		}
+
+		t.Run(end, func(t *testing.T) {
+			stop := otherMount(mount{vault: v, t: t, token: v.RootToken, heard: &answers{}})
+			server, ended := begin(t, end)
+			took := <-ended
 			longest, failed := stop()
-			t.Logf("%s took %s, another mount's longest read %s", name, took.Round(time.Millisecond), longest.Round(time.Millisecond))
+			t.Logf("%s took %s, another mount's longest read %s", end, took.Round(time.Millisecond), longest.Round(time.Millisecond))
 			require.Less(t, took, promptly)
 			require.Less(t, longest, promptly)
 			require.Zero(t, failed)
+			server.ClearFaults()
+			requireNoIrrevocableLeases(t, v)
+		})
+
+		t.Run(end+" and seal", func(t *testing.T) {
+			server, ended := begin(t, end+"-sealed")
+			Eventually(t, "the first revocation", func() bool { return len(server.Calls(oauth2test.EndpointRevocation)) > 0 })
+			began := time.Now()
+			v.Seal(t)
+			took := time.Since(began)
+			v.Unseal(t)
+			server.ClearFaults()
+			t.Logf("the seal took %s, %s %s with the unsealing", took.Round(time.Millisecond), end, (<-ended).Round(time.Millisecond))
+			require.Less(t, took, promptly)
+			requireNoIrrevocableLeases(t, v)
 		})
 	}
+}
+
+// 2,000 leases that are revoked at once, at a service that takes 2 seconds for each of their access tokens, hold up neither a
+// seal nor another mount's readers; and once the service is well, each of these tokens is dead.
+func TestThousandsOfRevocationsHoldNobodyUp(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 2,000 leases")
+	}
+	t.Parallel()
+	v := Start(t, WithConfig(func(config map[string]any) { config["log_level"] = "info" }))
+	v.RegisterEngine(t)
+	m, server, tokens := ownTokens(t, v, "many", 2000)
+	stop := otherMount(m)
+	out, exit := v.CLI(t, v.RootToken, "lease", "revoke", "-prefix", "many/creds")
+	require.Zero(t, exit, out)
+	Eventually(t, "revocations to be under way", func() bool { return len(server.Calls(oauth2test.EndpointRevocation)) >= 8 })
+	longest, failed := stop()
+	began := time.Now()
+	v.Seal(t)
+	took := time.Since(began)
+	made := len(server.Calls(oauth2test.EndpointRevocation))
+	t.Logf("the seal took %s after %d of 2,000 revocations, another mount's longest read %s", took.Round(time.Millisecond), made, longest.Round(time.Millisecond))
+	require.Less(t, took, promptly)
+	require.Less(t, longest, 5*time.Second)
+	require.Zero(t, failed)
+	require.Less(t, made, 1000, "the seal came in the middle")
+
+	server.ClearFaults()
+	v.Unseal(t)
+	began = time.Now()
+	Eventually(t, "all tokens to be dead", func() bool { return !slices.ContainsFunc(tokens, server.Alive) })
+	Eventually(t, "nothing to be pending", func() bool { return m.read("config").ok(t).data()["pending_revocations"] == nil })
+	t.Logf("all tokens were dead %s after the unsealing", time.Since(began).Round(time.Millisecond))
+	require.Empty(t, m.leases())
+	require.Empty(t, server.LostGrants())
 	requireNoIrrevocableLeases(t, v)
+}
+
+// The revocation endpoint is down, Vault and the plugin are killed meanwhile, and it comes back: every token dies, as fast as
+// the connector's share allows. (That this takes an hour is played in process.)
+func TestRevocationOutageOnVault(t *testing.T) {
+	t.Parallel()
+	const tenants, limit = 100, 600
+	v := Start(t, Raft())
+	v.MountEngine(t, "outage")
+	server := newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	m := mount{vault: v, t: t, path: "outage", token: v.RootToken, heard: &answers{}}
+	m.write("config", fields{
+		"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret,
+		"revocation": "access_token", "exchange_invalidates": false, "exchanges_per_minute": limit,
+	}).ok(t)
+	var tokens []string
+	for i := range tenants {
+		name := fmt.Sprint("t", i)
+		m.write("tenants/"+name, fields{"refresh_token": server.Grant(id, name)}).ok(t)
+		tokens = append(tokens, m.read("creds/"+name).ok(t).text("access_token"))
+	}
+	server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+	require.NoError(t, v.Client.Sys().RevokePrefix("outage/creds"))
+	require.Empty(t, m.leases(), "no lease waits for the service")
+	pending := func() int64 { return m.read("config").ok(t).number("pending_revocations") }
+	require.EqualValues(t, tenants, pending())
+	tried := func(since time.Time) int {
+		tokens := map[string]bool{}
+		for _, c := range server.Calls(oauth2test.EndpointRevocation) {
+			if c.Start.After(since) {
+				tokens[c.Token] = true
+			}
+		}
+		return len(tokens)
+	}
+	Eventually(t, "each token to be tried", func() bool { return tried(time.Time{}) == tenants })
+	status := m.read("tenants/t0").ok(t)
+	require.EqualValues(t, 1, status.number("pending_revocations"))
+	require.NotEmpty(t, status.text("last_revocation_error"))
+
+	killed := time.Now()
+	v.Restart(t)
+	Eventually(t, "the next process to know them", func() bool { return pending() == tenants })
+	Eventually(t, "tokens to be tried again", func() bool { return tried(killed) > 0 })
+	for _, token := range tokens {
+		require.True(t, server.Alive(token))
+	}
+	began, calls := time.Now(), len(server.Calls())
+	server.ClearFaults()
+	Eventually(t, "all tokens to be dead", func() bool { return !slices.ContainsFunc(tokens, server.Alive) })
+	t.Logf("%d calls of the outage; all tokens were dead %s after it", calls, time.Since(began).Round(time.Millisecond))
+	Eventually(t, "nothing to be pending", func() bool { return m.read("config").ok(t).data()["pending_revocations"] == nil })
+	require.LessOrEqual(t, server.MaxPerMinute(id), limit)
+	for _, c := range server.Calls(oauth2test.EndpointRevocation) {
+		require.False(t, c.Expired)
+	}
+	require.Empty(t, server.LostGrants())
+	requireNoIrrevocableLeases(t, v)
+	v.Unmount(t, "outage")
 }
