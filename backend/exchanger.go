@@ -257,7 +257,7 @@ func (x *exchanger) call(f *flight) error {
 			result = *lost // there was no second request: the first may have been carried out
 		}
 		if result.Err != nil && lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
-			lost = &result
+			lost, f.lost = &result, true
 			continue
 		}
 		return x.settle(f, entry, via, result)
@@ -413,9 +413,9 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 		return err // nobody has failed
 	}
 	now := time.Now()
-	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff())}
+	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff()), lost: f.lost}
 	if before := f.t.view.Load().trouble; before != nil {
-		next.lost = before.lost // until an exchange succeeds
+		next.lost = next.lost || before.lost // until an exchange succeeds
 	}
 	about := tokenservice.About{Name: "the service"}
 	if via != nil {

@@ -119,6 +119,55 @@ func TestOAuthLostAnswer(t *testing.T) {
 	}
 }
 
+// A lost answer whose retry is refused, or fails, may have ended the access token of before: the backoff holds and not the
+// planned time, and after it nobody gets that token.
+func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
+	lose := func(t *testing.T, grace time.Duration, retry ...oauth2test.Fault) (e *oauthEngine, dead string) {
+		e = newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = grace }, nil)
+		e.add("acme", nil)
+		dead = accessTokenOf(e.lease("acme"))
+		e.server.Inject(oauth2test.Fault{Process: true, Reset: true, Times: 1})
+		for _, fault := range retry {
+			e.server.Inject(fault)
+		}
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.False(t, e.server.Alive(dead))
+		require.Len(t, e.server.Calls(oauth2test.EndpointToken), 3)
+		return e, dead
+	}
+	t.Run("outage", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, dead := lose(t, time.Hour, oauth2test.Fault{Answer: oauth2test.BadGateway})
+			warned := 0
+			for range 60 {
+				time.Sleep(time.Second)
+				if resp, code, _ := e.try(logical.ReadOperation, "token/acme", nil); code == 200 {
+					assert.Contains(t, resp.Warnings[0], "may have ended this one")
+					warned++
+				}
+			}
+			assert.Positive(t, warned)
+			assert.Equal(t, statusDegraded, e.status("acme"))
+			e.server.ClearFaults()
+			time.Sleep(time.Minute)
+			assert.Equal(t, statusOK, e.status("acme"), "nobody had to ask")
+			assert.NotEqual(t, dead, e.read("token/acme")["access_token"])
+			assert.Empty(t, e.server.LostGrants())
+		})
+	})
+	t.Run("refused", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, _ := lose(t, 0)
+			assert.Equal(t, statusRejected, e.status("acme"))
+			time.Sleep(plannedRetryLeast + time.Second)
+			_, code, text := e.try(logical.ReadOperation, "token/acme", nil)
+			assert.Equal(t, 400, code)
+			assert.Contains(t, text, "refuses the refresh token")
+			assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 3)
+		})
+	})
+}
+
 // The process dies while the answer to an exchange is under way: the next one tries at once, within the service's grace.
 func TestOAuthExchangeThatAProcessDidNotLiveToSee(t *testing.T) {
 	bubble(t, func(t *testing.T) {

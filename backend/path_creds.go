@@ -275,8 +275,12 @@ func (b *backend) notYet(v *tenantView, tenant string) error {
 
 // warn adds what a reader should pass on.
 func (b *backend) warn(resp *logical.Response, t *tenant, v *tenantView) {
-	if v.trouble != nil && v.entry.Access != nil {
-		resp.AddWarning(fmt.Sprintf("The access token could not be renewed, and this one ends at %s: %s", v.entry.Access.Expires.Format(time.RFC3339), v.trouble.text))
+	if a := v.entry.Access; v.trouble != nil && a != nil {
+		ends := "this one ends at " + a.Expires.Format(time.RFC3339)
+		if v.trouble.lost && !a.Planned.IsZero() {
+			ends = "the exchange whose answer was lost may have ended this one"
+		}
+		resp.AddWarning(fmt.Sprintf("The access token could not be renewed, and %s: %s", ends, v.trouble.text))
 	}
 	if now := time.Now(); !v.dangerFrom.IsZero() && !now.Before(v.dangerFrom) {
 		if danger := b.danger(t, v, now); danger != "" {

@@ -217,6 +217,8 @@ type flight struct {
 	joinOnce sync.Once
 
 	way *passage // of its last request
+	// lost: the answer to its first request was lost, and that may have been carried out.
+	lost bool
 	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
 	carriedOut bool
 	left       atomic.Bool // the reader has gone whom the token is for
@@ -563,7 +565,7 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
-	if failure := (*tokenservice.Failure)(nil); err != nil && !f.carriedOut && (!errors.As(err, &failure) || !failure.Lost) {
+	if failure := (*tokenservice.Failure)(nil); err != nil && !f.carriedOut && !f.lost && (!errors.As(err, &failure) || !failure.Lost) {
 		t.spare()
 	}
 	t.mu.Lock()
