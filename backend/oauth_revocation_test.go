@@ -425,6 +425,30 @@ func TestOAuthConnectorChanges(t *testing.T) {
 	})
 }
 
+// A token that is revoked while a start reads what is pending is sent once.
+func TestOAuthRevocationWhileIntentsAreRead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 1500 * time.Millisecond})
+		e.storage.surround(func(op, key string, do func() error) error {
+			switch {
+			case op == "list" && key == intentPrefix:
+				time.Sleep(time.Second)
+			case op == "get" && strings.HasPrefix(key, intentPrefix):
+				defer time.Sleep(time.Second) // what was read is out of date by then
+			}
+			return do()
+		})
+		e.restart()
+		e.revoke(e.lease("acme"))
+		e.pass(2 * time.Minute)
+		assert.Len(t, e.revocations(), 1)
+		assert.Nil(t, e.pending("acme"))
+		e.kept()
+	})
+}
+
 // A token in its last 5 seconds is not sent: at some services the revocation of an expired one ends the grant.
 func TestOAuthLastMoments(t *testing.T) {
 	for left, calls := range map[time.Duration]int{5 * time.Second: 0, 5*time.Second + time.Millisecond: 1} {

@@ -79,6 +79,7 @@ type revocations struct {
 	intents  map[string]map[string]*intent // by connector and id
 	expiries map[string]time.Time          // of what is held, by key below heldPrefix
 	loaded   bool
+	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
 	slow     map[string]bool          // by connector: the last call failed, or took long
@@ -96,6 +97,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		stopping: make(chan struct{}),
 		intents:  map[string]map[string]*intent{},
 		expiries: map[string]time.Time{},
+		settled:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
 		slow:     map[string]bool{},
@@ -237,6 +239,9 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if !r.loaded {
+		r.settled[i.connector+"/"+i.id] = true
+	}
 	if of := r.intents[i.connector]; of[i.id] == i {
 		delete(of, i.id)
 		if len(of) == 0 {
@@ -612,7 +617,7 @@ func (r *revocations) load(ctx context.Context) error {
 		i.connector, i.id, _ = strings.Cut(key, "/")
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if r.intents[i.connector][i.id] == nil {
+		if r.intents[i.connector][i.id] == nil && !r.settled[key] {
 			r.add(i)
 		}
 		return nil
@@ -639,6 +644,7 @@ func (r *revocations) load(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.loaded = true
+	clear(r.settled)
 	return nil
 }
 
