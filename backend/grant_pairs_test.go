@@ -97,6 +97,8 @@ func (e *grantEngine) begin(p *pair) {
 	})
 }
 
+const rotation = "the refresh token is rotated"
+
 // pairEvents are what comes between, and whether the flow connects the tenant all the same.
 var pairEvents = []struct {
 	name     string
@@ -133,6 +135,14 @@ var pairEvents = []struct {
 	}, true},
 	{"read", func(p *pair) { p.try(logical.ReadOperation, "creds/acme", nil) }, true},
 	{"refresh", func(p *pair) { p.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }, true},
+	{rotation, func(p *pair) {
+		before := p.stored("acme")
+		time.Sleep(10 * time.Second) // into the last tenth of its life
+		p.write("tenants/acme/refresh", nil)
+		if p.stored("acme").Lineage == before.Lineage {
+			require.Equal(p.t, originService, p.stored("acme").RefreshTokenOrigin)
+		}
+	}, true},
 	{"stop and start", func(p *pair) { p.restart(); p.minute() }, true},
 	{"invalidated", func(p *pair) {
 		for _, key := range []string{"tenants/acme", "config/as", "config/default", attemptKeys + "acme"} {
@@ -153,7 +163,11 @@ func TestGrantPairs(t *testing.T) {
 						p := &pair{grantEngine: newGrantEngine(t)}
 						p.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false})
 						p.kaizala.SetOldTokenDies(false)
+						if event.name == rotation {
+							p.kaizala.SetRefreshTokenAge(kaizalatest.DefaultRefreshTokenLife*9/10 - 5*time.Second)
+						}
 						p.write("tenants/acme", map[string]any{"refresh_token": p.newToken("before")})
+						p.kaizala.SetRefreshTokenAge(0)
 						p.play(f, event.happens, event.connects, at)
 					})
 				})

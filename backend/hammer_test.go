@@ -325,6 +325,30 @@ func TestReadersGoBeforeBackgroundWork(t *testing.T) {
 	})
 }
 
+// The hops of a background exchange leave the readers' fifth free.
+func TestBackgroundHopsGiveWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		token := e.newToken("b")
+		e.kaizala.MoveUser("b", "https://inc-001.osi.office.net")
+		time.Sleep(inWindow)
+		e.addTenants(9)
+		for i := range 7 {
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		e.write("tenants/b", map[string]any{"refresh_token": token, "verify": false})
+		time.Sleep(time.Second)
+		require.Equal(t, "b", e.kaizala.Calls()[7].User, "there is a place for it")
+		begun := time.Now()
+		e.read("creds/t7")
+		e.read("creds/t8")
+		assert.Zero(t, time.Since(begun))
+		e.pass(3 * time.Minute)
+		assert.Equal(t, originService, e.stored("b").RefreshTokenOrigin)
+	})
+}
+
 // A loop of read and revoke on one tenant gets a fifth of the share, and leaves
 // the others theirs.
 func TestOneTenantCannotStarveTheRest(t *testing.T) {
@@ -368,4 +392,21 @@ func TestOneTenantCannotStarveTheRest(t *testing.T) {
 			assert.LessOrEqual(t, n, 4, "minute %d", minute)
 		}
 	})
+}
+
+// A tenant behind a 307, which is not remembered, is served though its exchange takes more than a fifth of the share. (Of a share
+// of one call a minute the second call would have to wait for a minute: longer than any work that has begun does.)
+func TestTenantBehindA307IsServed(t *testing.T) {
+	for n := 2; n <= 9; n++ {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.setShare(n)
+				e.addTenants(1)
+				e.kaizala.MoveUserTemporarily("t0", "https://inc-001.osi.office.net")
+				assert.Equal(t, 1, e.hammer(1, 7*time.Second, 5*time.Minute))
+				assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), n)
+			})
+		})
+	}
 }

@@ -3,6 +3,8 @@ package backend
 import (
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -188,5 +190,202 @@ func TestUnverifiedWriteIsCheckedForTheConnectorThatItGets(t *testing.T) {
 		binding.Release(everybody)
 		<-held
 		assert.Equal(t, theirs, e.stored("acme").RefreshToken)
+	})
+}
+
+// A reader and a refresh that come while an operator's refresh token is verified wait for its end, and then go by what is
+// stored: a mistyped one is the writer's alone, and so is what the right one brings.
+func TestVerificationIsTheWritersAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		var flows sync.WaitGroup
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+		flows.Go(func() {
+			_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "mistyped"})
+			assert.Equal(t, http.StatusBadRequest, status, text)
+		})
+		time.Sleep(time.Second)
+		flows.Go(func() { e.read("creds/acme") })
+		flows.Go(func() { e.write("tenants/acme/refresh", nil) })
+		flows.Wait()
+		assert.Equal(t, statusOK, e.status("acme"))
+		assert.Equal(t, "acme", e.kaizala.Calls()[1].User)
+
+		before := e.read("token/acme")["access_token"]
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+		flows.Go(func() { e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("successor")}) })
+		time.Sleep(time.Second)
+		flows.Go(func() {
+			e.write("tenants/acme/refresh", nil)
+			calls := e.kaizala.Calls()
+			assert.Equal(t, "successor", calls[len(calls)-1].User)
+			assert.NotEqual(t, before, e.read("token/acme")["access_token"])
+		})
+		flows.Wait()
+	})
+}
+
+// Of two writes whose settings do not fit together the later one is refused.
+func TestSettingsOfTwoWritesAreValidatedTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.storage.surround(func(op, _ string, do func() error) error {
+			if op == "put" {
+				time.Sleep(time.Second)
+			}
+			return do()
+		})
+		var writes sync.WaitGroup
+		var refused atomic.Int64
+		for field, value := range map[string]string{"ttl": "2h", "max_ttl": "1h"} {
+			writes.Go(func() {
+				_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{field: value})
+				if status == http.StatusBadRequest {
+					assert.Contains(t, text, "ttl is over max_ttl")
+					refused.Add(1)
+				}
+			})
+		}
+		writes.Wait()
+		assert.EqualValues(t, 1, refused.Load())
+	})
+}
+
+// A 429 holds for the connector, whatever has become of the tenant that it was answered to.
+func TestLimitHoldsThoughItsTenantIsGone(t *testing.T) {
+	for name, goes := range map[string]func(*engine){
+		"deleted": func(e *engine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+		"written": func(e *engine) {
+			e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("successor"), "verify": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				e.addTenant("other")
+				e.kaizala.Inject(kaizalatest.Fault{Delay: 2 * time.Second, Status: 429, Header: http.Header{"Retry-After": {"300"}}, Times: 1})
+				go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+				time.Sleep(time.Second)
+				goes(e)
+				time.Sleep(2 * time.Second)
+				_, status, _ := e.try(logical.ReadOperation, "creds/other", nil)
+				assert.Equal(t, http.StatusTooManyRequests, status)
+				e.restart()
+				_, status, _ = e.try(logical.ReadOperation, "creds/other", nil)
+				assert.Equal(t, http.StatusTooManyRequests, status)
+				assert.Equal(t, 1, e.kaizala.CallCount())
+				time.Sleep(5 * time.Minute)
+				e.read("creds/other")
+			})
+		})
+	}
+}
+
+// What another node has written while this one was reading is read again.
+func TestTenantIsInvalidatedDuringALoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.read("tenants/acme")
+		e.tenants.loaded.Purge()
+		read := false
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "get" && key == "tenants/acme" && !read {
+				read = true
+				entry := *e.stored("acme")
+				entry.TTL = 77 * time.Minute
+				require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, key, &entry))
+				e.InvalidateKey(t.Context(), key)
+			}
+			return err
+		})
+		assert.EqualValues(t, 77*60, e.read("tenants/acme")["ttl"])
+		assert.True(t, read)
+	})
+}
+
+// Likewise for a connector.
+func TestConnectorIsInvalidatedDuringALoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		key := connectorPrefix + defaultConnector
+		e.InvalidateKey(t.Context(), key)
+		read := false
+		e.storage.surround(func(op, at string, do func() error) error {
+			err := do()
+			if op == "get" && at == key && !read {
+				read = true
+				entry, failure := e.storedConnector(t.Context(), defaultConnector)
+				require.NoError(t, failure)
+				entry.ExchangesPerMinute = 7
+				require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, key, entry))
+				e.InvalidateKey(t.Context(), key)
+			}
+			return err
+		})
+		via, err := e.connectors.get(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		assert.Equal(t, 7, via.entry.ExchangesPerMinute)
+		assert.True(t, read)
+	})
+}
+
+// Leases of a process before this one are not counted, and so their access token is given up by the first early end of any.
+func TestLeasesOfBeforeARestartAreNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.lease("acme")
+		e.restart()
+		lease := e.lease("acme")
+		e.lease("acme")
+		require.NoError(t, e.revokeLease(lease))
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}
+
+// A token that was given up stays so in memory until storage has that: it does not leave memory before.
+func TestWhatIsGivenUpInMemoryAloneStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		lease := e.lease("acme")
+		e.failPuts()
+		require.Error(t, e.revokeLease(lease))
+		e.tenants.loaded.Purge()
+		e.storage.heal()
+		assert.NotEqual(t, accessTokenOf(lease), e.read("token/acme")["access_token"])
+	})
+}
+
+// Nobody sees a write that storage has not taken: its refresh token might be replaced by the service, and nothing would know the
+// new one.
+func TestWriteIsNotSeenBeforeItIsStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		token := e.read("token/acme")["access_token"]
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && key == "tenants/acme" {
+				time.Sleep(3 * time.Second)
+				return errStorage
+			}
+			return nil
+		})
+		told := make(chan int)
+		go func() {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("operator"), "verify": false})
+			told <- status
+		}()
+		time.Sleep(time.Second)
+		assert.Equal(t, token, e.read("token/acme")["access_token"])
+		assert.Equal(t, http.StatusInternalServerError, <-told)
+		e.storage.heal()
+		assert.Equal(t, token, e.read("token/acme")["access_token"])
+		assert.Zero(t, e.kaizala.Exchanges("operator"))
 	})
 }

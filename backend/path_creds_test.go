@@ -198,3 +198,19 @@ func TestNaturalEndKeepsTheToken(t *testing.T) {
 		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
 	})
 }
+
+// A reader who is held up between the look at an access token and its lease gets a lease that ends: Vault takes a TTL or
+// MaxTTL of 0 or less for no limit.
+func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "ttl": "1h", "max_ttl": "2h"})
+		_, v := e.tenants.cached("acme")
+		for _, left := range []time.Duration{time.Second, 0, -time.Second, -time.Hour} {
+			time.Sleep(time.Until(v.access.Expires.Add(-left)))
+			options := e.newLease(v, v.access, false).Secret.LeaseOptions
+			assert.Equal(t, time.Second, options.TTL, left)
+			assert.Equal(t, time.Second, options.MaxTTL, left)
+		}
+	})
+}

@@ -237,3 +237,37 @@ func TestEventsAreSentOnce(t *testing.T) {
 		assert.Equal(t, []string{eventRotated + " acme", eventRejected + " acme"}, e.events.all())
 	})
 }
+
+// After a long downtime more tenants are due than the share serves in time: whose refresh token ends first goes first, and
+// none of them dies behind one that has days.
+func TestWhoEndsFirstGoesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(5) // four a minute for background work
+		var hasty, patient []string
+		for i := range 50 {
+			hasty = append(hasty, e.newToken(fmt.Sprint("hasty", i)))
+		}
+		time.Sleep(5 * day)
+		for i := range 100 {
+			patient = append(patient, e.newToken(fmt.Sprint("patient", i)))
+		}
+		for i, token := range hasty {
+			e.write(fmt.Sprint("tenants/hasty", i), map[string]any{"refresh_token": token, "verify": false})
+		}
+		for i, token := range patient {
+			e.write(fmt.Sprint("tenants/patient", i), map[string]any{"refresh_token": token, "verify": false})
+		}
+		e.stop()
+		time.Sleep(360*day - 20*time.Minute)
+		e.start()
+		e.pass(15 * time.Minute)
+		for i, token := range hasty {
+			assert.NotEqual(t, token, e.stored(fmt.Sprint("hasty", i)).RefreshToken)
+		}
+		e.pass(time.Hour)
+		for i, token := range patient {
+			assert.NotEqual(t, token, e.stored(fmt.Sprint("patient", i)).RefreshToken)
+		}
+	})
+}

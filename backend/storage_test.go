@@ -345,3 +345,37 @@ func TestUnreadableEntries(t *testing.T) {
 		})
 	}
 }
+
+// One tenant that storage cannot give costs no other a read: not a LIST, not a tick, and not the deletion of a connector that
+// nobody uses.
+func TestOneKeyThatStorageCannotGive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config/unused", map[string]any{"connector_id": "i", "connector_secret": "s"})
+		e.addTenants(20)
+		e.stop()
+		e.storage.failWith(func(op, key string) error {
+			if op == "get" && key == "tenants/t7" {
+				return errStorage
+			}
+			return nil
+		})
+		e.start()
+		e.pass(time.Minute)
+		synctest.Wait()
+		ops := e.storage.ops.Load()
+		for range 10 {
+			listed := e.ok(logical.ListOperation, "tenants/", nil)
+			assert.Len(t, listed.Data["keys"], 20)
+			assert.Len(t, listed.Data["key_info"], 19)
+			e.minute()
+		}
+		synctest.Wait()
+		assert.LessOrEqual(t, e.storage.ops.Load()-ops, int64(30), "a LIST, a read of the one tenant, and no more")
+		e.ok(logical.DeleteOperation, "config/unused", nil)
+		e.storage.heal()
+		e.minute()
+		synctest.Wait()
+		assert.Len(t, e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"], 20)
+	})
+}
