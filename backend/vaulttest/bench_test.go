@@ -406,7 +406,83 @@ func BenchmarkVault(b *testing.B) {
 			b.Run("token-per-lease", func(b *testing.B) {
 				reportAlone(b, rounds, each(http.MethodGet, "kaizala/creds/own", ""))
 			})
+			b.Run("flooded", func(b *testing.B) {
+				reportFlooded(b, get("kaizala/token/acme"), v.unknownState(b, transport), get("floor-a/token/acme"))
+			})
 		})
+	}
+}
+
+// flood is how many requests a second an outsider makes.
+const flood = 1000
+
+// reportFlooded measures what one reader waits, when nothing else comes and while each of two others makes [flood] requests a
+// second: an outsider at the callback, and for comparison readers of the floor. The three take turns.
+func reportFlooded(b *testing.B, read, outsider, floor func() error) {
+	const turns, turn = 5, 500 * time.Millisecond
+	waits := make([][]time.Duration, 3)
+	var sent atomic.Int64
+	for i := range 3 * turns {
+		side := i % 3
+		stop := make(chan struct{})
+		var others sync.WaitGroup
+		if request := []func() error{nil, outsider, floor}[side]; request != nil {
+			for range 8 {
+				others.Go(func() {
+					tick := time.NewTicker(8 * time.Second / flood)
+					defer tick.Stop()
+					for {
+						select {
+						case <-stop:
+							return
+						case <-tick.C:
+						}
+						if err := request(); err != nil {
+							b.Error(err)
+							return
+						}
+						if side == 1 {
+							sent.Add(1)
+						}
+					}
+				})
+			}
+		}
+		for end := time.Now().Add(turn); time.Now().Before(end); {
+			begun := time.Now()
+			require.NoError(b, read())
+			waits[side] = append(waits[side], time.Since(begun))
+		}
+		close(stop)
+		others.Wait()
+	}
+	for i, side := range []string{"quiet", "flooded", "floored"} {
+		slices.Sort(waits[i])
+		b.ReportMetric(float64(waits[i][len(waits[i])/2].Microseconds()), side+"-µs")
+		b.ReportMetric(float64(waits[i][len(waits[i])*99/100].Microseconds()), side+"-99%-µs")
+	}
+	b.ReportMetric(float64(sent.Load())/(turns*turn).Seconds(), "states/s")
+	b.ReportMetric(0, "ns/op")
+}
+
+// unknownState is a request that anybody can make at the callback, with a state of the right form that nobody has.
+func (v *Vault) unknownState(b *testing.B, transport http.RoundTripper) func() error {
+	b.Helper()
+	return func() error {
+		req, err := http.NewRequest(http.MethodGet, v.Addr+"/v1/kaizala/callback?code=code&state="+strings.Repeat("s", 43), nil)
+		if err != nil {
+			return err
+		}
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		page, err := io.ReadAll(resp.Body)
+		if err == nil && (resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(page), "This link is not known")) {
+			err = fmt.Errorf("the callback answered with %d\n%s", resp.StatusCode, page)
+		}
+		return err
 	}
 }
 

@@ -151,6 +151,13 @@ func table(measured results) []string {
 			compared(row, "`token` of an OAuth tenant, beside the floor without", measured["Vault/"+storage+"/oauth-token"])
 			writes(row, "an exchange of an OAuth tenant (`refresh`), beside a write of Vault's kv", measured["Vault/"+storage+"/exchange"])
 			writes(row, "`creds` with `token_per_lease`", measured["Vault/"+storage+"/token-per-lease"])
+			if m := measured["Vault/"+storage+"/flooded"]; m != nil {
+				wait := func(side string) string {
+					return fmt.Sprintf("%.0f µs (99 %%: %.0f)", median(m[side+"-µs"]), median(m[side+"-99%-µs"]))
+				}
+				row(fmt.Sprintf("`token` for one reader, while %.0f unknown states a second come to `callback`", median(m["states/s"])),
+					wait("flooded"), "", fmt.Sprintf("%s with as many reads of the floor; %s with nothing", wait("floored"), wait("quiet")))
+			}
 		}
 	}
 	return lines
