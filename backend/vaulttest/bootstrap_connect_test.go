@@ -1,0 +1,113 @@
+package vaulttest
+
+import (
+	"bufio"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
+)
+
+// bootstrap/connect.sh, by somebody who has the policy tenant-connect alone: it shows and opens where to go, waits, says how it
+// has ended, and its exit status says so too.
+func TestConnect(t *testing.T) {
+	t.Parallel()
+	m, server, _ := grantMount(t, "kaizala")
+	m.vault.shippedPolicy(t, "tenant-connect")
+	token := m.vault.TokenWith(t, "tenant-connect")
+
+	// run starts it, and has the person do something once it shows the address or the code.
+	run := func(person func(shown string), args ...string) (said string, opened string, status int) {
+		t.Helper()
+		shim := t.TempDir()
+		// It stands for a desktop's way to open an address.
+		require.NoError(t, os.WriteFile(filepath.Join(shim, "xdg-open"), []byte("#!/bin/sh\nprintf %s \"$1\" >"+shim+"/opened\n"), 0o755))
+		cmd := exec.Command(bootstrapFile(t, "connect.sh"), args...)
+		cmd.Env = append(m.vault.CLIEnv(token), "DISPLAY=:0", "KAIZALA_CONNECTOR=as", "VAULT_FORMAT=json")
+		for i, kv := range cmd.Env {
+			if path, ok := strings.CutPrefix(kv, "PATH="); ok {
+				cmd.Env[i] = "PATH=" + shim + ":" + path
+			}
+		}
+		stderr, err := cmd.StderrPipe()
+		require.NoError(t, err)
+		require.NoError(t, cmd.Start())
+		var all strings.Builder
+		for lines := bufio.NewScanner(stderr); lines.Scan(); {
+			all.WriteString(lines.Text() + "\n")
+			shown := strings.TrimSpace(lines.Text())
+			if person != nil && shown != "" && !strings.Contains(shown, " ") {
+				person(shown)
+				person = nil
+			}
+		}
+		_ = cmd.Wait()
+		address, _ := os.ReadFile(filepath.Join(shim, "opened"))
+		return all.String(), string(address), cmd.ProcessState.ExitCode()
+	}
+	// callback has the browser bring what the server sends, or something else.
+	callback := func(address string, err error, change func(url.Values)) {
+		require.NoError(t, err)
+		u, err := url.Parse(address)
+		require.NoError(t, err)
+		query := u.Query()
+		if change != nil {
+			change(query)
+		}
+		u.RawQuery = query.Encode()
+		_, err = browser.Person{}.Open(u.String())
+		require.NoError(t, err)
+	}
+
+	said, opened, status := run(func(shown string) {
+		to, err := server.Approve(shown, "asha")
+		callback(to, err, nil)
+	}, "acme")
+	require.Zero(t, status, said)
+	require.Contains(t, said, "The tenant acme is connected.")
+	require.Contains(t, said, opened)
+	require.True(t, strings.HasPrefix(opened, server.AuthorizationURL()), opened)
+	require.Equal(t, oauth2test.Subject("asha"), m.read("tenants/acme").ok(t).text("subject"))
+
+	said, opened, status = run(func(shown string) { require.NoError(t, server.ApproveDevice(shown, "ravi")) }, "--device", "acme")
+	require.Zero(t, status, said)
+	require.Contains(t, said, "The tenant acme is connected.")
+	require.Contains(t, said, "Open "+server.VerificationURL())
+	require.True(t, strings.HasPrefix(opened, server.VerificationURL()+"?user_code="), opened)
+	require.Equal(t, oauth2test.Subject("ravi"), m.read("tenants/acme").ok(t).text("subject"))
+
+	for says, c := range map[string]struct {
+		person func(shown string)
+		args   []string
+	}{
+		"access was denied": {func(shown string) { require.NoError(t, server.DenyDevice(shown)) }, []string{"--device", "acme"}},
+		"access was denied, and nothing was connected": {func(shown string) {
+			to, err := server.Deny(shown)
+			callback(to, err, nil)
+		}, []string{"acme"}},
+		"grants nothing (invalid_scope): the operator has to check the connector's settings there and here.": {func(shown string) {
+			to, err := server.Deny(shown)
+			callback(to, err, func(query url.Values) { query.Set("error", "invalid_scope") })
+		}, []string{"acme"}},
+		"something newer has ended this": {func(string) {
+			require.Equal(t, 200, m.as(token).request(http.MethodPut, "kaizala/tenants/acme/device", fields{"connector": "as"}, nil).status)
+		}, []string{"acme"}},
+		"permission denied":             {nil, []string{"other"}},
+		"cannot be a tenant's name":     {nil, []string{"../acme"}},
+		"usage: connect.sh [--device]":  {nil, nil},
+		"usage: connect.sh [--device] ": {nil, []string{"acme", "other"}},
+	} {
+		said, _, status := run(c.person, c.args...)
+		require.Equal(t, 1, status, said)
+		require.Contains(t, said, says)
+	}
+	require.Equal(t, oauth2test.Subject("ravi"), m.read("tenants/acme").ok(t).text("subject"), "nothing of it has changed the tenant")
+}
