@@ -373,19 +373,8 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		Obtained:    r.Sent.UTC().Truncate(time.Millisecond),
 		Expires:     r.AccessToken.Expires,
 	}
-	if via.about.ExchangeInvalidates && !o.ownToken {
-		planned := *o.onto(f.v.base()).withAccess(access, r)
-		access.Planned = plannedExchange(f.t.name, &planned, via.service.KeepAlive(planned.Facts))
-	}
 	o.access = newAccessToken(f.t.name, access)
 	return o
-}
-
-// withAccess is the entry as it will be with an access token.
-func (e *tenantEntry) withAccess(a *accessEntry, r tokenservice.Result) *tenantEntry {
-	next := *e
-	next.Access, next.LastExchange = a, r.Sent
-	return &next
 }
 
 // issueOwn stores the record of an access token for one lease, without which it is revoked.

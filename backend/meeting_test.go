@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // Two flows that meet, one test for each way in which that has gone wrong.
@@ -387,5 +388,36 @@ func TestWriteIsNotSeenBeforeItIsStored(t *testing.T) {
 		e.storage.heal()
 		assert.Equal(t, token, e.read("token/acme")["access_token"])
 		assert.Zero(t, e.kaizala.Exchanges("operator"))
+	})
+}
+
+// A config write says that exchanges end older access tokens, while one is under way.
+func TestConfigWriteDuringAnExchangePlansItsToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classB)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Times: 1})
+		var lease *logical.Response
+		var reads sync.WaitGroup
+		reads.Go(func() { lease = e.lease("acme") })
+		synctest.Wait()
+		e.write("config", map[string]any{"exchange_invalidates": true})
+		reads.Wait()
+		planned := e.stored("acme").Access.Planned
+		require.False(t, planned.IsZero())
+		assert.False(t, time.Now().Add(lease.Secret.MaxTTL).After(planned), "the lease ends before the exchange that ends its token")
+	})
+}
+
+func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		one, other := e.lease("acme"), e.lease("acme")
+		e.write("config", map[string]any{"exchanges_per_minute": 50_000})
+		e.revoke(one)
+		assert.True(t, e.server.Alive(accessTokenOf(other)), "a lease on it lives")
+		e.revoke(other)
+		assert.False(t, e.server.Alive(accessTokenOf(other)))
 	})
 }

@@ -119,10 +119,12 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	// A write that was cut off would leave memory and storage in doubt.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
+	before := b.connectors.present(name)
 	if err := b.connectors.put(ctx, name, next, service); err != nil {
 		return answer(err)
 	}
-	b.tenants.replan(name)
+	anew := before == nil || before.about.ExchangeInvalidates != service.About().ExchangeInvalidates
+	b.tenants.connectorChanged(ctx, name, anew)
 	b.index.resume(name)
 	resp := done(d)
 	dropped, err := b.revocations.drop(ctx, name, service.About())

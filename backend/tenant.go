@@ -503,11 +503,24 @@ func (t *tenant) backOff() time.Duration {
 func (t *tenant) forget() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := t.view.Load()
-	if t.flight != nil || v.kept != nil || t.storing.busy() || v.access != nil && !v.access.current() {
-		return
+	if t.flight == nil && !t.storing.busy() {
+		t.leave()
 	}
-	t.clear()
+}
+
+// replan has the end of the access token planned anew, as the connector says now: storage is read again. The caller holds
+// storing.
+func (t *tenant) replan() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.leave()
+}
+
+// leave clears the tenant where storage knows all that memory does. The caller holds mu.
+func (t *tenant) leave() {
+	if v := t.view.Load(); v.kept == nil && (v.access == nil || v.access.current()) {
+		t.clear()
+	}
 }
 
 // invalidate takes in that another node has changed the tenant in storage.

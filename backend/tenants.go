@@ -208,11 +208,17 @@ func (ts *tenants) fitClock(ctx context.Context, name string, e *tenantEntry) {
 		a.Expires = earliest(a.Expires, a.Obtained.Add(e.AccessTokenLife))
 		a.Planned = earliest(a.Planned, a.Expires)
 	}
+	ts.plan(ctx, name, e)
+}
+
+// plan says when the exchange comes that ends an entry's access token, if any does by what the connector is now. Readers have
+// not seen the entry.
+func (ts *tenants) plan(ctx context.Context, name string, e *tenantEntry) {
 	via, err := ts.connectors.get(ctx, e.Connector)
 	if err != nil || via == nil {
 		return
 	}
-	switch {
+	switch a := e.Access; {
 	case !via.about.ExchangeInvalidates:
 		a.Planned = time.Time{}
 	case a.Planned.IsZero():
@@ -440,6 +446,9 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		o = o.rotationAlone(v.entry)
 	}
 	next := o.onto(v.entry)
+	if o.access != nil && !o.ownToken {
+		ts.plan(ctx, t.name, next)
+	}
 	if err := ts.replace(ctx, t, o, v); err != nil {
 		return ts.unstored(t, o, nil)
 	}
@@ -525,13 +534,27 @@ func (ts *tenants) invalidate(name string) {
 	}
 }
 
-// replan makes the tenants of a connector plan their access tokens' ends anew, after a write of the connector.
-func (ts *tenants) replan(connector string) {
+// connectorChanged schedules the tenants of a connector that has been written. anew says that their access tokens' ends are to be
+// planned anew, too: by one that is being stored, afterwards.
+func (ts *tenants) connectorChanged(ctx context.Context, connector string, anew bool) {
 	ts.each(func(t *tenant) {
-		if t.view.Load().summary.connector == connector {
-			t.forget()
-			ts.schedule(t)
+		if t.view.Load().summary.connector != connector {
+			return
 		}
+		if !anew {
+			ts.schedule(t)
+			return
+		}
+		again := func(t *tenant) error {
+			t.replan()
+			ts.schedule(t)
+			return nil
+		}
+		if t.storing.busy() {
+			ts.revocations.work(func() { _ = ts.locked(ts.revocations.ctx, t.name, again) })
+			return
+		}
+		_ = ts.locked(ctx, t.name, again)
 	})
 }
 
