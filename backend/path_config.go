@@ -313,7 +313,7 @@ func (b *backend) readConnector(ctx context.Context, _ *logical.Request, d *fram
 		return nil, err
 	}
 	data := entry.show()
-	b.showRevocations(data, name, "")
+	b.showRevocations(data, name, nil)
 	return &logical.Response{Data: data}, nil
 }
 

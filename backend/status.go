@@ -120,7 +120,7 @@ func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 		data["last_error"] = danger
 		at("last_error_time", e.Rejected)
 	}
-	b.showRevocations(data, e.Connector, t.name)
+	b.showRevocations(data, e.Connector, t)
 	resp := &logical.Response{Data: data}
 	if danger != "" {
 		resp.AddWarning(danger)
@@ -128,10 +128,23 @@ func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 	return resp
 }
 
-// showRevocations adds how many revocations wait, of a connector or of one of its tenants.
-func (b *backend) showRevocations(data map[string]any, connector, tenant string) {
-	pending, lastError := b.revocations.pendingOf(connector, tenant)
-	if pending > 0 {
+// showRevocations adds how many revocations wait, of a connector or, where t is not nil, of one of its tenants. An exchange that
+// has to end an access token is one.
+func (b *backend) showRevocations(data map[string]any, connector string, t *tenant) {
+	name, owed, now := "", 0, time.Now()
+	count := func(t *tenant) {
+		if s := t.view.Load().summary; s.connector == connector && s.owes(now) {
+			owed++
+		}
+	}
+	if t != nil {
+		name = t.name
+		count(t)
+	} else {
+		b.tenants.each(count)
+	}
+	pending, lastError := b.revocations.pendingOf(connector, name)
+	if pending += owed; pending > 0 {
 		data["pending_revocations"] = pending
 	}
 	if lastError != "" {

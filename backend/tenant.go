@@ -182,7 +182,11 @@ type tenantSummary struct {
 	ownTokens bool // token_per_lease
 	connector string
 	expires   int64 // of the refresh token, in seconds since 1970; 0: unknown
+	owesUntil int64 // the end, in seconds since 1970, of an access token that an exchange has to end before that; 0: none
 }
+
+// owes says whether an exchange has to end an access token that was given up.
+func (s tenantSummary) owes(now time.Time) bool { return s.owesUntil > now.Unix() }
 
 // trouble is a failed exchange.
 type trouble struct {
@@ -287,6 +291,9 @@ func (v *tenantView) show(e *tenantEntry, a *accessToken) {
 	v.summary = tenantSummary{stored: true, rejected: !e.Rejected.IsZero(), verified: e.Verified, assumed: e.Facts.Assumed, ownTokens: e.TokenPerLease, connector: e.Connector}
 	if !e.Facts.Expires.IsZero() {
 		v.summary.expires = e.Facts.Expires.Unix()
+	}
+	if !e.EndsBy.IsZero() {
+		v.summary.owesUntil = e.EndsBy.Unix()
 	}
 }
 
