@@ -240,7 +240,7 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 		}, 503, "nothing was begun"},
 		"limit": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.TooManyRequests(time.Minute)})
-		}, 429, "come back"},
+		}, 429, "try again in"},
 		"refused": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.InvalidScope})
 		}, 400, "invalid_scope"},

@@ -107,7 +107,7 @@ func limitReached(about tokenservice.About, connector string, limit *share.Limit
 func tooMany(until time.Time, format string, args ...any) error {
 	wait := time.Until(until).Round(time.Second)
 	return logical.CodedError(http.StatusTooManyRequests,
-		fmt.Sprintf("%s: come back in %s, at %s", fmt.Sprintf(format, args...), max(wait, time.Second), until.UTC().Format(time.RFC3339)))
+		fmt.Sprintf("%s: try again in %s, at %s", fmt.Sprintf(format, args...), max(wait, time.Second), until.UTC().Format(time.RFC3339)))
 }
 
 // storageTrouble says that Vault's storage failed a tenant. Read-only storage stays what it is, so that Vault asks the node

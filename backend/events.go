@@ -33,7 +33,7 @@ func (a *announcer) rejected(ctx context.Context, tenant string, e *tenantEntry)
 }
 
 func (a *announcer) expiring(ctx context.Context, tenant string, e *tenantEntry, reason string) {
-	a.log().Warn("a tenant's refresh token is at its end", "tenant", tenant, "connector", e.Connector, "reason", reason)
+	a.log().Warn("a tenant's refresh token ends soon, and the service has not replaced it", "tenant", tenant, "connector", e.Connector, "reason", reason)
 	a.send(ctx, eventExpiring, tenant, e.Connector)
 }
 
@@ -50,7 +50,7 @@ func (a *announcer) lost(tenant, connector string) {
 }
 
 func (a *announcer) connectorRefused(via *loadedConnector) {
-	a.log().Error("the service refuses a connector: one exchange every 10 minutes goes through it until its owner has written the right connector_id and connector_secret", "connector", via.name, "service", via.about.Name)
+	a.log().Error("the service refuses a connector: its owner has to write the right connector_id and connector_secret; until then one exchange every 10 minutes tries it", "connector", via.name, "service", via.about.Name)
 }
 
 func (a *announcer) connectorAccepted(via *loadedConnector) {

@@ -88,25 +88,25 @@ var connectorSettings = map[string]*framework.FieldSchema{
 	"service": {
 		Type:        framework.TypeString,
 		Default:     defaultService,
-		Description: "Kind of the token service: kaizala, or oauth2 for any authorization server that issues refresh tokens. Not changed while a tenant uses the connector.",
+		Description: "Kind of the token service: kaizala, or oauth2 for any authorization server that issues refresh tokens. Cannot be changed while a tenant uses the connector.",
 	},
 	"connector_id": {
 		Type:        framework.TypeString,
-		Description: "ID of the connector: from Kaizala's portal, or the client ID at an authorization server. Not changed while a tenant uses the connector.",
+		Description: "ID of the connector: from Kaizala's portal, or the client ID at an authorization server. Cannot be changed while a tenant uses the connector.",
 	},
 	"ca_cert": {
 		Type:         framework.TypeString,
-		Description:  "Certificates, in PEM, that the service's own is checked against instead of the system's.",
+		Description:  "CA certificates in PEM. The service's certificate is checked against these instead of the system's.",
 		DisplayAttrs: &framework.DisplayAttributes{EditType: "file"},
 	},
 	"request_timeout": {
 		Type:        framework.TypeDurationSecond,
-		Description: "How long one attempt to reach the service may take, a second at least. 60s for Kaizala, 15s for oauth2, where it is not written.",
+		Description: "How long one attempt to reach the service may take, at least 1s. The default is 60s for Kaizala and 15s for oauth2.",
 	},
 	"exchanges_per_minute": {
 		Type:        framework.TypeInt,
 		Default:     defaultExchangesPerMinute,
-		Description: "The engine's share of the calls a minute that the service allows the connector, 1 or more. No tenant begins more exchanges than a fifth of it, but at least one. Kaizala allows 100.",
+		Description: "How many calls a minute the engine may make to the service with this connector, 1 or more. One tenant may begin a fifth of them as exchanges, and at least one. Kaizala allows a connector 100 calls, which includes the apps' own.",
 	},
 }
 
@@ -147,7 +147,7 @@ func connectorReadFields() map[string]*framework.FieldSchema {
 
 var revocationFields = map[string]*framework.FieldSchema{
 	"pending_revocations":   wholeNumber("Tokens that are still to be revoked at the service. Absent where there are none."),
-	"last_revocation_error": str("Why the last revocation call failed. Absent where it did not."),
+	"last_revocation_error": str("Why the last revocation call failed. Absent when it succeeded."),
 }
 
 var connectorListFields = always(map[string]*framework.FieldSchema{
@@ -169,31 +169,31 @@ var tenantFields = map[string]*framework.FieldSchema{
 	},
 	"ttl": {
 		Type:        framework.TypeDurationSecond,
-		Description: "Life of the leases, the mount's where it is 0. Never beyond the access token's.",
+		Description: "Life of the leases; 0 is the mount's. A lease never lasts longer than its access token.",
 	},
 	"max_ttl": {
 		Type:        framework.TypeDurationSecond,
-		Description: "How long leases can be renewed, the mount's where it is 0. Never beyond the access token's life.",
+		Description: "How long leases can be renewed; 0 is the mount's. A lease never lasts longer than its access token.",
 	},
 	"min_ttl": {
 		Type:        framework.TypeDurationSecond,
 		Default:     900,
-		Description: "An access token with less life left is not handed out. Counts as half an access token's life where it is longer.",
+		Description: "An access token with less life left is not handed out. At most half an access token's life counts.",
 	},
 	"retire_on_revoke": {
 		Type:        framework.TypeBool,
 		Default:     true,
-		Description: "Whether revoking the last lease on an access token early retires that token. Always so where a revocation ends the token at the service.",
+		Description: "Whether revoking the last lease on an access token early retires that token. Always true where a revocation ends the token at the service.",
 	},
 	"token_per_lease": {
 		Type:        framework.TypeBool,
 		Default:     false,
-		Description: "Whether each read of creds gets an access token of its own, which is revoked with its lease. Needs a connector with revocation=access_token and exchange_invalidates=false. Each read is an exchange, of which a tenant has a fifth of exchanges_per_minute.",
+		Description: "Whether each read of creds gets an access token of its own, which is revoked with its lease. Needs a connector with revocation=access_token and exchange_invalidates=false. Each read is an exchange, and a tenant may begin a fifth of exchanges_per_minute.",
 	},
 	"verify": {
 		Type:        framework.TypeBool,
 		Default:     true,
-		Description: "Try refresh_token and connector at the service before they are stored. Not stored itself.",
+		Description: "Whether refresh_token and connector are tried at the service before they are stored. This field itself is not stored.",
 	},
 }
 
@@ -228,7 +228,7 @@ var tenantStatusFields = merged(always(map[string]*framework.FieldSchema{
 var tenantListFields = merged(always(map[string]*framework.FieldSchema{
 	"keys": {Type: framework.TypeStringSlice, Description: "The tenants' names."},
 }), map[string]*framework.FieldSchema{
-	"key_info": {Type: framework.TypeMap, Description: "status, connector and refresh_token_expire_time of each tenant, by name. A tenant that could not be read, or was not yet, is absent."},
+	"key_info": {Type: framework.TypeMap, Description: "status, connector and refresh_token_expire_time of each tenant, by name. A tenant that could not be read, or has not been read yet, is absent."},
 })
 
 // credsFields are what a reader of an access token sees.

@@ -25,9 +25,9 @@ func TestAuthorizationsThatDoNotBegin(t *testing.T) {
 		"no such connector":      {ask: data{"connector": "none"}, says: "connector \"none\" is not configured"},
 		"not a connector's name": {ask: data{"connector": "a/b"}, says: "the name of a connector"},
 		"an empty name":          {ask: data{"connector": ""}, says: "the name of a connector"},
-		"cannot":                 {ask: data{}, says: "Kaizala, which connector \"default\" is for, has nothing like authorize: use tenants/NAME/pin"},
+		"cannot":                 {ask: data{}, says: "connector \"default\" is for Kaizala, which does not offer authorize: use tenants/NAME/pin"},
 		"the tenant's own cannot": {tenant: data{"connector": "default"}, ask: data{},
-			says: "has nothing like authorize"},
+			says: "does not offer authorize"},
 		"no client ID":             {config: data{"connector_secret": ""}, ask: data{"connector": "as"}, says: "connector_secret of the connector is missing"},
 		"no address":               {config: data{"authorization_url": nil}, ask: data{"connector": "as"}, says: "authorization_url is missing"},
 		"no redirect URI":          {config: data{"redirect_uris": nil}, ask: data{"connector": "as"}, says: "redirect_uris of connector \"as\" is missing"},
@@ -89,7 +89,7 @@ func TestMixUp(t *testing.T) {
 		for _, path := range []string{"callback", "callback/other"} {
 			p := e.visit(logical.ReadOperation, path, back)
 			assert.Equal(t, 400, p.status)
-			assert.Contains(t, p.text(), "belongs elsewhere")
+			assert.Contains(t, p.text(), "for another connector")
 			assert.Equal(t, attemptPending, e.attemptStatus(byCode))
 		}
 		p := e.visit(logical.ReadOperation, "callback/as", back)
@@ -243,7 +243,7 @@ func TestAWriteEndsAnAttemptThatStorageCannotChange(t *testing.T) {
 		e.storage.heal()
 		e.crash()
 		assert.Equal(t, attemptSuperseded, e.attemptStatus(byCode))
-		assert.Contains(t, e.open(back).text(), "Something newer")
+		assert.Contains(t, e.open(back).text(), "out of date")
 		assert.Zero(t, e.sent(codeGrant))
 	})
 }

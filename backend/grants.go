@@ -191,7 +191,7 @@ func (b *backend) settled(a *attempt, v *tenantView) (status, text string) {
 	case b.grants.works(a.ID):
 		return attemptPending, ""
 	case a.Used:
-		return attemptFailed, "The engine stopped while the service was asked, and nobody knows what it answered: start again."
+		return attemptFailed, "The engine stopped while it waited for the service, so the service's answer is unknown: start again."
 	case !now.Before(a.Expires), a.Expires.Sub(now) > longestAttempt:
 		return attemptExpired, ""
 	}

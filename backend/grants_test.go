@@ -275,10 +275,10 @@ func TestCallbacksThatConnectNothing(t *testing.T) {
 		"unknown state":   {change: func(_ *grantEngine, back map[string]any) { back["state"] = random256() }, title: "not known", pending: attemptPending},
 		"malformed state": {change: func(_ *grantEngine, back map[string]any) { back["state"] = "../tenants/acme" }, title: "not known", pending: attemptPending},
 		"another connector's callback": {path: "callback/as", change: func(*grantEngine, map[string]any) {},
-			title: "belongs elsewhere", pending: attemptPending},
+			title: "for another connector", pending: attemptPending},
 		"expired":                {change: func(*grantEngine, map[string]any) { time.Sleep(attemptLife) }, title: "Too late", pending: attemptExpired},
-		"a newer attempt":        {change: func(e *grantEngine, _ map[string]any) { e.start(byCode, nil) }, title: "Something newer", pending: attemptPending},
-		"a newer way":            {change: func(e *grantEngine, _ map[string]any) { e.start(byDevice, nil) }, title: "Something newer", pending: attemptSuperseded},
+		"a newer attempt":        {change: func(e *grantEngine, _ map[string]any) { e.start(byCode, nil) }, title: "out of date", pending: attemptPending},
+		"a newer way":            {change: func(e *grantEngine, _ map[string]any) { e.start(byDevice, nil) }, title: "out of date", pending: attemptSuperseded},
 		"denied":                 {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = "access_denied" }, status: 200, title: "Access was denied", pending: attemptDenied},
 		"another error":          {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = "invalid_scope" }, title: "Nothing was connected", says: "(invalid_scope)", pending: attemptFailed},
 		"an error of its own":    {change: func(_ *grantEngine, back map[string]any) { delete(back, "code"); back["error"] = canary }, title: "Nothing was connected", says: "grants nothing: the operator", pending: attemptFailed},
@@ -294,9 +294,9 @@ func TestCallbacksThatConnectNothing(t *testing.T) {
 			delete(back, "code")
 			back["iss"], back["error"] = "https://other.example", "access_denied"
 		}, title: "Nothing was connected", says: "another issuer", pending: attemptFailed},
-		"no iss, though it is promised": {change: func(e *grantEngine, _ map[string]any) { promise(e) }, title: "Nothing was connected", says: "has not", pending: attemptFailed},
+		"no iss, though it is promised": {change: func(e *grantEngine, _ map[string]any) { promise(e) }, title: "Nothing was connected", says: "iss is missing", pending: attemptFailed},
 		"the connector is gone": {change: func(e *grantEngine, _ map[string]any) { e.ok(logical.DeleteOperation, "config/as", nil) },
-			title: "Nothing was connected", says: "not there any more", pending: attemptFailed},
+			title: "Nothing was connected", says: "was deleted", pending: attemptFailed},
 		"the connector is another's": {change: func(e *grantEngine, _ map[string]any) {
 			e.write("config/as", map[string]any{"service": "kaizala"})
 		}, title: "Nothing was connected", says: "another service", pending: attemptFailed},
@@ -559,7 +559,7 @@ func TestACallbackWithoutAPlaceInTheShare(t *testing.T) {
 		p := e.confirm(back)
 		assert.Equal(t, 400, p.status)
 		assert.Contains(t, p.text(), "Not now")
-		assert.Contains(t, p.text(), "ome back in 1m")
+		assert.Contains(t, p.text(), "try again in 1m")
 		_, status, _ := e.ask(logical.UpdateOperation, "callback", back)
 		assert.Equal(t, 429, status)
 		assert.Equal(t, attemptPending, e.attemptStatus(byCode))

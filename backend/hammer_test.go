@@ -92,7 +92,7 @@ func TestReaderOfAUsedUpShareIsToldWhenToComeBack(t *testing.T) {
 		_, status, text := e.try(logical.ReadOperation, "creds/t3", nil)
 		assert.Equal(t, http.StatusTooManyRequests, status)
 		assert.Zero(t, time.Since(begun), "at once, since it would be more than 5 seconds")
-		assert.Contains(t, text, "come back in 1m0s")
+		assert.Contains(t, text, "try again in 1m0s")
 		assert.Equal(t, statusUnverified, e.status("t3"), "nobody has failed")
 		time.Sleep(57 * time.Second)
 		e.read("creds/t3")

@@ -138,7 +138,7 @@ func TestOneLineForEachChangeOfATenantsState(t *testing.T) {
 		}
 		e.says(&seen)
 		time.Sleep(3 * 24 * time.Hour)
-		reminder := about("warn", "is at its end", "has to generate a new one")
+		reminder := about("warn", "ends soon", "has to generate a new one")
 		e.says(&seen, reminder, reminder, reminder)
 
 		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})

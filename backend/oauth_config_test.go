@@ -68,6 +68,7 @@ func TestOAuthConfigRefusals(t *testing.T) {
 		"authorization_url":                {"authorization_url": "https://as.example.com/#SECRETTEXT"},
 		"redirect_uris":                    {"redirect_uris": "vault.example.com"},
 		"token_endpoint_auth_method":       {"token_endpoint_auth_method": "private_key_jwt"},
+		"secret stands in quotes":          {"connector_secret": "'SECRETTEXT'"},
 		"connector_secret must be left":    {"token_endpoint_auth_method": "none"},
 		"keep_alive":                       {"keep_alive": 0},
 		"access_token_life":                {"access_token_life": 0},

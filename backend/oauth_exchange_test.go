@@ -51,7 +51,7 @@ func TestOAuthRefusals(t *testing.T) {
 		"client":             {oauth2test.Fault{Answer: oauth2test.InvalidClient}, 400, "connector_secret to config", statusDegraded},
 		"scope":              {oauth2test.Fault{Answer: oauth2test.InvalidScope}, 400, "invalid_scope", statusDegraded},
 		"unauthorized":       {oauth2test.Fault{Answer: oauth2test.UnauthorizedClient}, 400, "unauthorized_client", statusDegraded},
-		"limit":              {oauth2test.Fault{Answer: oauth2test.TooManyRequests(time.Minute)}, 429, "come back in 1m0s", statusDegraded},
+		"limit":              {oauth2test.Fault{Answer: oauth2test.TooManyRequests(time.Minute)}, 429, "try again in 1m0s", statusDegraded},
 		"server_error":       {oauth2test.Fault{Answer: oauth2test.ServerError}, 503, "nothing was lost", statusDegraded},
 		"conflict":           {oauth2test.Fault{Answer: oauth2test.Conflict}, 503, "nothing was lost", statusDegraded},
 		"reset before it is": {oauth2test.Fault{Reset: true}, 503, "nothing was lost", statusDegraded},

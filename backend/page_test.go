@@ -97,7 +97,7 @@ func TestPagesSayWhatToDo(t *testing.T) {
 		good := what == endConfirm || what == attemptGranted || what == attemptPending || what == attemptDenied
 		assert.Equal(t, map[bool]int{true: 200, false: 400}[good], resp.Data[logical.HTTPStatusCode], what)
 		assert.Equal(t, what != attemptGranted && what != attemptPending, connected.MatchString(p.text()), what)
-		assert.Regexp(t, `[Ss]tart again|close this page|To undo it|Reload this page|Open the authorization|Tell your Vault operator`, p.text()+end.text+" Start again"[:map[bool]int{true: 12, false: 0}[what == attemptFailed]], what)
+		assert.Regexp(t, `[Ss]tart again|close this page|To undo it|Reload this page|Open the authorization|tell your Vault operator`, p.text()+end.text+" Start again"[:map[bool]int{true: 12, false: 0}[what == attemptFailed]], what)
 		assert.NotContains(t, p.html, "<script>alert")
 		if good {
 			assert.Contains(t, p.text(), `Started by <script>alert("x")</script>`)

@@ -33,8 +33,8 @@ func (b *backend) callbackPaths() []*framework.Path {
 				DisplayAttrs: sensitive,
 			},
 			"iss":   {Type: framework.TypeString, Query: true, Description: "The issuer, as the service sends it (RFC 9207)."},
-			"error": {Type: framework.TypeString, Query: true, Description: "Why the service grants nothing, as it says."},
-			"page":  {Type: framework.TypeBool, Description: "Whether the answer is a page for people, as the page's own form asks for. A read is always answered with one."},
+			"error": {Type: framework.TypeString, Query: true, Description: "Why the service grants no access, as the service says."},
+			"page":  {Type: framework.TypeBool, Description: "Whether the answer is an HTML page, as the page's own form asks for. A read always answers with a page."},
 		}
 	}
 	one := b.callbackPath("callback", "callback", fields())
@@ -44,19 +44,19 @@ func (b *backend) callbackPaths() []*framework.Path {
 }
 
 func (b *backend) callbackPath(pattern, suffix string, fields map[string]*framework.FieldSchema) *framework.Path {
-	page := map[int][]framework.Response{http.StatusOK: {{Description: "A page for the person. What is wrong is a page with status 400.", MediaType: "text/html"}}}
+	page := map[int][]framework.Response{http.StatusOK: {{Description: "An HTML page for the person. Errors are pages too, with status 400.", MediaType: "text/html"}}}
 	return &framework.Path{
 		Pattern: pattern,
 		Fields:  fields,
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: operation("show", suffix, "Where the authorization server sends the person's browser back to.",
-				"Needs no Vault token. It asks the person to confirm, where the connector says so, and stores the grant otherwise.", page, b.callback),
+			logical.ReadOperation: operation("show", suffix, "Receive the person's browser from the authorization server.",
+				"Needs no Vault token. The page asks the person to confirm; if the connector has confirm=false, the grant is stored at once.", page, b.callback),
 			logical.UpdateOperation: operation("complete", suffix, "Complete an authorization.",
-				"Needs no Vault token. What the service has sent to the browser can be pasted here by hand; the page's form comes here too.",
+				"Needs no Vault token. For what the service has sent to the browser, pasted by hand, and for the page's form.",
 				responses(http.StatusOK, "What was connected.", callbackFields), b.callback),
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
-		HelpSynopsis:    "Where a person comes back to with an authorization code.",
+		HelpSynopsis:    "The address to which the service sends a person's browser back.",
 		HelpDescription: callbackHelp,
 	}
 }
@@ -92,7 +92,7 @@ const (
 func (b *backend) callback(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	if req.WrapInfo != nil && req.WrapInfo.TTL > 0 {
 		// Vault would store the answer, for anybody who asks.
-		return nil, badValue("callback does not wrap its answer: repeat the request without a wrapping TTL")
+		return nil, badValue("callback does not wrap its answer: send the request again without a wrapping TTL")
 	}
 	if !b.node.WriteSafeReplicationState() {
 		return nil, logical.ErrReadOnly
@@ -116,7 +116,7 @@ func (e *verdict) response(d *framework.FieldData) (*logical.Response, error) {
 	case attemptGranted, attemptPending:
 		resp := &logical.Response{Data: map[string]any{"tenant": e.attempt.Tenant, "status": e.what}}
 		if e.what == attemptPending {
-			resp.AddWarning("The service has not answered yet. The engine goes on: read tenants/" + e.attempt.Tenant + "/authorize in a minute.")
+			resp.AddWarning("The service has not answered yet. The engine goes on by itself: read tenants/" + e.attempt.Tenant + "/authorize in a minute.")
 		}
 		return resp, nil
 	case endLater:
@@ -210,7 +210,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		flow, _ = via.service.(tokenservice.CodeFlow)
 	}
 	if flow == nil {
-		return finish(attemptFailed, "Connector \""+a.Connector+"\" is not there any more, or is for another service by now: start again.")
+		return finish(attemptFailed, "Connector \""+a.Connector+"\" was deleted, or is for another service now: start again.")
 	}
 	code, refusal := textOf(d, "code"), textOf(d, "error")
 	if code != "" || refusal != "" {
@@ -218,9 +218,9 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		iss := textOf(d, "iss")
 		switch {
 		case issuer != "" && iss != "" && iss != issuer:
-			return finish(attemptFailed, "The answer came from another issuer (iss) than the connector's, so nothing was sent there: look at the address that the browser was sent to, and start again.")
+			return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
 		case promised && iss == "":
-			return finish(attemptFailed, "The service promises to name itself (iss) and has not, so the answer may be another's and nothing was sent: start again.")
+			return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
 		}
 	} else if !asks {
 		code = a.Code // the person confirms what the page was shown for

@@ -20,7 +20,7 @@ func (b *backend) configPaths() []*framework.Path {
 	fields := connectorFields()
 	one := b.configPath("config/?$", "default connector", fields)
 	one.Operations[logical.ListOperation] = operation("list", "connectors", "List the connectors.",
-		"Names alone, config's own \"default\" among them.",
+		"Only the names. The connector at config is named \"default\".",
 		responses(http.StatusOK, "The connectors' names.", connectorListFields), b.listConnectors)
 	named := b.configPath("config/"+framework.GenericNameRegex("connector"), "connector", merged(fields, namedConnectorField))
 	return []*framework.Path{one, named}
@@ -29,7 +29,7 @@ func (b *backend) configPaths() []*framework.Path {
 func (b *backend) configPath(pattern, what string, fields map[string]*framework.FieldSchema) *framework.Path {
 	suffix := strings.ReplaceAll(what, " ", "-")
 	write := operation("configure", suffix, "Configure the "+what+".",
-		"Changes what is named and nothing else. Once it is written, exchanges that were refused or put off are tried again.",
+		"Changes only the fields that the request names. After it, exchanges that were refused or postponed are tried again.",
 		noContent("The connector was written."), b.writeConnector)
 	return &framework.Path{
 		Pattern:        pattern,
@@ -39,13 +39,13 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 			logical.CreateOperation: write,
 			logical.UpdateOperation: write,
 			logical.PatchOperation: operation("patch", suffix, "Change some settings of the "+what+".",
-				"As a write, but of a connector that exists; null sets a field to its default.",
+				"Like a write, but the connector must exist. null sets a field to its default.",
 				noContent("The connector was changed."), b.patchConnector),
 			logical.ReadOperation: operation("read", suffix, "Read the "+what+", without its secret.",
-				"All of its settings but connector_secret, which nobody can read back.",
+				"All of its settings except connector_secret, which cannot be read back.",
 				responses(http.StatusOK, "The connector, without its secret.", connectorReadFields()), b.readConnector),
 			logical.DeleteOperation: operation("delete", suffix, "Delete the "+what+".",
-				"Refused while tenants use it: move them to another connector, or delete them, first.",
+				"Refused while tenants use it: first move them to another connector, or delete them.",
 				noContent("There is no such connector any more."), b.deleteConnector),
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},

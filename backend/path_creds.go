@@ -28,7 +28,7 @@ func (b *backend) credsPaths() []*framework.Path {
 			Fields:  fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.ReadOperation: operation("generate", "credentials", "Read a leased access token of a tenant.",
-					"Every reader gets the tenant's current access token while it is usable. Revoking the last lease on it before its end makes sure that it is never handed out again.",
+					"Every reader gets the tenant's current access token while it is usable. If its last lease is revoked early, that token is never handed out again.",
 					responses(http.StatusOK, "A leased access token.", credsFields), b.readCreds),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
@@ -40,7 +40,7 @@ func (b *backend) credsPaths() []*framework.Path {
 			Fields:  fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.ReadOperation: operation("read", "token", "Read an access token of a tenant without a lease.",
-					"For sidecars and gateways that read on every request. Nothing is left behind in Vault; the answer says when to read again.",
+					"For sidecars and gateways that read on every request. It leaves no lease in Vault; the answer says when to read again.",
 					responses(http.StatusOK, "An access token without a lease.", credsFields, tokenFields), b.readToken),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
@@ -139,7 +139,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			return t, v, token, err
 		}
 		if exchanges == 2 {
-			return nil, nil, nil, tryAgain("tenant %q: the new access token was given up, or lives too shortly, before it could be read: compare the clocks of Vault and of the service, and try again", r.tenant)
+			return nil, nil, nil, tryAgain("tenant %q: the new access token was retired or has expired before it could be read: compare the clocks of Vault and of the service, and try again", r.tenant)
 		}
 		token, exchanged, err := b.nextToken(waiting, t, v, r)
 		switch {

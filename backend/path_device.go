@@ -160,7 +160,7 @@ func (b *backend) pollDevice(tenant, id string) {
 	}
 	flow, ok := via.service.(tokenservice.DeviceFlow)
 	if !ok {
-		b.endPolling(a, via, tokenservice.Result{Err: &tokenservice.Failure{Text: "Connector \"" + a.Connector + "\" is for another service by now: start again."}})
+		b.endPolling(a, via, tokenservice.Result{Err: &tokenservice.Failure{Text: "Connector \"" + a.Connector + "\" is for another service now: start again."}})
 		return
 	}
 	b.grants.work(id, true)

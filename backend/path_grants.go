@@ -45,16 +45,16 @@ func (b *backend) grantPaths() []*framework.Path {
 		"connector":  grantConnectorField,
 		"scopes":     grantScopesField,
 		"login_hint": loginHintField,
-		"redirect_uri": str("Where the person's browser is sent back to: one of the connector's redirect_uris. " +
-			"Needed where there are several. A state works only at the callback that this names."),
+		"redirect_uri": str("The address to which the service sends the person's browser back: one of the connector's redirect_uris. " +
+			"Needed if there are several."),
 	})
 	authorize.Operations = map[logical.Operation]framework.OperationHandler{
 		logical.UpdateOperation: operation("start", "authorization", "Begin the authorization code flow for a tenant.",
-			"Returns a URL for the browser of the person who grants access. It ends what was pending for the tenant.",
+			"Returns a URL for the browser of the person who grants access. It ends an earlier attempt that is still pending.",
 			responses(http.StatusOK, "Where the person's browser goes, and until when.", authorizeFields), b.startAuthorization),
-		logical.ReadOperation: operation("read", "authorization-status", "Read what has become of a tenant's last authorization.",
-			"It holds no secret. There is none before the first authorization was begun.",
-			responses(http.StatusOK, "What has become of it.", attemptFields), b.readAttempt(byCode)),
+		logical.ReadOperation: operation("read", "authorization-status", "Read how a tenant's last authorization has ended.",
+			"The answer holds no secret. It is a 404 before the first authorization.",
+			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.readAttempt(byCode)),
 	}
 	authorize.HelpSynopsis, authorize.HelpDescription = "Get a tenant's refresh token by a person's consent in a browser.", authorizeHelp
 
@@ -65,9 +65,9 @@ func (b *backend) grantPaths() []*framework.Path {
 		logical.UpdateOperation: operation("start", "device-authorization", "Begin the device authorization flow for a tenant.",
 			"Returns a code that a person enters at the service, on any device. The engine asks the service until the person has decided.",
 			responses(http.StatusOK, "The code, and where a person enters it.", deviceFields), b.startDevice),
-		logical.ReadOperation: operation("read", "device-authorization-status", "Read what has become of a tenant's last device authorization.",
-			"It holds no secret. There is none before the first device authorization was begun.",
-			responses(http.StatusOK, "What has become of it.", attemptFields), b.readAttempt(byDevice)),
+		logical.ReadOperation: operation("read", "device-authorization-status", "Read how a tenant's last device authorization has ended.",
+			"The answer holds no secret. It is a 404 before the first device authorization.",
+			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.readAttempt(byDevice)),
 	}
 	device.HelpSynopsis, device.HelpDescription = "Get a tenant's refresh token by a code that a person enters on another device.", deviceHelp
 
@@ -87,7 +87,7 @@ func (b *backend) grantPaths() []*framework.Path {
 	pin.Operations = map[logical.Operation]framework.OperationHandler{
 		logical.UpdateOperation: operation("login", "with-pin", "Log a tenant's user in by a PIN that comes by SMS.",
 			"With mobile_number the service sends a PIN; with pin, in a second request, the service hands the refresh token to the engine.",
-			responses(http.StatusOK, "What has become of it.", pinFields), b.loginWithPIN),
+			responses(http.StatusOK, "How it has ended, or that it is pending.", pinFields), b.loginWithPIN),
 	}
 	pin.HelpSynopsis, pin.HelpDescription = "Get a tenant's refresh token by a PIN that comes by SMS.", pinHelp
 	return append([]*framework.Path{authorize, device, pin}, b.callbackPaths()...)
@@ -111,22 +111,22 @@ var (
 	loginHintField = str("Which user is expected to grant access, as the service knows the user; sent to the service as login_hint.")
 
 	authorizeFields = always(map[string]*framework.FieldSchema{
-		"authorization_url": str("Where the person's browser goes. Whoever has it can connect an account of their own to the tenant: hand it to nobody else."),
-		"expire_time":       timeOf("Until when the person has to have come back"),
+		"authorization_url": str("Where the person's browser goes. A person who has this URL can connect another account to the tenant: give it only to the person who grants access."),
+		"expire_time":       timeOf("The time by which the person has to come back"),
 	})
 	deviceFields = merged(always(map[string]*framework.FieldSchema{
 		"user_code":        str("Code that the person enters."),
 		"verification_uri": str("Where the person enters it."),
-		"expire_time":      timeOf("Until when the person has to have decided"),
+		"expire_time":      timeOf("The time by which the person has to decide"),
 	}), map[string]*framework.FieldSchema{
 		"verification_uri_complete": str("The same with the code in it, where the service has one."),
 	})
 	pinFields = always(map[string]*framework.FieldSchema{
-		"status":      oneOf("pending: the PIN has been sent, or the service has not answered it yet; granted: the refresh token is stored.", attemptPending, attemptGranted),
-		"expire_time": timeOf("Until when the PIN can be written"),
+		"status":      oneOf("pending: the PIN was sent by SMS, or the service has not answered yet; granted: the refresh token is stored.", attemptPending, attemptGranted),
+		"expire_time": timeOf("The time by which the PIN has to be written"),
 	})
 	attemptFields = merged(always(map[string]*framework.FieldSchema{
-		"status": oneOf("pending; granted: the refresh token is stored; denied: the person, or the service, has denied access; expired: nobody has decided in time; failed: see last_error; superseded: by a newer attempt, by a write of the tenant's refresh_token or connector, or by its delete.",
+		"status": oneOf("pending; granted: the refresh token is stored; denied: the person, or the service, has denied access; expired: nobody has decided in time; failed: see last_error; superseded: a newer attempt, a write of the tenant's refresh_token or connector, or a delete of the tenant came meanwhile.",
 			attemptPending, attemptGranted, attemptDenied, attemptExpired, attemptFailed, attemptSuperseded),
 		"expire_time": timeOf("End of the attempt"),
 	}), map[string]*framework.FieldSchema{
@@ -191,7 +191,7 @@ func (l *loadedConnector) offers(path string) error {
 			can = append(can, "tenants/NAME/"+flow.path)
 		}
 	}
-	return badValue("%s, which connector %q is for, has nothing like %s: use %s", l.about.Name, l.name, path, orNone(append(can, "a write of refresh_token to tenants/NAME")))
+	return badValue("connector %q is for %s, which does not offer %s: use %s", l.name, l.about.Name, path, orNone(append(can, "a write of refresh_token to tenants/NAME")))
 }
 
 func orNone(texts []string) string {
@@ -282,7 +282,7 @@ func (l *loadedConnector) redirectURI(asked string) (string, error) {
 	configured := l.consent().redirectURIs
 	switch {
 	case len(configured) == 0:
-		return "", badValue("redirect_uris of connector %q is missing: the operator has to write it to %s, such as https://vault.example.com/v1/kaizala/callback, as the service has registered it", l.name, configPath(l.name))
+		return "", badValue("redirect_uris of connector %q is missing: the operator has to write it to %s, such as https://vault.example.com/v1/kaizala/callback, exactly as registered with the service", l.name, configPath(l.name))
 	case asked == "" && len(configured) > 1:
 		return "", badValue("redirect_uri is required, since connector %q has several: %s", l.name, orNone(configured))
 	case asked == "":
@@ -331,7 +331,7 @@ func (b *backend) unmixed(ctx context.Context, a *attempt, flow tokenservice.Cod
 			continue
 		}
 		if _, also := other.Settings.(consentSettings); also {
-			return badValue("connector %q is not the mount's only one with this flow, and its server does not promise iss: use a redirect_uri that ends in callback/%s, so that nobody can take an answer of one server for one of the other", a.Connector, a.Connector)
+			return badValue("connector %q is not the only one of this mount with this flow, and its server does not promise iss: use a redirect_uri that ends in callback/%s, or an answer of one server could be taken for one of the other", a.Connector, a.Connector)
 		}
 	}
 	return nil

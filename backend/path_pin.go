@@ -61,7 +61,7 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 	case a == nil:
 		return answer(badValue("no PIN is awaited for tenant %q: give mobile_number first, and then the PIN within ten minutes", name))
 	case !b.grants.claim(a.ID):
-		return answer(tryAgain("a PIN of tenant %q is at the service already: read tenants/%s in a minute", name, name))
+		return answer(tryAgain("a PIN of tenant %q is being tried already: read tenants/%s in a minute", name, name))
 	}
 	end := &verdict{attempt: a}
 	done := make(chan struct{})

@@ -24,14 +24,14 @@ const defaultMinTTL = 15 * time.Minute
 
 func (b *backend) tenantPaths() []*framework.Path {
 	write := operation("write", "tenant", "Write a tenant's refresh token or its settings.",
-		"Changes what is named and nothing else. A refresh token or a connector is tried against Kaizala first, unless verify is false.",
+		"Changes only the fields that the request names. A refresh token or a connector is first tried at the service, unless verify is false.",
 		noContent("The tenant was written."), b.writeTenant)
 	return []*framework.Path{
 		{
 			Pattern: "tenants/?$",
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.ListOperation: operation("list", "tenants", "List the tenants, with the status of each.",
-					"A tenant that a newer version of the plugin has written, or that cannot be read, is named without its status.",
+					"A tenant that cannot be read, or that a newer version of the plugin has written, is listed without its status.",
 					responses(http.StatusOK, "The tenants' names and states.", tenantListFields), b.listTenants),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
@@ -46,17 +46,17 @@ func (b *backend) tenantPaths() []*framework.Path {
 				logical.CreateOperation: write,
 				logical.UpdateOperation: write,
 				logical.PatchOperation: operation("patch", "tenant", "Change some of a tenant's settings.",
-					"As a write, but of a tenant that exists; null sets a field to its default.",
+					"Like a write, but the tenant must exist. null sets a field to its default.",
 					noContent("The tenant was changed."), b.patchTenant),
 				logical.ReadOperation: operation("read", "tenant", "Read a tenant's settings and state, without its tokens.",
-					"Says whether exchanges succeed and, where they don't, who has to do what. Makes no call to Kaizala.",
+					"Says whether exchanges succeed and, if they do not, who has to do what. Makes no call to the service.",
 					responses(http.StatusOK, "The tenant's settings and state.", tenantStatusFields), b.readTenant),
 				logical.DeleteOperation: operation("delete", "tenant", "Delete a tenant and its tokens.",
-					"Its leases can still be revoked. Kaizala is not told: its tokens work there until they expire.",
+					"Its leases can still be revoked. At the service its tokens work until they expire, unless the connector's revocation or revoke_on_delete ends them.",
 					noContent("There is no such tenant any more."), b.deleteTenant),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
-			HelpSynopsis:    "A tenant's refresh token, which nobody can read back, and its settings.",
+			HelpSynopsis:    "A tenant's refresh token, which cannot be read back, and its settings.",
 			HelpDescription: tenantHelp,
 		},
 		{
@@ -64,7 +64,7 @@ func (b *backend) tenantPaths() []*framework.Path {
 			Fields:  map[string]*framework.FieldSchema{"tenant": tenantField},
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.UpdateOperation: operation("refresh", "tenant", "Exchange a tenant's refresh token now.",
-					"From now on the new access token is handed out. Disregards the tenant's backoff and rejection, but neither Kaizala's Retry-After nor the connector's share.",
+					"From now on the new access token is handed out. Ignores the tenant's backoff and a rejected status, but not the service's Retry-After or the connector's share.",
 					responses(http.StatusOK, "The tenant's settings and state after the exchange.", tenantStatusFields), b.refreshTenant),
 			},
 			DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
@@ -272,7 +272,7 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 			warn("The write is stored, but " + v.trouble.text)
 		}
 		if change.retireOnRevoke != nil && v.entry.KeepOnRevoke && b.retires(v.entry) {
-			warn("retire_on_revoke=false has no effect here: connector " + v.entry.Connector + " revokes access tokens at the service.")
+			warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
 		}
 	}
 	return resp, nil
@@ -497,7 +497,7 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		} else if generation != *retired && generation != "" {
 			resp := b.statusResponse(t, v)
 			if v.access != nil && !v.access.Planned.IsZero() && *retired != "" {
-				resp.AddWarning("The exchange has ended the access token of before: leases on it are of no use any more.")
+				resp.AddWarning("The exchange has ended the previous access token: leases on it are of no use any more.")
 			}
 			b.revocations.wakeAll()
 			return resp, nil

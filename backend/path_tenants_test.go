@@ -54,7 +54,7 @@ func TestRefusedVerificationStoresNothing(t *testing.T) {
 	}{
 		{"refresh token refused", kaizalatest.Fault{Status: 401, Body: `{"errorCode":"InvalidToken","errorCategoryKey":"AuthException","message":"no"}`}, 400, "generate a new one"},
 		{"connector refused", kaizalatest.Fault{Status: 401, Body: `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`}, 400, "connector"},
-		{"limit", kaizalatest.Fault{Status: 429}, 429, "come back"},
+		{"limit", kaizalatest.Fault{Status: 429}, 429, "try again in"},
 		{"broken", kaizalatest.Fault{Status: 503, Body: "<html>"}, 503, "nothing was stored"},
 		{"reset", kaizalatest.Fault{Reset: true}, 503, "nothing was stored"},
 	}
@@ -159,6 +159,8 @@ func TestBadTenantsAreRefusedBeforeAnyCall(t *testing.T) {
 		{"refresh_token", nil, "refresh_token is empty"},
 		{"refresh_token", "CANARY\r\nX: y", "refresh_token does not fit"},
 		{"refresh_token", "CANARY" + strings.Repeat("x", 16<<10), "refresh_token does not fit"},
+		{"refresh_token", `"CANARY"`, "the token stands in quotes; write it without the quotes"},
+		{"refresh_token", "bearer CANARY", "the token has the word Bearer before it; write it without Bearer"},
 		{"refresh_token", []any{"CANARY"}, "refresh_token must be given once, as a string"},
 		{"refresh_token", map[string]any{"CANARY": "x"}, "refresh_token must be given once, as a string"},
 		{"refresh_token", 5, "refresh_token must be given once, as a string"},

@@ -163,7 +163,7 @@ func TestPINRequestsThatAreRefused(t *testing.T) {
 			"no country code":    {map[string]any{"mobile_number": "1234567890"}, "plus sign"},
 			"unknown to Kaizala": {map[string]any{"mobile_number": "+4915100000000"}, "check the phone number"},
 			"no such connector":  {map[string]any{"mobile_number": number, "connector": "none"}, "connector \"none\" is not configured"},
-			"cannot":             {map[string]any{"mobile_number": number, "connector": "as"}, "has nothing like pin: use tenants/NAME/authorize or tenants/NAME/device"},
+			"cannot":             {map[string]any{"mobile_number": number, "connector": "as"}, "does not offer pin: use tenants/NAME/authorize or tenants/NAME/device"},
 		} {
 			_, status, text := e.pin(c.data)
 			assert.Equal(t, 400, status, name)

@@ -173,7 +173,7 @@ func TestWarningThirtyDaysAhead(t *testing.T) {
 		e.kaizala.SetOldTokenDies(false)
 		e.alter(altered{answer: func(body map[string]any) { body["refreshToken"] = nil }})
 		e.addTenant("acme")
-		const line = "a tenant's refresh token is at its end"
+		const line = "a tenant's refresh token ends soon, and the service has not replaced it"
 		told := func() []string {
 			resp := e.ok(logical.ReadOperation, "creds/acme", nil)
 			return append(resp.Warnings, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings...)

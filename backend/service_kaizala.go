@@ -18,7 +18,7 @@ var kaizalaKind = serviceKind{
 		"api_root": {
 			Type:        framework.TypeString,
 			Default:     kaizala.DefaultAPIRoot,
-			Description: "Kaizala only: where Kaizala is, an https URL, or plain http on a loopback address. Whoever writes it decides where refresh tokens are sent.",
+			Description: "Kaizala only: where Kaizala is, an https URL, or plain http on a loopback address. It decides where refresh tokens are sent.",
 		},
 		"redirect_hosts": {
 			Type:        framework.TypeCommaStringSlice,

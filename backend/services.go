@@ -129,6 +129,9 @@ func (c *connectorEntry) change(d *framework.FieldData) (err error) {
 			c.ConnectorID = strings.TrimSpace(d.Get(name).(string))
 		case "connector_secret":
 			c.ConnectorSecret = strings.TrimSpace(d.Get(name).(string))
+			if mistake := tokenservice.PasteMistake(c.ConnectorSecret); mistake != "" {
+				err = badValue("%s %s", name, mistake)
+			}
 		case "ca_cert":
 			c.CACert = d.Get(name).(string)
 		case "request_timeout":

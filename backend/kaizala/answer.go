@@ -109,7 +109,7 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now tim
 	case a.Broken != "":
 		return unavailable(a, a.Broken)
 	case a.Status/100 != 2:
-		f := unavailable(a, fmt.Sprintf("Kaizala's token service did not make sense: it answered with HTTP status %d and no errorCode. "+
+		f := unavailable(a, fmt.Sprintf("Kaizala's token service gave an answer that cannot be used: HTTP status %d and no errorCode. "+
 			"If that goes on, the operator has to check api_root, and any proxy on the way.", a.Status))
 		f.RetryAfter = retry
 		return f
@@ -126,7 +126,7 @@ func unavailable(a tokenservice.Answer, text string) *tokenservice.Failure {
 }
 
 func senseless(why string) string {
-	return "Kaizala's answer did not make sense: " + why + "."
+	return "Kaizala's answer cannot be used: " + why + "."
 }
 
 // accessTokenOf reads the access token, or says what is wrong with it. An endpointUrl or a scope that is too long is left
@@ -188,7 +188,7 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 	switch {
 	case blamesConnector && (code != "" || status/100 == 4):
 		f.Kind = tokenservice.RefusedConnector
-		f.Text = "Kaizala refuses the connector. Its owner has to check connector_id and connector_secret, and write them anew."
+		f.Text = "Kaizala refuses the connector. Its owner has to check connector_id and connector_secret, and write them again."
 	case code == "":
 		return nil
 	case op == redeemingPIN && asked:
@@ -203,7 +203,7 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 		f.Text = "Kaizala refuses the refresh token (InvalidToken). The tenant user has to generate a new one on Kaizala's portal, and write it."
 	case asked:
 		f.Kind = tokenservice.Refused
-		f.Text = "Kaizala refuses the exchange (" + named + ") and blames neither the refresh token nor the connector. " +
+		f.Text = "Kaizala refuses the exchange (" + named + ") and says neither that the refresh token nor that the connector is wrong. " +
 			"The connector owner has to check the connector on Kaizala's portal."
 	default:
 		return failing(status, named)

@@ -250,7 +250,7 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r := through(t, answering(200, nil, b)).exchange(t)
 			e := requireKind(t, tokenservice.Unavailable, r.Err)
-			assert.Contains(t, e.Text, "did not make sense")
+			assert.Contains(t, e.Text, "cannot be used")
 			requireRescued(t, newCanary, r)
 
 			// The same without a new refresh token is an error alone.

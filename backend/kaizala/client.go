@@ -213,7 +213,7 @@ func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
 		return unavailable(a, senseless("it is a redirect without a usable Location"))
 	}
 	if why := x.permitted(x.at, next); why != "" {
-		return unavailable(a, "Kaizala's token service redirected the exchange to where nothing may be sent. "+why)
+		return unavailable(a, "Kaizala's token service redirected the exchange to an address that is not allowed. "+why)
 	}
 	x.at = next
 	x.unbroken = x.unbroken && a.Status == http.StatusPermanentRedirect

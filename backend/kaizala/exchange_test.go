@@ -187,14 +187,14 @@ func TestNetworkErrors(t *testing.T) {
 				}
 			}
 		}))},
-		{"a reset", "broke the connection off", served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })},
+		{"a reset", "closed the connection too early", served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })},
 		{"something that is not HTTP", "not HTTP", served(t, func(w http.ResponseWriter, _ *http.Request) {
 			conn, _, err := http.NewResponseController(w).Hijack()
 			assert.NoError(t, err)
 			_, _ = io.WriteString(conn, bodyCanary+" "+refreshCanary+"\r\n\r\n")
 			_ = conn.Close()
 		})},
-		{"an error that quotes", "broke the connection off", through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
+		{"an error that quotes", "closed the connection too early", through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
 			return nil, errors.New(r.Header.Get("refreshToken") + r.Header.Get("applicationSecret") + bodyCanary)
 		}))},
 	} {
@@ -222,7 +222,7 @@ func TestBrokenAnswers(t *testing.T) {
 			start(w)
 			panic(http.ErrAbortHandler)
 		}).exchange(t)
-		assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "broke the connection off")
+		assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "closed the connection too early")
 		requireRescued(t, newCanary, r)
 	})
 	t.Run("reset after the whole object", func(t *testing.T) {

@@ -270,13 +270,13 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 		e.Kind, e.Text = tokenservice.RefusedRefreshToken, fmt.Sprintf(c.tokenRefusal(p), named)
 	case slices.Contains(refusesConnector, e.Code):
 		e.Kind = tokenservice.RefusedConnector
-		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them anew; "+
+		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them again; "+
 			"if they are right, the operator has to check token_endpoint_auth_method.", named)
 	case p == pollingDevice && isDeviceKind:
 		e.Kind, e.Text = deviceKind, c.deviceText(deviceKind)
 	case e.Code == "unsupported_token_type" && p == revoking:
 		e.Kind = tokenservice.Unsupported
-		e.Text = c.sentence("cannot revoke tokens of this type%s. They live to their end.", named)
+		e.Text = c.sentence("cannot revoke tokens of this type%s. They work until they expire.", named)
 	case e.Code == "slow_down", a.Status == http.StatusTooManyRequests:
 		if e.RetryAfter == 0 {
 			e.RetryAfter = tokenservice.RateLimitReset(a.Header, now)
@@ -293,11 +293,11 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, true, c.senseless("it is neither JSON nor a form")
 	case !f.legible:
 		e.Kind = tokenservice.Unavailable
-		e.Text = c.sentence("did not make sense: it answered with %s and neither JSON nor a form. "+
+		e.Text = c.sentence("gave an answer that cannot be used: %s and neither JSON nor a form. "+
 			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field())
 	case isRefusal || !success:
 		e.Kind = tokenservice.Refused
-		e.Text = c.sentence("refuses the request (%s) and blames neither %s nor the connector. The operator has to check the connector's settings there and here.", with, p.thing())
+		e.Text = c.sentence("refuses the request (%s) and says neither that %s nor that the connector is wrong. The operator has to check the connector's settings there and here.", with, p.thing())
 	default:
 		return nil
 	}
@@ -317,7 +317,7 @@ func (c *Client) sentence(format string, args ...any) string {
 }
 
 func (c *Client) senseless(why string) string {
-	return "The answer of the " + c.name() + " did not make sense: " + why + "."
+	return "The answer of the " + c.name() + " cannot be used: " + why + "."
 }
 
 // tokenRefusal is the text about what a request stands or falls with. It has a place for the code.

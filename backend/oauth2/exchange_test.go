@@ -232,7 +232,7 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 	t.Run("the connection breaks", func(t *testing.T) {
 		result := (&server{status: 200, body: with("x", 1), cut: true}).exchange(t, nil)
 		e := requireFailure(t, tokenservice.Unavailable, result.Err)
-		require.Contains(t, e.Text, "broke the connection off")
+		require.Contains(t, e.Text, "closed the connection too early")
 		require.Equal(t, newCanary, result.RefreshToken)
 		require.False(t, e.Lost)
 	})
@@ -288,7 +288,7 @@ func TestExchangeFailures(t *testing.T) {
 		{"beside an access token", 200, body(map[string]any{"error": "invalid_grant"}), refusedToken, "invalid_grant", false, ""},
 
 		{"", 401, code("invalid_client"), refusedConnector, "invalid_client", false,
-			"The authorization server as.example.com refuses the connector (invalid_client). Its owner has to check connector_id and connector_secret and write them anew; if they are right, the operator has to check token_endpoint_auth_method."},
+			"The authorization server as.example.com refuses the connector (invalid_client). Its owner has to check connector_id and connector_secret and write them again; if they are right, the operator has to check token_endpoint_auth_method."},
 		{"", 200, code("incorrect_client_credentials"), refusedConnector, "incorrect_client_credentials", false, ""},
 		{"", 503, code("invalid_client"), refusedConnector, "invalid_client", false, ""},
 
@@ -309,7 +309,7 @@ func TestExchangeFailures(t *testing.T) {
 		{"", 599, "<html>", unavailable, "", false, "is failing"},
 		{"", 502, "access_token=" + accessCanary, unavailable, "", false, "is failing"},
 
-		{"HTML", 200, "<html>" + bodyCanary, unavailable, "", true, "The answer of the authorization server as.example.com did not make sense: it is neither JSON nor a form."},
+		{"HTML", 200, "<html>" + bodyCanary, unavailable, "", true, "The answer of the authorization server as.example.com cannot be used: it is neither JSON nor a form."},
 		{"HTML with the URL of a form", 200, `<a href="/?x&access_token=` + accessCanary + `&refresh_token=` + newCanary + `&">`, unavailable, "", true, ""},
 		{"nothing", 200, "", unavailable, "", true, ""},
 		{"nothing", 204, "", unavailable, "", true, ""},
@@ -319,10 +319,10 @@ func TestExchangeFailures(t *testing.T) {
 		{"half JSON", 200, `{"access_token":"` + accessCanary, unavailable, "", true, ""},
 		{"half an error", 200, `{"error":"invalid_grant"`, unavailable, "", true, ""},
 		{"half an error", 400, `{"error":"invalid_grant"`, unavailable, "", false,
-			"The authorization server as.example.com did not make sense: it answered with HTTP status 400 and neither JSON nor a form. If that goes on, the operator has to check token_url, and any proxy on the way."},
-		{"an empty object", 200, "{}", unavailable, "", true, "did not make sense: its access_token is missing, too long, or cannot be sent in a header."},
+			"The authorization server as.example.com gave an answer that cannot be used: HTTP status 400 and neither JSON nor a form. If that goes on, the operator has to check token_url, and any proxy on the way."},
+		{"an empty object", 200, "{}", unavailable, "", true, "cannot be used: its access_token is missing, too long, or cannot be sent in a header."},
 		{"an empty access token", 200, `{"access_token":""}`, unavailable, "", true, ""},
-		{"expires_in 0", 200, body(map[string]any{"expires_in": 0}), unavailable, "", false, "did not make sense: its access token has expired already (expires_in)."},
+		{"expires_in 0", 200, body(map[string]any{"expires_in": 0}), unavailable, "", false, "cannot be used: its access token has expired already (expires_in)."},
 		{"expires_in negative", 200, body(map[string]any{"expires_in": -0.5}), unavailable, "", false, "expires_in"},
 		{"a redirect", 302, code("invalid_grant")[:10], unavailable, "", false, "redirects the call (HTTP status 302), and no redirect is followed. If that goes on, the operator has to check token_url."},
 		{"a redirect with JSON", 301, "{}", unavailable, "", false, "redirects"},
@@ -332,7 +332,7 @@ func TestExchangeFailures(t *testing.T) {
 		{"nothing", 401, "", unavailable, "", false, "neither JSON nor a form"},
 
 		{"", 400, code("invalid_scope"), refused, "invalid_scope", false,
-			"The authorization server as.example.com refuses the request (HTTP status 400, invalid_scope) and blames neither the refresh token nor the connector. The operator has to check the connector's settings there and here."},
+			"The authorization server as.example.com refuses the request (HTTP status 400, invalid_scope) and says neither that the refresh token nor that the connector is wrong. The operator has to check the connector's settings there and here."},
 		{"", 200, code("unauthorized_client"), refused, "unauthorized_client", false, "(HTTP status 200, unauthorized_client)"},
 		{"", 400, code("unsupported_grant_type"), refused, "unsupported_grant_type", false, ""},
 		{"", 400, code("invalid_request"), refused, "invalid_request", false, ""},
@@ -487,14 +487,14 @@ func TestNoAnswer(t *testing.T) {
 		e := requireFailure(t, tokenservice.Unavailable, result.Err)
 		require.True(t, e.Lost)
 		require.Zero(t, e.Status)
-		require.Equal(t, "The authorization server as.example.com broke the connection off, or answered with something that is not HTTP. Try again later.", e.Text)
+		require.Equal(t, "The authorization server as.example.com closed the connection too early, or answered with something that is not HTTP. Try again later.", e.Text)
 		require.False(t, result.Sent.IsZero())
 	})
 	for status, lost := range map[int]bool{200: true, 400: false} {
 		t.Run("the body breaks off "+strconv.Itoa(status), func(t *testing.T) {
 			e := requireFailure(t, tokenservice.Unavailable, (&server{status: status, body: body(nil), cut: true}).exchange(t, nil).Err)
 			require.Equal(t, lost, e.Lost)
-			require.Contains(t, e.Text, "broke the connection off")
+			require.Contains(t, e.Text, "closed the connection too early")
 		})
 	}
 	t.Run("the body of a refusal breaks off", func(t *testing.T) {

@@ -142,7 +142,7 @@ func TestRedeemCode(t *testing.T) {
 	})
 	t.Run("refused for something else", func(t *testing.T) {
 		result := redeem(t, &server{status: 400, body: `{"error":"invalid_request"}`}, nil)
-		require.Contains(t, requireFailure(t, tokenservice.Refused, result.Err).Text, "blames neither the authorization code nor the connector")
+		require.Contains(t, requireFailure(t, tokenservice.Refused, result.Err).Text, "says neither that the authorization code nor that the connector is wrong")
 	})
 	t.Run("lost", func(t *testing.T) {
 		require.True(t, requireFailure(t, tokenservice.Unavailable, redeem(t, &server{err: errors.New(codeCanary)}, nil).Err).Lost)
@@ -270,7 +270,7 @@ func TestStartDevice(t *testing.T) {
 		text   string
 	}{
 		{401, `{"error":"invalid_client"}`, tokenservice.RefusedConnector, "connector_id"},
-		{400, `{"error":"invalid_scope"}`, tokenservice.Refused, "blames neither the tenant nor the connector"},
+		{400, `{"error":"invalid_scope"}`, tokenservice.Refused, "says neither that the tenant nor that the connector is wrong"},
 		{400, `{"error":"invalid_grant"}`, tokenservice.Refused, "invalid_grant"},
 		{404, `<html>`, tokenservice.Unavailable, "device_authorization_url"},
 		{429, ``, tokenservice.Limited, "no further calls"},
@@ -324,7 +324,7 @@ func TestPollDevice(t *testing.T) {
 		{400, "expired_token", tokenservice.Expired, "the time for entering the code is over"},
 		{400, "invalid_grant", tokenservice.RefusedRefreshToken, "refuses the device code (invalid_grant). Start the device authorization again."},
 		{401, "invalid_client", tokenservice.RefusedConnector, "refuses the connector"},
-		{400, "invalid_request", tokenservice.Refused, "blames neither the device code nor the connector"},
+		{400, "invalid_request", tokenservice.Refused, "says neither that the device code nor that the connector is wrong"},
 		{429, "", tokenservice.Limited, "no further calls"},
 		{503, "", tokenservice.Unavailable, "is failing"},
 	} {
@@ -418,19 +418,19 @@ func TestRevoke(t *testing.T) {
 		text string
 	}{
 		{"unsupported", server{status: 400, body: `{"error":"unsupported_token_type"}`}, tokenservice.Unsupported,
-			"The authorization server as.example.com cannot revoke tokens of this type (unsupported_token_type). They live to their end."},
+			"The authorization server as.example.com cannot revoke tokens of this type (unsupported_token_type). They work until they expire."},
 		{"unsupported at 503", server{status: 503, body: `{"error":"unsupported_token_type"}`}, tokenservice.Unsupported, ""},
 		{"client", server{status: 401, body: `{"error":"invalid_client"}`}, tokenservice.RefusedConnector, "refuses the connector (invalid_client)"},
 		{"client, whatever the challenge", server{status: 401, body: `{"error":"invalid_client"}`, header: bearer(`Bearer error="invalid_token"`)},
 			tokenservice.RefusedConnector, ""},
-		{"request", server{status: 400, body: `{"error":"invalid_request"}`}, tokenservice.Refused, "blames neither the token nor the connector"},
+		{"request", server{status: 400, body: `{"error":"invalid_request"}`}, tokenservice.Refused, "says neither that the token nor that the connector is wrong"},
 		{"unknown", server{status: 400, body: `{"error":"` + bodyCanary + `"}`}, tokenservice.Refused, ""},
 		{"forbidden", server{status: 403, body: `<html>`}, tokenservice.Unavailable, "revocation_url"},
 		{"another challenge", server{status: 401, header: bearer(`Basic realm="invalid_token"`)}, tokenservice.Unavailable, ""},
 		{"a redirect", server{status: 301, header: bearer(`Bearer error="invalid_token"`)}, tokenservice.Unavailable, "check revocation_url"},
 		{"an outage", server{status: 503, body: `{"error":"x"}`, header: bearer(`Bearer error="invalid_token"`)}, tokenservice.Unavailable, "is failing"},
 		{"a limit", server{status: 429}, tokenservice.Limited, ""},
-		{"no answer", server{err: errors.New(bodyCanary)}, tokenservice.Unavailable, "The authorization server revoke.example.com broke the connection off"},
+		{"no answer", server{err: errors.New(bodyCanary)}, tokenservice.Unavailable, "The authorization server revoke.example.com closed the connection too early"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			require.Contains(t, requireFailure(t, c.kind, revoke(t, &c.s)).Text, c.text)

@@ -120,9 +120,9 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 func readMetadata(issuer string, document tokenservice.Object) (*Metadata, error) {
 	if named := exactText(document, "issuer"); named != issuer {
 		if _, err := parseIssuer(named); err != nil || !graphic(named) {
-			named = "none that could be one"
+			named = "no usable issuer"
 		}
-		return nil, fieldError("issuer", "is %s, but the metadata there names %s. Both must be the same, character for character: write the one that the server names", issuer, named)
+		return nil, fieldError("issuer", "is %s, but the metadata there has %s. Both must be the same, character for character: write the one that the server names", issuer, named)
 	}
 	m := &Metadata{IssuerPromised: string(document.Value("authorization_response_iss_parameter_supported")) == "true"}
 	for _, endpoint := range []struct {
@@ -157,7 +157,7 @@ func readMetadata(issuer string, document tokenservice.Object) (*Metadata, error
 			return m, nil
 		}
 	}
-	return nil, fieldError("issuer", "has metadata whose %s has none of %s, %s and %s, and the engine has no other",
+	return nil, fieldError("issuer", "has metadata whose %s has none of %s, %s and %s, and the engine supports no other",
 		listed, ClientSecretBasic, ClientSecretPost, NoSecret)
 }
 

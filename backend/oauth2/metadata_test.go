@@ -156,23 +156,23 @@ func TestMetadata(t *testing.T) {
 		text    string
 	}{
 		{"another issuer", map[string]any{"issuer": issuer + "/"},
-			"is https://as.example.com, but the metadata there names https://as.example.com/. Both must be the same, character for character: write the one that the server names"},
-		{"an issuer with a space", map[string]any{"issuer": issuer + " "}, "names none that could be one"},
-		{"an issuer with a letter beyond ASCII", map[string]any{"issuer": issuer + "/é"}, "names none that could be one"},
-		{"an issuer with a placeholder", map[string]any{"issuer": issuer + "/{tenantid}/v2.0"}, "names " + issuer + "/{tenantid}/v2.0."},
-		{"an issuer that is no URL", map[string]any{"issuer": bodyCanary}, "names none that could be one"},
-		{"an issuer with LF", map[string]any{"issuer": "\n" + bodyCanary}, "names none that could be one"},
-		{"an issuer that is too long", map[string]any{"issuer": "https://" + strings.Repeat("a", 60) + "/" + strings.Repeat("a", 1980)}, "names none that could be one"},
-		{"a long issuer", map[string]any{"issuer": "https://" + strings.Repeat("a", 60) + "/" + strings.Repeat("a", 1979)}, "names https://aaaa"},
-		{"no issuer", map[string]any{"issuer": nil}, "names none that could be one"},
-		{"an issuer that is a number", map[string]any{"issuer": 5}, "names none that could be one"},
+			"is https://as.example.com, but the metadata there has https://as.example.com/. Both must be the same, character for character: write the one that the server names"},
+		{"an issuer with a space", map[string]any{"issuer": issuer + " "}, "has no usable issuer"},
+		{"an issuer with a letter beyond ASCII", map[string]any{"issuer": issuer + "/é"}, "has no usable issuer"},
+		{"an issuer with a placeholder", map[string]any{"issuer": issuer + "/{tenantid}/v2.0"}, "has " + issuer + "/{tenantid}/v2.0."},
+		{"an issuer that is no URL", map[string]any{"issuer": bodyCanary}, "has no usable issuer"},
+		{"an issuer with LF", map[string]any{"issuer": "\n" + bodyCanary}, "has no usable issuer"},
+		{"an issuer that is too long", map[string]any{"issuer": "https://" + strings.Repeat("a", 60) + "/" + strings.Repeat("a", 1980)}, "has no usable issuer"},
+		{"a long issuer", map[string]any{"issuer": "https://" + strings.Repeat("a", 60) + "/" + strings.Repeat("a", 1979)}, "has https://aaaa"},
+		{"no issuer", map[string]any{"issuer": nil}, "has no usable issuer"},
+		{"an issuer that is a number", map[string]any{"issuer": 5}, "has no usable issuer"},
 		{"no token endpoint", map[string]any{"token_endpoint": nil}, "has metadata without a token_endpoint. Write token_url in place of issuer"},
 		{"a token endpoint without TLS", map[string]any{"token_endpoint": "http://as.example.com"}, "has metadata whose token_endpoint must be an https URL"},
 		{"a token endpoint that is a number", map[string]any{"token_endpoint": 5}, "has metadata whose token_endpoint is not an absolute URL"},
 		{"a fragment", map[string]any{"authorization_endpoint": "https://as.example.com/#a"}, "whose authorization_endpoint must have no fragment"},
 		{"a user", map[string]any{"device_authorization_endpoint": "https://u@as.example.com"}, "whose device_authorization_endpoint must hold no user name"},
 		{"no method", map[string]any{"token_endpoint_auth_methods_supported": []string{"private_key_jwt"}},
-			"has metadata whose token_endpoint_auth_methods_supported has none of client_secret_basic, client_secret_post and none, and the engine has no other"},
+			"has metadata whose token_endpoint_auth_methods_supported has none of client_secret_basic, client_secret_post and none, and the engine supports no other"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := (&documents{found: map[string]*server{oauthPath: metadata(c.changes)}}).discover(t, issuer)
@@ -197,8 +197,8 @@ func TestNoMetadata(t *testing.T) {
 	}{
 		{"an outage", &server{status: 503, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Unavailable, "The authorization server as.example.com is failing (HTTP status 503). Try again in 17s."},
 		{"a limit", &server{status: 429, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Limited, "The authorization server as.example.com permits no further calls for now. Try again in 17s."},
-		{"no answer", &server{err: errors.New(bodyCanary)}, tokenservice.Unavailable, "The authorization server as.example.com broke the connection off"},
-		{"cut off", &server{status: 200, body: "{}", cut: true}, tokenservice.Unavailable, "broke the connection off"},
+		{"no answer", &server{err: errors.New(bodyCanary)}, tokenservice.Unavailable, "The authorization server as.example.com closed the connection too early"},
+		{"cut off", &server{status: 200, body: "{}", cut: true}, tokenservice.Unavailable, "closed the connection too early"},
 	} {
 		for _, path := range []string{oauthPath, openIDPath} {
 			t.Run(c.name+" "+path, func(t *testing.T) {

@@ -64,7 +64,7 @@ func (w Want) beginner() string {
 
 // LimitError says when a call would be permitted.
 type LimitError struct {
-	// Until is when to come back, as far as is known.
+	// Until is when to try again, as far as is known.
 	Until time.Time
 	// ByService: the service has asked for the pause. Otherwise this connector's own limit is used up.
 	ByService bool

@@ -170,7 +170,7 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 	case err != nil:
 		a.Broken = c.networkText(attempt, err)
 	case len(a.Body) > MaxAnswerBytes:
-		a.Broken = fmt.Sprintf("%s did not make sense: its answer is longer than %d KiB.", c.Service, MaxAnswerBytes>>10)
+		a.Broken = fmt.Sprintf("%s gave an answer that cannot be used: it is longer than %d KiB.", c.Service, MaxAnswerBytes>>10)
 	}
 	a.Lost = a.Broken != ""
 	return a, nil
@@ -212,7 +212,7 @@ func (c Call) networkText(attempt context.Context, err error) string {
 	case errors.As(err, &opErr) && opErr.Op == "dial":
 		return c.Service + " is unreachable. Try again later."
 	}
-	return c.Service + " broke the connection off, or answered with something that is not HTTP. Try again later."
+	return c.Service + " closed the connection too early, or answered with something that is not HTTP. Try again later."
 }
 
 // RetryAfter reads the header of that name, seconds or a date (RFC 9110), as a duration from now: 24 hours at most, and 0

@@ -256,9 +256,9 @@ func TestFailures(t *testing.T) {
 		{"http where https should be", " does not speak TLS as it should. The operator has to check some_url.",
 			call(t, NewTransport(nil), to(plain.URL, "http:", "https:")), false},
 		{"a hang", " timed out after request_timeout (1m0s). Try again later.", short(served(t, func(_ http.ResponseWriter, r *http.Request) { hang(r) })), true},
-		{"a reset", " broke the connection off, or answered with something that is not HTTP. Try again later.",
+		{"a reset", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), true},
-		{"something that is not HTTP", " broke the connection off, or answered with something that is not HTTP. Try again later.",
+		{"something that is not HTTP", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(w http.ResponseWriter, r *http.Request) {
 				_, _ = io.Copy(io.Discard, r.Body)
 				conn, _, err := http.NewResponseController(w).Hijack()
@@ -266,9 +266,9 @@ func TestFailures(t *testing.T) {
 				_, _ = io.WriteString(conn, canary+"\r\n\r\n")
 				_ = conn.Close()
 			}), true},
-		{"a header that is too long", " broke the connection off, or answered with something that is not HTTP. Try again later.",
+		{"a header that is too long", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", maxHeaderBytes)) }), true},
-		{"an error that quotes", " broke the connection off, or answered with something that is not HTTP. Try again later.",
+		{"an error that quotes", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			call(t, failing(errors.New(canary)), "https://service.invalid"), true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -298,7 +298,7 @@ func TestBrokenAnswers(t *testing.T) {
 		body int
 		call Call
 	}{
-		"a reset": {" broke the connection off, or answered with something that is not HTTP. Try again later.", 5,
+		"a reset": {" closed the connection too early, or answered with something that is not HTTP. Try again later.", 5,
 			served(t, func(w http.ResponseWriter, _ *http.Request) { begin(w); panic(http.ErrAbortHandler) })},
 		"a hang": {" timed out after request_timeout (1m0s). Try again later.", 5, func() Call {
 			c := served(t, func(w http.ResponseWriter, r *http.Request) {
@@ -309,9 +309,9 @@ func TestBrokenAnswers(t *testing.T) {
 			c.Left = 100 * time.Millisecond
 			return c
 		}()},
-		"a byte too much": {" did not make sense: its answer is longer than 256 KiB.", MaxAnswerBytes + 1,
+		"a byte too much": {" gave an answer that cannot be used: it is longer than 256 KiB.", MaxAnswerBytes + 1,
 			served(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, MaxAnswerBytes+1)) })},
-		"too much, compressed": {" did not make sense: its answer is longer than 256 KiB.", MaxAnswerBytes + 1,
+		"too much, compressed": {" gave an answer that cannot be used: it is longer than 256 KiB.", MaxAnswerBytes + 1,
 			served(t, func(w http.ResponseWriter, _ *http.Request) {
 				w.Header().Set("Content-Encoding", "gzip")
 				_, _ = w.Write(bomb)

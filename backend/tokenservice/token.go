@@ -35,15 +35,24 @@ func CheckToken(token string) error {
 // CheckPasted does what [CheckToken] does for a token that a person has written, and finds what is easily copied along
 // with one.
 func CheckPasted(token string) error {
-	const quotes, bearer = "\"'`", "bearer "
-	n := len(token)
-	switch {
-	case n >= 2 && token[0] == token[n-1] && strings.IndexByte(quotes, token[0]) >= 0:
-		return errors.New("the token stands in quotes; write it without the quotes")
-	case n >= len(bearer) && strings.EqualFold(token[:len(bearer)], bearer):
-		return errors.New("the token has the word Bearer before it; write it without Bearer")
+	if mistake := PasteMistake(token); mistake != "" {
+		return errors.New("the token " + mistake)
 	}
 	return CheckToken(token)
+}
+
+// PasteMistake says what was copied along with a secret that a person has written, and what to do: the rest of a sentence
+// that begins with the secret's name. It is "" where nothing was.
+func PasteMistake(secret string) string {
+	const quotes, bearer = "\"'`", "bearer "
+	n := len(secret)
+	switch {
+	case n >= 2 && secret[0] == secret[n-1] && strings.IndexByte(quotes, secret[0]) >= 0:
+		return "stands in quotes; write it without the quotes"
+	case n >= len(bearer) && strings.EqualFold(secret[:len(bearer)], bearer):
+		return "has the word Bearer before it; write it without Bearer"
+	}
+	return ""
 }
 
 // Sendable says whether a header brings s to the other side unchanged.

@@ -160,7 +160,7 @@ const (
 	RefusedRefreshToken Kind = iota + 1
 	// RefusedConnector: the service refuses the connector's ID or secret; the connector's owner has to correct them.
 	RefusedConnector
-	// Refused: the service refuses the request and blames neither the refresh token nor the connector.
+	// Refused: the service refuses the request and says neither that the refresh token nor that the connector is wrong.
 	Refused
 	// Limited: the service permits no further calls for now.
 	Limited

@@ -232,10 +232,10 @@ func acceptVerification(t *testing.T, v *Vault) {
 
 	// After a 429 there is no call until Retry-After has passed.
 	m.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 429, Header: http.Header{"Retry-After": {"120"}}})
-	m.write("tenants/fresh", fields{"refresh_token": good}).refused(t, 429, "come back in 2m0s")
+	m.write("tenants/fresh", fields{"refresh_token": good}).refused(t, 429, "try again in 2m0s")
 	calls := m.kaizala.CallCount()
-	m.write("tenants/fresh", fields{"refresh_token": good}).refused(t, 429, "come back in")
-	m.write("tenants/acme/refresh", nil).refused(t, 429, "come back in")
+	m.write("tenants/fresh", fields{"refresh_token": good}).refused(t, 429, "try again in")
+	m.write("tenants/acme/refresh", nil).refused(t, 429, "try again in")
 	require.Equal(t, calls, m.kaizala.CallCount())
 	unchanged()
 

@@ -134,7 +134,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	m.write("tenants/limited", fields{"refresh_token": limited, "connector": "limited"}).ok(t)
 	m.kaizala.Inject(kaizalatest.Fault{User: "limited", Times: 1, Status: 429, Body: bodies[1], Header: http.Header{"Retry-After": {limitedSecret}}})
 	for range 2 {
-		m.write("tenants/limited/refresh", nil).refused(t, 429, "come back")
+		m.write("tenants/limited/refresh", nil).refused(t, 429, "try again in")
 		m.read("tenants/limited").ok(t)
 	}
 
