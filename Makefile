@@ -15,7 +15,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-plugin build-emulator vault authserver demo demo-oauth dev test lint bench release generate fuzz mutants clean
+.PHONY: help build build-plugin build-emulator vault authserver demo demo-oauth dev test lint bench hang-ups release generate fuzz mutants clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,11 @@ lint: ## Run gofmt, go vet, staticcheck and the checks of the scripts
 
 bench: build ## Measure, and print one table
 	@scripts/bench.sh
+
+hang-ups: build ## Print what readers who hang up cost in this engine and in oauthapp
+	@echo 'This takes a minute; the first time also some minutes to build oauthapp.' >&2
+	@VAULT_BIN="$$(scripts/vault.sh demo)" KAIZALA_PLUGIN_BIN='$(CURDIR)/$(BIN)/$(PLUGIN)' \
+		$(GO) test -count=1 -v -run '^TestHangUpsBesideOAuthApp$$' ./backend/vaulttest
 
 release: ## Build the release archives into dist/, without publishing
 	@scripts/release.sh
