@@ -47,6 +47,41 @@ func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 	})
 }
 
+// So does one that another write has made meanwhile: the delete is the last word.
+func TestDeleteWinsOverAVerificationThatAnotherWriteOvertook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+		told := make(chan int)
+		go func() {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+			told <- status
+		}()
+		time.Sleep(2 * time.Second)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("other"), "verify": false})
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, <-told)
+		assert.Nil(t, e.stored("acme"))
+	})
+}
+
+// A write ends the trouble of the refresh token that it replaces, and the backoff: the next read goes to the service.
+func TestWriteEndsTheTroubleBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError, Times: 1})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.Equal(t, statusDegraded, e.status("acme"))
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		require.Equal(t, statusDegraded, e.status("acme"), "it is the same refresh token")
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "verify": false})
+		assert.Equal(t, statusUnverified, e.status("acme"))
+		e.read("creds/acme")
+	})
+}
+
 // What fails with a refresh token that has been replaced meanwhile is no failure of its successor, and readers who waited get the
 // successor's access token.
 func TestFailureOfAReplacedTokenIsNobodys(t *testing.T) {

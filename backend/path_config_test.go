@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -93,10 +94,33 @@ func TestConnectorInUseStays(t *testing.T) {
 	for i := range 12 {
 		e.ok(logical.DeleteOperation, fmt.Sprintf("tenants/tenant-%02d", i), nil)
 	}
+	e.storage.failWith(func(op, key string) error {
+		if op == "delete" && key == connectorPrefix+defaultConnector {
+			return errStorage
+		}
+		return nil
+	})
+	_, status, _ = e.try(logical.DeleteOperation, "config", nil)
+	assert.Equal(t, 500, status)
+	e.storage.heal()
 	_, status, _ = e.try(logical.DeleteOperation, "config", nil)
 	assert.Equal(t, 204, status)
+	calls, err := e.storage.List(context.Background(), callPrefix)
+	require.NoError(t, err)
+	assert.Empty(t, calls, "what was written down of its calls is gone, too")
 	_, status, _ = e.try(logical.DeleteOperation, "config", nil)
 	assert.Equal(t, 204, status, "deleting what is not there")
+}
+
+// Vault asks whether there is a connector before it checks a policy: a write is a create or an update.
+func TestExistenceIsTold(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	for path, want := range map[string]bool{"config": true, "config/other": false, "tenants/acme": true, "tenants/other": false} {
+		_, exists, err := e.HandleExistenceCheck(context.Background(), &logical.Request{Operation: logical.CreateOperation, Path: path, Storage: e.storage})
+		require.NoError(t, err)
+		assert.Equal(t, want, exists, path)
+	}
 }
 
 func TestBadConnectorsAreRefused(t *testing.T) {

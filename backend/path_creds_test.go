@@ -77,7 +77,26 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 		lease = e.lease("acme")
 		assert.Equal(t, time.Hour, lease.Secret.TTL)
 		assert.True(t, lease.Secret.Renewable)
+
+		e.system.MaxLeaseTTLVal = time.Hour
+		e.askTTLs()
+		assert.False(t, e.lease("acme").Secret.Renewable, "the mount's max_lease_ttl leaves no room for a renewal")
+		e.system.MaxLeaseTTLVal = time.Hour + time.Second
+		e.askTTLs()
+		assert.True(t, e.lease("acme").Secret.Renewable)
 	})
+}
+
+func TestMinTTLOfAReaderIsHalfALifeAtMost(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	e.read("creds/acme")
+	half := e.stored("acme").AccessTokenLife / 2
+	require.Zero(t, half%time.Second)
+	e.ok(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": half.String()})
+	_, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": (half + time.Second).String()})
+	assert.Equal(t, 400, status)
+	assert.Contains(t, text, half.String()+" at most")
 }
 
 // Vault compares times in whole seconds. However a renewal falls between them, it asks for no more than Vault may give, which
