@@ -190,6 +190,24 @@ func TestPollsGoOnAfterAnOutage(t *testing.T) {
 	}
 }
 
+// A connector that storage cannot give, or that is gone for a while, costs the attempt nothing but time.
+func TestPollsGoOnOnceTheConnectorIsThere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		entry := e.get("config/as")
+		e.ok(logical.DeleteOperation, "config/as", nil)
+		time.Sleep(30 * time.Second)
+		assert.Empty(t, e.polls())
+		assert.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		e.put("config/as", []byte(entry))
+		e.InvalidateKey(t.Context(), "config/as")
+		time.Sleep(time.Minute)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
 // All polls of a connector together take a fifth of its share.
 func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

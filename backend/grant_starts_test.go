@@ -152,6 +152,38 @@ func TestGrantsLeaveReadersAFifth(t *testing.T) {
 	}
 }
 
+// What a service says about the connector counts, whatever it was asked for: nothing else goes there until the owner has written
+// a new secret.
+func TestAGrantFindsTheConnectorRefused(t *testing.T) {
+	for name, ask := range map[string]func(e *grantEngine){
+		"code": func(e *grantEngine) { assert.Equal(e.t, 400, e.confirm(e.authorize(nil)).status) },
+		"device": func(e *grantEngine) {
+			e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		},
+		"device poll": func(*grantEngine) { time.Sleep(6 * time.Second) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+				if name == "device poll" {
+					e.start(byDevice, nil)
+				}
+				e.server.ResetCalls()
+				secret := e.server.NewClientSecret(e.clientID)
+				ask(e)
+				assert.Len(t, e.server.Calls(), 1)
+				_, status, text := e.try(logical.ReadOperation, "creds/beta", nil)
+				assert.Equal(t, 400, status)
+				assert.Contains(t, text, "refuses connector \"as\"")
+				assert.Len(t, e.server.Calls(), 1)
+				e.write("config/as", map[string]any{"connector_secret": secret})
+				e.read("creds/beta")
+			})
+		})
+	}
+}
+
 // Who starts a grant hears that it costs the leases their access token.
 func TestStartsWarnOfLiveLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

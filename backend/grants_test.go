@@ -429,6 +429,13 @@ func TestOneStateAtOnce(t *testing.T) {
 		back := e.authorize(nil)
 		_, fields := e.open(back).form()
 		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second})
+		// All of them find the state good before the first has used it up.
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
 		good := make(chan int, 10)
 		for range cap(good) {
 			go func() { good <- e.visit(logical.UpdateOperation, "callback", fields).status }()
@@ -440,6 +447,13 @@ func TestOneStateAtOnce(t *testing.T) {
 		assert.Equal(t, map[int]int{200: 1, 400: 9}, count)
 		assert.Equal(t, 1, e.sent(codeGrant))
 		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+
+		e.storage.heal()
+
+		// Those who came too late have given their places in the share back.
+		time.Sleep(2 * time.Minute)
+		e.write("config/as", map[string]any{"exchanges_per_minute": 1})
+		e.write("tenants/acme/refresh", nil)
 	})
 }
 
