@@ -456,3 +456,155 @@ func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
 		assert.False(t, e.server.Alive(accessTokenOf(other)))
 	})
 }
+
+// unheard makes storage do what it is asked below a prefix, and say that it has not.
+func (s *storage) unheard(op, prefix string) {
+	s.surround(func(asked, key string, do func() error) error {
+		err := do()
+		if asked == op && strings.HasPrefix(key, prefix) {
+			return errStorage
+		}
+		return err
+	})
+}
+
+// refuse makes storage fail one operation below a prefix.
+func (s *storage) refuse(op, prefix string) {
+	s.failWith(func(asked, key string) error {
+		if asked == op && strings.HasPrefix(key, prefix) {
+			return errStorage
+		}
+		return nil
+	})
+}
+
+var revokeAll = map[string]any{"revocation": "access_token", "exchange_invalidates": false, "revoke_on_delete": true}
+
+// A write or a delete that storage fails leaves a tenant that works: its refresh token lives, and nobody gets the access token
+// that was to be revoked, not after a restart either.
+func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
+	for name, c := range map[string]struct {
+		op   logical.Operation
+		data func(*oauthEngine) map[string]any
+		fail func(*storage)
+	}{
+		"delete":              {op: logical.DeleteOperation, fail: func(s *storage) { s.refuse("delete", tenantPrefix) }},
+		"delete, intent":      {op: logical.DeleteOperation, fail: func(s *storage) { s.refuse("put", intentPrefix) }},
+		"delete, intent kept": {op: logical.DeleteOperation, fail: func(s *storage) { s.unheard("put", intentPrefix) }},
+		"write": {op: logical.UpdateOperation, fail: func(s *storage) { s.refuse("put", tenantPrefix) }, data: func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "other"), "verify": false}
+		}},
+	} {
+		for _, restart := range []bool{false, true} {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e.add("acme", nil)
+				e.lease("acme")
+				e.waitForIndex()
+				var data map[string]any
+				if c.data != nil {
+					data = c.data(e)
+				}
+				c.fail(e.storage)
+				_, status, _ := e.try(c.op, "tenants/acme", data)
+				require.Equal(t, 500, status, name)
+				e.storage.heal()
+				e.pass(3 * time.Minute)
+				if restart {
+					e.restart()
+					e.pass(2 * time.Minute)
+				}
+				assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))), name)
+				assert.True(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")), name)
+				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				e.pass(time.Minute)
+				assert.Empty(t, e.server.AccessTokens("acme"), name)
+				assert.False(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")), name)
+				assert.NotContains(t, e.storedText(), intentPrefix, name)
+			})
+		}
+	}
+}
+
+// A refresh token that is written before the process knows what is to be revoked is spared all the same.
+func TestRefreshTokenIsSparedAfterAStart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		token := e.server.Grant(e.clientID, "acme")
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait()
+		e.crash()
+		e.storage.refuse("list", intentPrefix)
+		synctest.Wait()
+		e.storage.heal()
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		e.server.ClearFaults()
+		e.pass(3 * time.Minute)
+		assert.True(t, e.server.RefreshTokenAlive(token))
+	})
+}
+
+// A delete revokes the refresh token that storage has, where a write before it was taken unheard.
+func TestDeleteRevokesWhatStorageHas(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.add("acme", nil)
+		token := e.server.Grant(e.clientID, "other")
+		e.storage.unheard("put", tenantPrefix)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		require.Equal(t, 500, status)
+		e.storage.heal()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+}
+
+// An access token for one lease that storage took when its reader had got an error is revoked; the record of such a token that
+// storage took unheard is swept.
+func TestTokenForOneLeaseThatWasNotIssued(t *testing.T) {
+	for _, fail := range []func(*storage){
+		func(s *storage) { s.refuse("put", tenantPrefix) },
+		func(s *storage) { s.unheard("put", heldPrefix) },
+	} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", map[string]any{"token_per_lease": true})
+			e.waitForIndex()
+			fail(e.storage)
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, 503, status)
+			e.storage.heal()
+			e.pass(3 * time.Minute)
+			assert.Empty(t, e.server.AccessTokens("acme"))
+			e.pass(time.Hour)
+			assert.NotContains(t, e.storedText(), heldPrefix)
+		})
+	}
+}
+
+// A write that is not verified has the access token of before revoked at once, and the tenant shows what is pending at the
+// connector that it has left.
+func TestTenantThatMovesShowsWhatIsPending(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		id, secret := e.server.RegisterClient(oauth2test.AuthBasic)
+		e.write("config/hr", map[string]any{
+			"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": id, "connector_secret": secret,
+		})
+		e.add("acme", nil)
+		e.lease("acme")
+		e.waitForIndex()
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway, Times: 1})
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(id, "acme"), "connector": "hr", "verify": false})
+		synctest.Wait()
+		assert.Equal(t, 1, e.pending("acme"))
+		assert.Contains(t, e.read("tenants/acme")["last_revocation_error"], "502")
+		time.Sleep(2 * time.Second)
+		assert.Nil(t, e.pending("acme"))
+		assert.NotContains(t, e.read("tenants/acme"), "last_revocation_error")
+		assert.Len(t, e.revocations(), 2)
+	})
+}

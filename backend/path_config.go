@@ -285,7 +285,7 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 		return badValue("%d tenants use connector %q, so %s: move them to another connector or delete them first (%s)",
 			len(users), name, refusal, strings.Join(users[:min(shown, len(users))], ", "))
 	}
-	if pending, _ := b.revocations.pendingOf(name, ""); pending > 0 {
+	if pending, _ := b.revocations.pendingOf(name); pending > 0 {
 		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)
 	}
 	return nil

@@ -253,6 +253,7 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		if err = b.replaceTokens(ctx, name, change); err == nil {
 			// What is pending has ended with the write; what is left of it goes with the next sweep otherwise.
 			_ = b.endAttempts(ctx, name)
+			b.revocations.wakeAll()
 		}
 	} else {
 		err = b.changeSettings(ctx, name, change)
@@ -464,10 +465,10 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 	if err := b.tenants.remove(ctx, name); err != nil {
 		return answer(err)
 	}
+	b.revocations.wakeAll()
 	if err := b.endAttempts(ctx, name); err != nil {
 		return answer(err)
 	}
-	b.revocations.wakeAll()
 	return done(d), nil
 }
 

@@ -271,6 +271,18 @@ func (b *backend) attend(name string) {
 		b.index.at(name, time.Now().Add(time.Minute))
 		return
 	}
+	if a := v.access; a != nil && !a.current() {
+		// Storage has not heard of its end: a process after this one would hand it out.
+		if _, err := b.tenants.giveUp(ctx, name, a.Generation); err != nil {
+			b.index.at(name, time.Now().Add(time.Minute))
+			return
+		}
+		v = t.view.Load()
+		if v.entry == nil {
+			b.schedule(t)
+			return
+		}
+	}
 	now := time.Now()
 	if warn := b.warnDue(t, v, now); !warn.IsZero() && !warn.After(now) {
 		t.warnNow(now)

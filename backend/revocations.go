@@ -164,16 +164,28 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 	return about.Revocation == tokenservice.RevokeAccessToken || i.Type == tokenservice.TypeRefreshToken && about.RevokeOnDelete
 }
 
-// giveUpRefreshToken notes a deleted tenant's refresh token for revocation where its connector says so.
-func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) error {
+// giveUpRefreshToken stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
+// calls decided once the tenant is deleted, or is not.
+func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) (decided func(deleted bool), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
-		return ignoreUnusable(err)
+		return func(bool) {}, ignoreUnusable(err)
 	}
-	return r.put(ctx, connector, rand.Text(), &intent{
+	i := &intent{
 		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken,
 		Expires: time.Now().Add(refreshTokenTries).UTC().Truncate(time.Millisecond),
-	})
+	}
+	decided = func(deleted bool) {
+		i.over = !deleted // the tenant is there still: the intent goes, and no call is made
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.add(i)
+	}
+	if err := r.store(ctx, connector, rand.Text(), i); err != nil {
+		decided(false) // storage may have it all the same
+		return nil, err
+	}
+	return decided, nil
 }
 
 // ignoreUnusable leaves of a connector's error only what a later try may not meet: a connector that cannot be used
@@ -185,11 +197,15 @@ func ignoreUnusable(err error) error {
 	return err
 }
 
-func (r *revocations) put(ctx context.Context, connector, id string, i *intent) error {
+func (r *revocations) store(ctx context.Context, connector, id string, i *intent) error {
 	i.Format, i.connector, i.id = entryFormat, connector, id
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	if err := putEntry(ctx, r.storage, intentPrefix+connector+"/"+id, i); err != nil {
+	return putEntry(ctx, r.storage, intentPrefix+connector+"/"+id, i)
+}
+
+func (r *revocations) put(ctx context.Context, connector, id string, i *intent) error {
+	if err := r.store(ctx, connector, id, i); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -212,6 +228,9 @@ func (r *revocations) add(i *intent) {
 
 // spare takes a refresh token that somebody writes out of the intents: it is wanted again.
 func (r *revocations) spare(ctx context.Context, token string) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
 	r.mu.Lock()
 	var found []*intent
 	for _, of := range r.intents {
@@ -258,13 +277,10 @@ func (r *revocations) hold(ctx context.Context, connector, tenant string, a *acc
 		return ignoreUnusable(err)
 	}
 	key := tenant + "/" + a.Generation
-	if err := putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires}); err != nil {
-		return err
-	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.expiries[key] = a.Expires
-	return nil
+	r.expiries[key] = a.Expires // storage may take the record and not say so: it is swept all the same
+	r.mu.Unlock()
+	return putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires})
 }
 
 // holds says whether the record of a token is in storage.
@@ -564,20 +580,30 @@ func (r *revocations) try(i *intent, class share.Class) error {
 
 var errPastEnd = errors.New("the token has ended")
 
-// pendingOf says how many revocations of a connector wait, of all tenants where tenant is "", and why the last call failed.
-func (r *revocations) pendingOf(connector, tenant string) (pending int, lastError string) {
+// pendingOf says how many revocations of a connector wait, and why the last call failed.
+func (r *revocations) pendingOf(connector string) (pending int, lastError string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, i := range r.intents[connector] {
-		if tenant == "" || i.Tenant == tenant {
+	return len(r.intents[connector]), r.errors[connector]
+}
+
+// pendingOfTenant is pendingOf for one tenant, which may have revocations waiting at connectors that it has left.
+func (r *revocations) pendingOfTenant(connector, tenant string) (pending int, lastError string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	lastError = r.errors[connector+"/"+tenant]
+	for at, of := range r.intents {
+		for _, i := range of {
+			if i.Tenant != tenant {
+				continue
+			}
 			pending++
+			if lastError == "" {
+				lastError = r.errors[at+"/"+tenant]
+			}
 		}
 	}
-	about := connector
-	if tenant != "" {
-		about += "/" + tenant
-	}
-	return pending, r.errors[about]
+	return pending, lastError
 }
 
 // drop forgets the intents of a connector that are not wanted any more, and says how many there were.

@@ -131,19 +131,19 @@ func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 // showRevocations adds how many revocations wait, of a connector or, where t is not nil, of one of its tenants. An exchange that
 // has to end an access token is one.
 func (b *backend) showRevocations(data map[string]any, connector string, t *tenant) {
-	name, owed, now := "", 0, time.Now()
+	owed, now := 0, time.Now()
 	count := func(t *tenant) {
 		if s := t.view.Load().summary; s.connector == connector && s.owes(now) {
 			owed++
 		}
 	}
+	pending, lastError := b.revocations.pendingOf(connector)
 	if t != nil {
-		name = t.name
 		count(t)
+		pending, lastError = b.revocations.pendingOfTenant(connector, t.name)
 	} else {
 		b.tenants.each(count)
 	}
-	pending, lastError := b.revocations.pendingOf(connector, name)
 	if pending += owed; pending > 0 {
 		data["pending_revocations"] = pending
 	}

@@ -666,6 +666,14 @@ func (t *tenant) wasIssued(generation string) bool {
 	return t.issued == generation
 }
 
+// newest is the entry with what is kept, nil where there is no tenant.
+func (v *tenantView) newest() *tenantEntry {
+	if v.kept == nil {
+		return v.entry
+	}
+	return v.kept.onto(v.entry)
+}
+
 // base is the entry that a change is made to, nil where there is no tenant.
 func (v *tenantView) base() *tenantEntry {
 	if v == nil {

@@ -288,11 +288,15 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			return err
 		}
 		if c.retiresTokens() {
-			if err := ts.giveUpAll(ctx, t, v.entry, v.kept, false); err != nil {
+			if err := ts.giveUpAll(ctx, t, v.entry, v.kept); err != nil {
+				ts.withdraw(ctx, v)
 				return err
 			}
 		}
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
+			if c.retiresTokens() {
+				ts.withdraw(ctx, v)
+			}
 			t.doubt() // storage may have taken it all the same
 			ts.schedule(t)
 			return err
@@ -308,22 +312,31 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		v := t.view.Load()
-		if v.entry == nil && ts.revocations.mayRevoke(v.summary) {
-			var err error
-			if v, err = ts.read(ctx, t); err != nil && !errors.Is(err, errUnreadable) {
+		if v.knows != loaded && ts.revocations.mayRevoke(v.summary) {
+			switch read, err := ts.read(ctx, t); {
+			case err == nil:
+				v = read
+			case !errors.Is(err, errUnreadable):
 				return err
 			}
 		}
-		if v != nil {
-			if err := ts.giveUpAll(ctx, t, v.entry, v.kept, true); err != nil {
-				return err
-			}
+		decided := func(bool) {}
+		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
+		if newest := v.newest(); err == nil && newest != nil {
+			decided, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken)
+		}
+		if err != nil {
+			ts.withdraw(ctx, v)
+			return err
 		}
 		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
+			decided(false)
+			ts.withdraw(ctx, v)
 			t.doubt()
 			ts.schedule(t)
 			return err
 		}
+		decided(true)
 		t.deleted()
 		ts.schedule(t)
 		return nil
@@ -334,35 +347,28 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
-// giveUpAll notes for revocation what a tenant's tokens leave behind when the tenant is rewritten or deleted: its access
-// tokens, and with a delete its refresh token too where the connector says so.
-func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome, deleted bool) error {
-	if e == nil && kept == nil {
-		return nil
+// withdraw makes sure that nobody gets an access token that may be revoked by now, though storage may still have it: the write
+// or delete that was to end it has failed.
+func (ts *tenants) withdraw(ctx context.Context, v *tenantView) {
+	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
+		v.access.leases.Store(givenUp)
 	}
-	newest := e
-	if kept != nil {
-		newest = kept.onto(e)
-		if kept.access != nil {
-			if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
-				return err
-			}
-		}
-	}
-	if e != nil {
-		if err := ts.giveUpShared(ctx, t, e); err != nil {
+}
+
+// giveUpAll notes for revocation what a tenant's access tokens leave behind when the tenant is rewritten or deleted.
+func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
+	if kept != nil && kept.access != nil {
+		if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
 			return err
 		}
-		if e.Unleased != nil {
-			if err := ts.resolveUnleased(ctx, t, e); err != nil {
-				return err
-			}
-		}
 	}
-	if deleted {
-		return ts.revocations.giveUpRefreshToken(ctx, newest.Connector, t.name, newest.RefreshToken)
+	if e == nil {
+		return nil
 	}
-	return nil
+	if err := ts.giveUpShared(ctx, t, e); err != nil || e.Unleased == nil {
+		return err
+	}
+	return ts.resolveUnleased(ctx, t, e)
 }
 
 // giveUpShared notes a tenant's access token for revocation, and those before it that leases stand for.
@@ -453,8 +459,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		return ts.unstored(t, o, nil)
 	}
 	if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
-		if o.retires && v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
-			v.access.leases.Store(givenUp) // it may be revoked by now
+		if o.retires {
+			ts.withdraw(ctx, v)
 		}
 		return ts.unstored(t, o, next)
 	}
@@ -463,6 +469,10 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
 	}
 	ts.stored(t, next, o.access)
+	if o.ownToken && o.access != nil && v.kept == o {
+		// Nobody waits any more for the lease that it was for. Where storage fails, the next exchange finds it in the entry.
+		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
+	}
 	if o.refreshToken != "" {
 		ts.announce.rotated(ctx, t.name, next)
 	}
@@ -486,7 +496,7 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 	case v.entry == nil, o.access != nil && old != nil && old.Generation == o.access.Generation:
 		return nil // there is nothing, or storage had taken it though it said otherwise
 	case o.change != nil:
-		return ts.giveUpAll(ctx, t, v.entry, nil, false)
+		return ts.giveUpAll(ctx, t, v.entry, nil)
 	case o.access == nil || old == nil || o.ownToken:
 		return nil
 	case o.retires || !old.current(): // storage may not know yet that the old one is given up
@@ -521,7 +531,9 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if deleted && o.change == nil && o.refreshToken != "" {
-		_ = ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken)
+		if decided, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken); err == nil {
+			decided(true)
+		}
 	}
 }
 
