@@ -119,6 +119,7 @@ func TestRevocationLeavesKeptTokensAlone(t *testing.T) {
 		require.NoError(t, e.revokeLease(lease))
 		v := e.tenants.named("acme").view.Load()
 		require.NotNil(t, v.kept)
+		assert.Equal(t, doubted, v.knows, "storage has not what memory knows")
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.held("acme"))
 		e.write("tenants/acme", map[string]any{"ttl": "1h"}) // another write stores them
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
@@ -179,6 +180,47 @@ func TestStopSavesBesideAWriteThatHangs(t *testing.T) {
 		e.storage.heal()
 		synctest.Wait()
 		e.start()
+	})
+}
+
+// What an exchange brings while the engine stops is stored, though storage fails at first.
+func TestStopSavesWhatComesMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(inWindow)
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		var puts atomic.Int32
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && key == tenantPrefix+"acme" && puts.Add(1) == 1 {
+				time.Sleep(stopWithin - time.Second/2)
+				return errStorage
+			}
+			return do()
+		})
+		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+		synctest.Wait()
+		e.stop()
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.storage.heal()
+		e.start()
+	})
+}
+
+// An exchange that brings nothing leaves storage as it is, but for the note of its call.
+func TestFailedExchangeStoresNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError})
+		e.storage.failWith(func(op, key string) error {
+			assert.False(t, op != "get" && op != "list" && !strings.HasPrefix(key, callPrefix), "%s %s", op, key)
+			return nil
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+		e.kaizala.ClearFaults()
 	})
 }
 

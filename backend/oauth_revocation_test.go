@@ -517,3 +517,38 @@ func TestTokenPerLeaseMeetsAConfigWrite(t *testing.T) {
 		})
 	})
 }
+
+// A tenant that is not in memory leaves no access token behind when it is deleted.
+func TestOAuthDeleteOfATenantThatIsNotInMemory(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		token := accessTokenOf(e.lease("acme"))
+		e.restart()
+		e.waitForIndex()
+		require.Nil(t, e.tenants.named("acme").view.Load().entry)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Minute)
+		assert.False(t, e.server.Alive(token))
+	})
+}
+
+// The record of a token for one lease goes with the token's end, where Vault never tells of the lease's.
+func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		expires, err := time.Parse(time.RFC3339, e.lease("acme").Data["expire_time"].(string))
+		require.NoError(t, err)
+		held := func() []string {
+			keys, err := e.storage.List(context.Background(), heldPrefix+"acme/")
+			require.NoError(t, err)
+			return keys
+		}
+		e.restart()
+		e.waitForIndex()
+		require.Len(t, held(), 1)
+		e.pass(time.Until(expires) + 2*time.Minute)
+		assert.Empty(t, held())
+	})
+}

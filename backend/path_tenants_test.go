@@ -191,6 +191,7 @@ func TestBadTenantsAreRefusedBeforeAnyCall(t *testing.T) {
 	_, status, text = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "2h"})
 	assert.Equal(t, 400, status)
 	assert.Contains(t, text, "refresh_token is required")
+	e.write("tenants/"+strings.Repeat("x", 128), map[string]any{"refresh_token": good, "verify": false})
 	_, status, text = e.try(logical.UpdateOperation, "tenants/"+strings.Repeat("x", 129), map[string]any{"refresh_token": good})
 	assert.Equal(t, 400, status)
 	assert.Contains(t, text, "128 characters")
