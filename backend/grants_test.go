@@ -438,7 +438,11 @@ func TestOneStateAtOnce(t *testing.T) {
 		})
 		good := make(chan int, 10)
 		for range cap(good) {
-			go func() { good <- e.visit(logical.UpdateOperation, "callback", fields).status }()
+			go func() {
+				p := e.visit(logical.UpdateOperation, "callback", fields)
+				assert.Equal(t, p.status == 400, strings.Contains(p.text(), "This link has been used"), p.text())
+				good <- p.status
+			}()
 		}
 		count := map[int]int{}
 		for range cap(good) {
