@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -76,6 +77,7 @@ func TestDevRunsUntilInterrupted(t *testing.T) {
 	})
 	require.Empty(t, ended, "%s", out)
 	require.NotEmpty(t, pluginsIn(t, tmp))
+	connectOwnClient(t, out.String())
 	require.NoError(t, syscall.Kill(-cmd.Process.Pid, syscall.SIGINT))
 	select {
 	case err := <-ended:
@@ -84,6 +86,36 @@ func TestDevRunsUntilInterrupted(t *testing.T) {
 		t.Fatalf("still running after Ctrl-C:\n%s", out)
 	}
 	requireClean(t, tmp)
+}
+
+// connectOwnClient pastes what bootstrap/authserver/README.md says beside make dev, with a free port.
+func connectOwnClient(t *testing.T, dev string) {
+	root, err := Root()
+	require.NoError(t, err)
+	env := cleanEnv()
+	for _, m := range regexp.MustCompile(`(?m)^export ((?:PATH|VAULT_\w+)=.*)$`).FindAllStringSubmatch(dev, -1) {
+		env = append(env, strings.Replace(m[1], "$PATH", os.Getenv("PATH"), 1))
+	}
+	blocks := readmeBlocks(t, filepath.Join(root, "bootstrap", "authserver", "README.md"))
+	paste := func(commands string) *exec.Cmd {
+		require.NotEmpty(t, commands)
+		cmd := exec.Command("bash", "-ec", commands)
+		cmd.Dir, cmd.Env = root, append(env, "KAIZALA_NO_BROWSER=1")
+		return cmd
+	}
+	server := regexp.MustCompile(`(?s)^PORT=(\d+) (.*) \\\n *\$\(scripts/authserver.sh zitadel\) &\n$`).FindStringSubmatch(blocks["**The server.**"])
+	require.NotNil(t, server)
+	settings, err := paste("env -i " + server[2] + " env").Output()
+	require.NoError(t, err)
+	service := StartZitadel(t, strings.Split(strings.TrimSpace(string(settings)), "\n")...)
+
+	require.Equal(t, "asha/verysecure", service.User+"/"+service.Password, "the page names them")
+	at := "http://127.0.0.1:" + server[1]
+	require.Contains(t, blocks["**The connector and the tenant.**"], at)
+	out := connects(t, paste(strings.ReplaceAll(blocks["**The connector and the tenant.**"], at, service.Issuer)), service)
+	status, subject := service.Userinfo(t, readField(t, out, "access_token"))
+	require.Equal(t, 200, status)
+	require.Equal(t, service.User, subject)
 }
 
 // A Ctrl-C in the middle of the demo cleans up too, and is no success.

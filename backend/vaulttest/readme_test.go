@@ -74,26 +74,8 @@ func TestReadme(t *testing.T) {
 	paste(install[1]+install[2], "VERSION=v0.9.1")
 	require.Equal(t, "v0.9.1", running())
 
-	// While connect.sh waits, the person opens the address that it shows.
-	oauth := command(blocks["**An OAuth 2.0 service.**"])
-	shown, err := oauth.StderrPipe()
-	require.NoError(t, err)
-	var out strings.Builder
-	oauth.Stdout = &out
-	require.NoError(t, oauth.Start())
-	lines := bufio.NewScanner(shown)
-	var said []string
-	for lines.Scan() {
-		said = append(said, lines.Text())
-		if strings.HasPrefix(lines.Text(), service.Issuer) {
-			person := browser.Person{User: service.User, Password: service.Password}
-			visit, err := person.Open(lines.Text())
-			require.NoError(t, err)
-			assert.Contains(t, visit.Last().Text(), "The tenant is connected")
-		}
-	}
-	require.NoError(t, oauth.Wait(), "%s\n%s", out.String(), strings.Join(said, "\n"))
-	token := readField(t, out.String(), "access_token")
+	out := connects(t, command(blocks["**An OAuth 2.0 service.**"]), service)
+	token := readField(t, out, "access_token")
 	status, subject := service.Userinfo(t, token)
 	require.Equal(t, 200, status)
 	require.Equal(t, service.User, subject)
@@ -123,6 +105,30 @@ func TestReadme(t *testing.T) {
 	require.NoError(t, err)
 	require.NotNil(t, leases)
 	assert.Len(t, leases.Data["keys"], 1, "every lease of before has ended")
+}
+
+// connects runs commands of which one is connect.sh, and returns what they print. While it waits, the person opens the address
+// that it shows.
+func connects(t *testing.T, commands *exec.Cmd, service *AuthServer) string {
+	t.Helper()
+	shown, err := commands.StderrPipe()
+	require.NoError(t, err)
+	var out strings.Builder
+	commands.Stdout = &out
+	require.NoError(t, commands.Start())
+	lines := bufio.NewScanner(shown)
+	var said []string
+	for lines.Scan() {
+		said = append(said, lines.Text())
+		if strings.HasPrefix(lines.Text(), service.Issuer) {
+			person := browser.Person{User: service.User, Password: service.Password}
+			visit, err := person.Open(lines.Text())
+			require.NoError(t, err)
+			assert.Contains(t, visit.Last().Text(), "The tenant is connected")
+		}
+	}
+	require.NoError(t, commands.Wait(), "%s\n%s", out.String(), strings.Join(said, "\n"))
+	return out.String()
 }
 
 // readmeBlocks returns the shell commands of a document: what a heading, or the bold words or the link that begin a paragraph,
