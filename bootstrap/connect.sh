@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Connects a tenant by a person's consent, so that nobody holds its refresh token:
+# Connects a tenant by a person's consent, so that no person holds its refresh token:
 # starts the authorization, shows the person where to go, and waits for the end.
 #
 #   export VAULT_ADDR=https://vault.example:8200     # and VAULT_TOKEN, or vault login
@@ -53,11 +53,11 @@ if [[ $way == device ]]; then
   address=${address:-$(field verification_uri)}
 else
   address=$(field authorization_url)
-  say "Open this address, log in at the service, and allow what it asks. Hand it to nobody else:"
+  say "Open this address, log in at the service, and allow what it asks. Give it only to the person who grants access:"
   printf '\n%s\n\n' "$address" >&2
 fi
 
-# A browser on this machine, where there is one and somebody to see it.
+# A browser on this machine, where there is one and a screen.
 if [[ ${KAIZALA_NO_BROWSER:-} != 1 ]]; then
   for opener in wslview open xdg-open; do
     [[ $opener != xdg-open || -n ${DISPLAY:-}${WAYLAND_DISPLAY:-} ]] || continue
@@ -79,8 +79,8 @@ while sleep 3; do
     exit 0
     ;;
   denied) die "access was denied, and nothing was connected" ;;
-  expired) die "nobody has allowed it in time, and nothing was connected" ;;
-  superseded) die "something newer has ended this: another authorization, or a write or a delete of the tenant" ;;
+  expired) die "access was not allowed in time, and nothing was connected" ;;
+  superseded) die "this attempt was ended by a newer authorization, or by a write or a delete of the tenant" ;;
   *) die "nothing was connected: $(awk '$1 == "last_error" { sub(/^last_error +/, ""); print }' <<<"$started")" ;;
   esac
 done

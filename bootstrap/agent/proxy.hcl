@@ -30,7 +30,7 @@ api_proxy {
 cache {
 }
 
-# Whoever may open the socket reads access tokens.
+# A process that may open the socket reads access tokens.
 listener "unix" {
   address      = "agent.sock"
   socket_mode  = "0600"

@@ -1,6 +1,6 @@
 # One policy for the apps of all tenants: the app's entity says in its metadata
-# whose tokens it reads. An entity without that metadata reads none. Whoever may
-# write entities decides who reads what.
+# whose tokens it reads. An entity without that metadata reads none. A person who
+# may write entities decides who reads what.
 path "kaizala/creds/{{identity.entity.metadata.tenant}}" {
   capabilities = ["read"]
 }

@@ -1,6 +1,6 @@
 # The connector owner: the procedure's developer, who registers the connector with Kaizala, or the client at an OAuth 2.0
-# service. Writes its ID and secret, and no other field: whoever may write a URL of the service, redirect_hosts or ca_cert
-# decides where refresh tokens are sent.
+# service. Writes its ID and secret, and no other field: a URL of the service, redirect_hosts and ca_cert decide where refresh
+# tokens are sent.
 path "kaizala/config" {
   capabilities = ["create", "update"]
   allowed_parameters = {
