@@ -29,7 +29,7 @@ func tryAgain(format string, args ...any) error {
 }
 
 func unknownTenant(name string) error {
-	return badValue("there is no tenant %q: its tenant user has to write tenants/%s first", name, name)
+	return badValue("there is no tenant %q: its tenant user has to connect it, or write tenants/%s, first", name, name)
 }
 
 func unknownConnector(name string) error {

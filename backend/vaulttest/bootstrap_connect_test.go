@@ -97,7 +97,7 @@ func TestConnect(t *testing.T) {
 			to, err := server.Deny(shown)
 			callback(to, err, func(query url.Values) { query.Set("error", "invalid_scope") })
 		}, []string{"acme"}},
-		"something newer has ended this": {func(string) {
+		"this attempt was ended by a newer authorization": {func(string) {
 			require.Equal(t, 200, m.as(token).request(http.MethodPut, "kaizala/tenants/acme/device", fields{"connector": "as"}, nil).status)
 		}, []string{"acme"}},
 		"permission denied":             {nil, []string{"other"}},
