@@ -57,8 +57,8 @@ sets 'OWNER_TOKEN=$(vault token create -policy=connector-owner -ttl=8h -field=to
 sets 'USER_TOKEN=$(vault token create -policy=tenant-user -policy=tenant-connect -display-name=asha -ttl=8h -field=token)'
 sets 'APP_TOKEN=$(vault token create -policy=app -ttl=8h -field=token)'
 
-say "The operator names the service. Vault asks it for its endpoints, now and never again by itself." \
-  "This one revokes an access token alone, which the operator has read in its documentation."
+say "The operator names the service. In this write, and never later by itself, Vault asks it for its endpoints." \
+  "The operator knows from its documentation that this service can revoke one access token alone."
 works "vault write oauth/config service=oauth2 issuer=$ISSUER scopes=openid,offline_access,profile redirect_uris=$CALLBACK revocation=access_token"
 works 'vault read oauth/config'
 [[ $output == *"$ISSUER/oauth/token"* ]] || fail "the token endpoint should have been found"
@@ -70,10 +70,10 @@ printf '%s' "$client_secret" >client-secret
 works 'vault write oauth/config connector_id=vault connector_secret=- < client-secret'
 rm client-secret
 denied 'vault write oauth/config token_url=https://elsewhere.example'
-checked "where refresh tokens are sent is not the connector owner's to decide"
+checked "the connector owner cannot decide where refresh tokens are sent"
 
 say "Step 2. The tenant user connects the tenant. His browser goes to the service, where he logs in; the service sends it" \
-  "back to Vault, which asks whether this is the tenant that he means. visit is that browser: it prints what he reads."
+  "back to Vault, which asks him to confirm the tenant. visit plays the browser: it prints the pages' text."
 sets 'export VAULT_TOKEN=$USER_TOKEN'
 works 'vault write -force -field=authorization_url oauth/tenants/acme/authorize > authorization-url && cat authorization-url'
 works 'visit -user asha "$(cat authorization-url)" < password'
@@ -103,7 +103,7 @@ works 'vault lease revoke -sync "$lease_id"'
 ran "awk '\$1 == \"access_token\" { print \$2 }' creds | visit $USERINFO"
 # Most services say 401.
 [[ $status != 0 && $output == *"403 Forbidden"* ]] || fail "the service should refuse the revoked token"
-checked "the service does not take it any more"
+checked "the service refuses it now"
 
 say "The next read gets another token."
 works 'vault read oauth/creds/acme > creds-anew; cat creds-anew'
@@ -111,8 +111,8 @@ works 'vault read oauth/creds/acme > creds-anew; cat creds-anew'
 checked "the access token is a new one"
 works "awk '\$1 == \"access_token\" { print \$2 }' creds-anew | visit $USERINFO"
 
-say "What the service has counted: one exchange, after the revocation, for the first access token came with the consent; no" \
-  "refresh token was used twice, and the grant lives."
+say "What the service has counted: one exchange, after the revocation (the first access token came with the consent); no" \
+  "refresh token was used twice, and the grant is valid."
 works "visit $STATS </dev/null"
 [[ $output == *'"exchanges":1,'* && $output == *'"reused":0,'* && $output == *'"revoked_access_tokens":1,'* && $output == *'"live_grants":1,'* ]] ||
   fail "the service has counted something else"

@@ -68,17 +68,17 @@ sets "connector_id=\$(sed -n 's/^connector_id=//p' portal)"
 works "sed -n 's/^connector_secret=//p' portal | tr -d '\\n' | vault write kaizala/config connector_id=\"\$connector_id\" connector_secret=-"
 connector_secret=$(sed -n 's/^connector_secret=//p' portal)
 denied 'vault write kaizala/config api_root=https://elsewhere.example'
-checked "where refresh tokens are sent is not the connector owner's to decide"
+checked "the connector owner cannot decide where refresh tokens are sent"
 denied 'vault read kaizala/creds/acme'
 rm portal
 
-say "The Vault operator names the service: the emulator here, and nothing at all for Kaizala itself."
+say "The Vault operator names the service: here the emulator. For Kaizala itself this step is left out."
 sets 'export VAULT_TOKEN=$ROOT_TOKEN'
 works 'vault write kaizala/config api_root="$KAIZALA_EMULATOR_URL"'
 works 'vault read kaizala/config'
 [[ $output == *"$connector_id"* ]] || fail "the connector's ID should be there"
 [[ $output != *"$connector_secret"* ]] || fail "the connector's secret can be read"
-checked "the connector secret is not there to be read"
+checked "the connector secret cannot be read back"
 
 say "Step 2, in the way that needs no step 3: contoso's tenant user logs in by a PIN, and Kaizala hands the refresh token to" \
   "Vault. His policy allows him to connect the tenant, and nothing else."
@@ -98,7 +98,7 @@ sets 'export VAULT_TOKEN=$USER_TOKEN'
 works 'kaizala-emulator token -connector "$connector_id" -user asha > refresh-token'
 refresh_token=$(<refresh-token)
 
-say "Step 3, which was a refresh token handed over: the tenant user writes it to Vault, and nobody else sees it."
+say "Step 3. Instead of giving it to the developer, the tenant user writes the refresh token to Vault. No other person sees it."
 works 'vault write kaizala/tenants/acme refresh_token=- ttl=1h < refresh-token'
 sets 'rm refresh-token'
 works 'vault read kaizala/tenants/acme'

@@ -34,7 +34,7 @@ func TestDemoOAuth(t *testing.T) {
 		`"sub":"asha"`,
 		"$ vault lease renew",
 		"$ vault lease revoke",
-		"✓ the service does not take it any more",
+		"✓ the service refuses it now",
 		"✓ the access token is a new one",
 		`"reused":0,`,
 		"Done.",
