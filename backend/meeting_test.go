@@ -568,6 +568,24 @@ func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 	}
 }
 
+// What a delete leaves is revoked where storage has done it and said that it has not.
+func TestDeleteThatStorageDoesUnheardRevokes(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.add("acme", nil)
+		e.lease("acme")
+		e.waitForIndex()
+		e.storage.unheard("delete", tenantPrefix)
+		_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+		require.Equal(t, 500, status)
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")))
+		assert.Empty(t, e.server.AccessTokens("acme"))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
+}
+
 // A refresh token that is written before the process knows what is to be revoked is spared all the same.
 func TestRefreshTokenIsSparedAfterAStart(t *testing.T) {
 	bubble(t, func(t *testing.T) {

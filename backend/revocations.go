@@ -54,7 +54,11 @@ type intent struct {
 	rest          time.Duration
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
+	isDeleted     doubtfulDelete
 }
+
+// doubtfulDelete says whether a tenant has been deleted, though storage has said that it has not. nil: it is deleted.
+type doubtfulDelete func(context.Context) (bool, error)
 
 // held is an access token that leases stand for.
 type held struct {
@@ -165,27 +169,27 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 }
 
 // giveUpRefreshToken stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
-// calls decided once the tenant is deleted, or is not.
-func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) (decided func(deleted bool), err error) {
+// calls tell once the tenant is deleted, with nil, or with what will say whether it is.
+func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) (tell func(doubtfulDelete), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
-		return func(bool) {}, ignoreUnusable(err)
+		return func(doubtfulDelete) {}, ignoreUnusable(err)
 	}
 	i := &intent{
 		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken,
 		Expires: time.Now().Add(refreshTokenTries).UTC().Truncate(time.Millisecond),
 	}
-	decided = func(deleted bool) {
-		i.over = !deleted // the tenant is there still: the intent goes, and no call is made
+	tell = func(isDeleted doubtfulDelete) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
+		i.isDeleted = isDeleted
 		r.add(i)
 	}
 	if err := r.store(ctx, connector, rand.Text(), i); err != nil {
-		decided(false) // storage may have it all the same
+		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have the intent all the same
 		return nil, err
 	}
-	return decided, nil
+	return tell, nil
 }
 
 // ignoreUnusable leaves of a connector's error only what a later try may not meet: a connector that cannot be used
@@ -497,7 +501,13 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 // call makes one try to revoke a token.
 func (r *revocations) call(i *intent, class share.Class) {
 	var err error
-	if !i.over {
+	if i.isDeleted != nil {
+		var deleted bool
+		if deleted, err = i.isDeleted(r.ctx); err == nil {
+			i.over, i.isDeleted = !deleted, nil // under guards both
+		}
+	}
+	if err == nil && !i.over {
 		err = r.try(i, class)
 	}
 	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)

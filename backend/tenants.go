@@ -320,23 +320,27 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 				return err
 			}
 		}
-		decided := func(bool) {}
+		tell := func(doubtfulDelete) {}
 		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
 		if newest := v.newest(); err == nil && newest != nil {
-			decided, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken)
+			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken)
 		}
 		if err != nil {
 			ts.withdraw(ctx, v)
 			return err
 		}
 		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
-			decided(false)
+			lineage := v.storedLineage()
+			tell(func(ctx context.Context) (bool, error) {
+				e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
+				return e == nil || e.Lineage != lineage, ignoreUnusable(err)
+			})
 			ts.withdraw(ctx, v)
 			t.doubt()
 			ts.schedule(t)
 			return err
 		}
-		decided(true)
+		tell(nil)
 		t.deleted()
 		ts.schedule(t)
 		return nil
@@ -531,8 +535,8 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if deleted && o.change == nil && o.refreshToken != "" {
-		if decided, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken); err == nil {
-			decided(true)
+		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken); err == nil {
+			tell(nil)
 		}
 	}
 }
