@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -496,6 +497,66 @@ func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(other)), "a lease on it lives")
 		e.revoke(other)
 		assert.False(t, e.server.Alive(accessTokenOf(other)))
+
+// A call that has its place when the service answers another one with a 429 is not made.
+func TestPauseStopsACallThatIsAboutToBeMade(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.kaizala.Inject(kaizalatest.Fault{User: "t0", Status: 429, Header: http.Header{"Retry-After": {"300"}}, Delay: 2 * time.Second})
+		var readers sync.WaitGroup
+		told := [2]int{}
+		read := func(i int) {
+			readers.Go(func() { _, told[i], _ = e.try(logical.ReadOperation, fmt.Sprint("creds/t", i), nil) })
+		}
+		read(0)
+		time.Sleep(time.Second)
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) {
+				time.Sleep(3 * time.Second)
+			}
+			return do()
+		})
+		read(1)
+		readers.Wait()
+		assert.Equal(t, [2]int{429, 429}, told)
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+// A call that has waited for its place while its connector was written is not even written down.
+func TestReplacedConnectorsCallIsNotNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(1)
+		e.addTenants(2)
+		e.read("creds/t0")
+		time.Sleep(57 * time.Second)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			e.read("creds/t1")
+		}()
+		time.Sleep(time.Second)
+		e.write("config", map[string]any{"request_timeout": "50s"})
+		<-done
+		assert.Equal(t, 2, e.storage.putsOf(callPrefix+"default/0"))
+		assert.Zero(t, e.storage.putsOf(callPrefix+"default/1"))
+	})
+}
+
+// Who verifies a write with a connector that the service refuses is told so, though the share is used up, too.
+func TestRefusalIsToldThoughTheShareIsUsedUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config", map[string]any{"exchanges_per_minute": 1, "connector_secret": "wrong"})
+		e.addTenants(1)
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		_, status, text := e.try(logical.UpdateOperation, "tenants/t1", map[string]any{"refresh_token": e.newToken("t1")})
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "connector_secret")
+		assert.Equal(t, 1, e.kaizala.CallCount())
 	})
 }
 
