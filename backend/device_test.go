@@ -232,11 +232,11 @@ func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 			assert.LessOrEqual(t, n, 10)
 		}
 		assert.Greater(t, len(at), 30)
-		for _, code := range codes[:3] {
+		for _, code := range codes {
 			require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		}
 		e.pass(5 * time.Minute)
-		for i := range 3 {
+		for i := range codes {
 			resp, _, _ := e.ask(logical.ReadOperation, fmt.Sprintf("tenants/t%d/device", i), nil)
 			assert.Equal(t, attemptGranted, resp.Data["status"], "late is allowed")
 		}

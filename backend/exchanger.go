@@ -310,6 +310,7 @@ func lostAnswer(r tokenservice.Result) bool {
 func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
 	if o.access == nil && f.want.change != nil && o.refreshToken == "" {
+		f.answered(x.ctx, via, r.Err)
 		return r.Err // the operator's write is not stored
 	}
 	if r.Err != nil && !o.changes(entry) {

@@ -497,6 +497,8 @@ func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(other)), "a lease on it lives")
 		e.revoke(other)
 		assert.False(t, e.server.Alive(accessTokenOf(other)))
+	})
+}
 
 // A call that has its place when the service answers another one with a 429 is not made.
 func TestPauseStopsACallThatIsAboutToBeMade(t *testing.T) {
@@ -727,5 +729,42 @@ func TestTenantThatMovesShowsWhatIsPending(t *testing.T) {
 		assert.Nil(t, e.pending("acme"))
 		assert.NotContains(t, e.read("tenants/acme"), "last_revocation_error")
 		assert.Len(t, e.revocations(), 2)
+	})
+}
+
+// A write that the service refuses is no exchange that a process did not live to see: the next process does not ask about it, and
+// ends nobody's access token.
+func TestRefusedWriteAsksNothingAfterARestart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		time.Sleep(time.Minute)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "mistyped"})
+		require.Equal(t, http.StatusBadRequest, status)
+		e.restart()
+		e.pass(2 * time.Minute)
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
+
+// A tenant that is scheduled while memory does not have its connector is exchanged as often as that says all the same.
+func TestKeepAliveOfAConnectorThatHasLeftMemory(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "put" && key == "tenants/acme" {
+				e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector)
+			}
+			return err
+		})
+		e.revoke(lease)
+		e.storage.heal()
+		time.Sleep(73 * time.Hour)
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
 	})
 }

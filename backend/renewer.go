@@ -73,7 +73,11 @@ func (b *backend) rescheduleTroubled(connector string) {
 
 // due says when a tenant needs attention next without a reader; zero: not before it is written.
 func (b *backend) due(t *tenant, v *tenantView, now time.Time) time.Time {
-	return earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
+	due := earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
+	if !due.IsZero() && b.connectors.present(v.entry.Connector) == nil {
+		due = earliest(due, now.Add(time.Minute)) // the connector says how often, and is read then
+	}
+	return due
 }
 
 // exchangeDue says when a tenant is next exchanged without a reader; zero: not before it is written.
