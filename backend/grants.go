@@ -167,6 +167,13 @@ func (g *grants) note(a *attempt) {
 	}
 }
 
+// lookAt has a tenant's attempts looked at by the next sweep.
+func (g *grants) lookAt(tenant string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.due[tenant] = time.Now()
+}
+
 // storedLineage is the tenant's lineage as storage has it.
 func (v *tenantView) storedLineage() string {
 	if v.base() == nil {

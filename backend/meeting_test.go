@@ -768,3 +768,40 @@ func TestKeepAliveOfAConnectorThatHasLeftMemory(t *testing.T) {
 		assert.Equal(t, 2, e.server.Exchanges("acme"))
 	})
 }
+
+// Storage forgets the attempts of a tenant that is deleted long after they ended.
+func TestAttemptsOfADeletedTenantAreForgotten(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e := newGrantEngine(t)
+			e.write("config/as", map[string]any{"confirm": false})
+			require.Equal(t, 200, e.open(e.authorize(nil)).status)
+			e.pass(time.Hour)
+			if restart {
+				e.restart()
+				e.pass(time.Hour)
+			}
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.pass(time.Hour)
+			assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+			e.pass(29 * time.Hour)
+			assert.NotContains(t, e.storedText(), attemptPrefix)
+		})
+	}
+}
+
+// What a config write drops leaves no error behind.
+func TestDroppedRevocationsLeaveNoError(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		synctest.Wait()
+		require.Contains(t, e.read("config"), "last_revocation_error")
+		e.write("config", map[string]any{"revocation": "none"})
+		assert.NotContains(t, e.read("config"), "last_revocation_error")
+		assert.NotContains(t, e.read("tenants/acme"), "last_revocation_error")
+	})
+}

@@ -469,6 +469,7 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 	if err := b.endAttempts(ctx, name); err != nil {
 		return answer(err)
 	}
+	b.grants.lookAt(name) // storage forgets what it has of them a day later
 	return done(d), nil
 }
 

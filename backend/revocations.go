@@ -265,6 +265,7 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 	if !r.loaded {
 		r.settled[i.connector+"/"+i.id] = true
 	}
+	r.note(i, "")
 	if of := r.intents[i.connector]; of[i.id] == i {
 		delete(of, i.id)
 		if len(of) == 0 {
