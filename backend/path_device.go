@@ -21,9 +21,10 @@ const (
 
 // poll is the next question about a device code.
 type poll struct {
-	id    string // of the attempt
-	timer *time.Timer
-	rest  time.Duration // after a failure
+	id        string // of the attempt
+	connector string // "": not polled yet
+	timer     *time.Timer
+	rest      time.Duration // after a failure
 }
 
 // startDevice begins the device authorization flow (RFC 8628).
@@ -134,6 +135,23 @@ func (g *grants) rested(tenant, id string, interval time.Duration, failed bool) 
 	return p.rest
 }
 
+// turn says how long a poll through a connector waits for the next at the least, so that each of those that are polled has a
+// place in the share in its turn, and none goes without one by chance.
+func (g *grants) turn(tenant string, via *loadedConnector) time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p := g.polls[tenant]; p != nil {
+		p.connector = via.name
+	}
+	polled := 0
+	for _, p := range g.polls {
+		if p.connector == via.name {
+			polled++
+		}
+	}
+	return time.Duration(polled) * share.Window / time.Duration(share.Fifth(via.entry.ExchangesPerMinute))
+}
+
 // pollDevice asks the service once whether the person has decided, and says when it is asked again.
 func (b *backend) pollDevice(tenant, id string) {
 	if !b.grants.isPolled(tenant, id) || b.ctx.Err() != nil {
@@ -190,7 +208,7 @@ func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result
 	case errors.As(result.Err, &failure):
 		switch failure.Kind {
 		case tokenservice.Pending:
-			wait = b.grants.rested(a.Tenant, a.ID, a.Interval, false)
+			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, false), b.grants.turn(a.Tenant, via))
 		case tokenservice.SlowDown:
 			wait = b.slowDown(a)
 		case tokenservice.Unavailable, tokenservice.Limited, tokenservice.RefusedConnector:

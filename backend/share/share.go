@@ -376,12 +376,12 @@ func (s *Share) plan() *plan {
 		next:         s.all.count() - s.limit,
 		own:          make(map[string]int, len(s.queue)),
 		used:         map[*Call]bool{},
-		housekeeping: s.housekeeping.count() - s.fifth(),
+		housekeeping: s.housekeeping.count() - Fifth(s.limit),
 	}
 }
 
-// fifth is what one tenant, or housekeeping, may have of the limit.
-func (s *Share) fifth() int { return max(1, s.limit/5) }
+// Fifth is how many calls of a limit one tenant's beginnings, or housekeeping, may have within a [Window]: one at the least.
+func Fifth(limit int) int { return max(1, limit/5) }
 
 // slot looks for the first time at which a call is permitted.
 func (p *plan) slot(want Want) slot {
@@ -403,7 +403,7 @@ func (p *plan) slot(want Want) slot {
 			own = &tally{}
 		}
 		if found.own, ok = p.own[tenant]; !ok {
-			found.own = own.count() - s.fifth()
+			found.own = own.count() - Fifth(s.limit)
 		}
 		if at := p.frees(own, found.own); at.After(found.at) {
 			found.at, found.byTenant = at, true
