@@ -62,7 +62,6 @@ type backend struct {
 
 	// defaultTTL and maxTTL are the mount's, as they were when it was last asked.
 	defaultTTL, maxTTL atomic.Int64
-	ttlsAsked          atomic.Int64 // when an exchange asked for them last, in nanoseconds since 1970
 
 	ctx    context.Context // ends in Clean
 	cancel context.CancelFunc
@@ -133,7 +132,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
-		node: &b.node, ctx: b.ctx, work: b.goWork, ahead: b.askTTLsAgain, landed: b.landed,
+		node: &b.node, ctx: b.ctx, work: b.goWork, ahead: b.askTTLs, landed: b.landed,
 	}
 	b.grants = newGrants()
 	b.index.init(b.tick)
@@ -264,15 +263,6 @@ func (b *backend) periodic(context.Context, *logical.Request) error {
 func (b *backend) askTTLs() {
 	b.defaultTTL.Store(int64(b.System().DefaultLeaseTTL()))
 	b.maxTTL.Store(int64(b.System().MaxLeaseTTL()))
-}
-
-// askTTLsAgain is askTTLs for exchanges, which may be hundreds a second: once a second is enough, and each question is a round
-// trip to Vault.
-func (b *backend) askTTLsAgain() {
-	now, asked := time.Now().UnixNano(), b.ttlsAsked.Load()
-	if b.defaultTTL.Load() == 0 || time.Duration(now-asked).Abs() >= time.Second && b.ttlsAsked.CompareAndSwap(asked, now) {
-		b.askTTLs()
-	}
 }
 
 func (b *backend) invalidate(_ context.Context, key string) {
