@@ -78,6 +78,7 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 		assert.Equal(t, time.Hour, lease.Secret.TTL)
 		assert.True(t, lease.Secret.Renewable)
 
+		synctest.Wait()
 		e.system.MaxLeaseTTLVal = time.Hour
 		e.askTTLs()
 		assert.False(t, e.lease("acme").Secret.Renewable, "the mount's max_lease_ttl leaves no room for a renewal")
@@ -136,9 +137,11 @@ func TestRenewalEarnsNoWarning(t *testing.T) {
 					if c.tenant != nil {
 						e.write("tenants/acme", c.tenant)
 					} else {
+						synctest.Wait() // the engine asks for the mount's TTLs while it starts
 						e.system.DefaultLeaseTTLVal = 5 * time.Second
 					}
 					if c.mount != 0 {
+						synctest.Wait()
 						e.system.MaxLeaseTTLVal = c.mount
 					}
 					within(time.Second)
