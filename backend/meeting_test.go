@@ -30,40 +30,33 @@ func (e *engine) failPuts() {
 	})
 }
 
-// A tenant that was deleted while its first write was being verified stays deleted.
+// A tenant that was deleted while its first write was being verified stays deleted, also where another write has made it
+// meanwhile: the delete is the last word.
 func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEngine(t)
-		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
-		told := make(chan int)
-		go func() {
-			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
-			told <- status
-		}()
-		time.Sleep(2 * time.Second)
-		e.ok(logical.DeleteOperation, "tenants/acme", nil)
-		assert.Equal(t, http.StatusServiceUnavailable, <-told)
-		assert.Nil(t, e.stored("acme"))
-		assert.Nil(t, e.tenants.named("acme"))
-	})
-}
-
-// So does one that another write has made meanwhile: the delete is the last word.
-func TestDeleteWinsOverAVerificationThatAnotherWriteOvertook(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEngine(t)
-		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
-		told := make(chan int)
-		go func() {
-			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
-			told <- status
-		}()
-		time.Sleep(2 * time.Second)
-		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("other"), "verify": false})
-		e.ok(logical.DeleteOperation, "tenants/acme", nil)
-		assert.Equal(t, http.StatusServiceUnavailable, <-told)
-		assert.Nil(t, e.stored("acme"))
-	})
+	for name, meanwhile := range map[string]func(*engine){
+		"delete": func(*engine) {},
+		"write and delete": func(e *engine) {
+			e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("other"), "verify": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+				told := make(chan int)
+				go func() {
+					_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+					told <- status
+				}()
+				time.Sleep(2 * time.Second)
+				meanwhile(e)
+				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				assert.Equal(t, http.StatusServiceUnavailable, <-told)
+				assert.Nil(t, e.stored("acme"))
+				assert.Nil(t, e.tenants.named("acme"))
+			})
+		})
+	}
 }
 
 // A write ends the trouble of the refresh token that it replaces, and the backoff: the next read goes to the service.

@@ -289,13 +289,13 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 		}
 		if c.retiresTokens() {
 			if err := ts.giveUpAll(ctx, t, v.entry, v.kept); err != nil {
-				ts.withdraw(ctx, v)
+				ts.withdraw(ctx, t, v)
 				return err
 			}
 		}
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 			if c.retiresTokens() {
-				ts.withdraw(ctx, v)
+				ts.withdraw(ctx, t, v)
 			}
 			t.doubt() // storage may have taken it all the same
 			ts.schedule(t)
@@ -326,7 +326,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken)
 		}
 		if err != nil {
-			ts.withdraw(ctx, v)
+			ts.withdraw(ctx, t, v)
 			return err
 		}
 		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
@@ -335,7 +335,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 				e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
 				return e == nil || e.Lineage != lineage, ignoreUnusable(err)
 			})
-			ts.withdraw(ctx, v)
+			ts.withdraw(ctx, t, v)
 			t.doubt()
 			ts.schedule(t)
 			return err
@@ -353,9 +353,9 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 
 // withdraw makes sure that nobody gets an access token that may be revoked by now, though storage may still have it: the write
 // or delete that was to end it has failed.
-func (ts *tenants) withdraw(ctx context.Context, v *tenantView) {
+func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
-		v.access.leases.Store(givenUp)
+		t.giveUp(v.access.Generation)
 	}
 }
 
@@ -464,7 +464,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 		if o.retires {
-			ts.withdraw(ctx, v)
+			ts.withdraw(ctx, t, v)
 		}
 		return ts.unstored(t, o, next)
 	}

@@ -20,7 +20,7 @@ import (
 // between its two requests. Each tenant is then read.
 func TestGrantsOverAFailover(t *testing.T) {
 	if testing.Short() {
-		t.Skip("starts three Vaults")
+		t.Skip("-short: three Vaults, whose leader is killed; make test runs it")
 	}
 	f := startFailover(t)
 	killed := f.cluster.Leader(t)

@@ -205,7 +205,7 @@ func ownTokens(t *testing.T, v *Vault, path string, leases int) (m mount, server
 // the move of their mount, and nobody else meanwhile: not the readers of another mount, and no seal.
 func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 	if testing.Short() {
-		t.Skip("reads 2,000 leases")
+		t.Skip("-short: 1,000 leases, each of which takes the service 2 seconds to revoke; make test runs it")
 	}
 	t.Parallel()
 	v := Start(t, WithConfig(func(config map[string]any) { config["log_level"] = "info" }))
@@ -267,7 +267,7 @@ func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 // seal nor another mount's readers; and once the service is well, each of these tokens is dead.
 func TestThousandsOfRevocationsHoldNobodyUp(t *testing.T) {
 	if testing.Short() {
-		t.Skip("reads 2,000 leases")
+		t.Skip("-short: 2,000 leases and a seal; make test runs it")
 	}
 	t.Parallel()
 	v := Start(t, WithConfig(func(config map[string]any) { config["log_level"] = "info" }))
