@@ -366,13 +366,26 @@ func (cs *connectors) judge(ctx context.Context, via *loadedConnector, answer er
 	case answer == nil && via.refusal.Load() != nil:
 		cs.accept(ctx, via)
 	case !errors.As(answer, &failure):
-	case failure.Kind == tokenservice.RefusedConnector:
-		cs.refuse(ctx, via, failure)
 	case failure.Kind == tokenservice.Limited:
 		cs.pause(ctx, via, restOf(failure))
-	case failure.RetryAfter > 0 && (failure.Kind == tokenservice.Unavailable || failure.Kind == tokenservice.Refused):
+	case asksForRest(failure):
 		cs.pause(ctx, via, min(failure.RetryAfter, longestRest))
 	}
+	if failure != nil && failure.Kind == tokenservice.RefusedConnector {
+		cs.refuse(ctx, via, failure)
+	}
+}
+
+// asksForRest says whether an answer that is not about a limit wants no call for a while: a 503 or a 403 does, whatever else it
+// says.
+func asksForRest(failure *tokenservice.Failure) bool {
+	switch {
+	case failure.RetryAfter <= 0:
+		return false
+	case failure.Status == http.StatusServiceUnavailable, failure.Status == http.StatusForbidden:
+		return true
+	}
+	return failure.Kind == tokenservice.Unavailable || failure.Kind == tokenservice.Refused
 }
 
 // restOf is how long a limited connector rests. Services count by the minute where they name no time.

@@ -159,7 +159,27 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	if !own && !f.shared(w) {
 		return nil, errSuperseded // it was not for this request
 	}
+	if w.force && f.err == nil && !f.retires() {
+		return nil, x.retire(ctx, t, v.entry)
+	}
 	return f.token, f.err
+}
+
+// retire gives up the access token of an entry, once an exchange that was not begun for that has replaced it.
+func (x *exchanger) retire(ctx context.Context, t *tenant, e *tenantEntry) error {
+	_, now, err := x.tenants.load(ctx, t.name)
+	if err != nil || now == nil || e.Access == nil || now.entry.Access != nil && now.entry.Access.Generation == e.Access.Generation {
+		return err
+	}
+	connector, err := x.revocations.giveUpHeld(ctx, t.name, e.Access.Generation)
+	if err != nil {
+		return err
+	}
+	t.forgetReplaced(e.Access.Generation)
+	if connector != "" {
+		return nil
+	}
+	return x.revocations.giveUp(ctx, e.Connector, t.name, e.Access)
 }
 
 // start begins the tenant's flight, or returns the one under way. own says that it is a new one, for this request.
@@ -350,7 +370,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		subject:      r.Subject,
 		move:         entry.Move,
 		rejected:     r.Err != nil && isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
-		retires:      f.want.force || f.want.change != nil,
+		retires:      f.retires(),
 		ownToken:     f.want.ownToken,
 	}
 	if via == nil {

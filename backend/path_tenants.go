@@ -129,9 +129,12 @@ func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) 
 		case "connector":
 			connector := d.Get("connector").(string)
 			c.connector = &connector
-			if connector == "" {
+			switch {
+			case raw == nil:
+				connector = defaultConnector
+			case connector == "":
 				err = badValue("connector is empty: give a connector's name, or leave it out for %q", defaultConnector)
-			} else {
+			default:
 				err = checkName(connector, "connector")
 			}
 		case "ttl":
@@ -509,7 +512,7 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
-			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there", upperFirst(b.serviceName(v.entry.Connector)), name))
+			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there; nothing was lost", upperFirst(b.serviceName(v.entry.Connector)), name))
 		default:
 			return answer(b.readerError(name, v.entry.Connector, err))
 		}

@@ -261,6 +261,14 @@ func (f *flight) urgent() bool {
 	}
 }
 
+// retires says whether the flight gives up the access token that there was, and does not merely replace it.
+func (f *flight) retires() bool {
+	if f.want.change == nil && f.v.kept != nil {
+		return f.v.kept.retires
+	}
+	return f.want.force || f.want.change != nil
+}
+
 // shared says whether what this flight brings is also for a request of that kind. What a verification brings is the
 // writer's alone, and a token for one lease is that reader's.
 func (f *flight) shared(w want) bool {

@@ -1,0 +1,101 @@
+package backend
+
+import (
+	"context"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// A null in a patch sets each field of a tenant that has a default to it, the connector's name too.
+func TestPatchedNullsAreDefaults(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		before := e.read("tenants/acme")
+		id, secret := e.kaizala.RegisterConnector()
+		e.write("config/hr", map[string]any{"connector_id": id, "connector_secret": secret})
+		e.write("tenants/acme", map[string]any{
+			"refresh_token": e.kaizala.GenerateUserToken(id, "acme"), "connector": "hr", "ttl": "1h", "max_ttl": "2h", "min_ttl": "5m",
+			"retire_on_revoke": false, "verify": false,
+		})
+		e.ok(logical.PatchOperation, "tenants/acme", map[string]any{
+			"refresh_token": e.newToken("acme"), "connector": nil, "ttl": nil, "max_ttl": nil, "min_ttl": nil,
+			"retire_on_revoke": nil, "token_per_lease": nil, "verify": nil,
+		})
+		after := e.read("tenants/acme")
+		assert.Equal(t, statusOK, after["status"], "null is the default of verify, too")
+		for _, name := range []string{"connector", "ttl", "max_ttl", "min_ttl", "retire_on_revoke", "token_per_lease"} {
+			assert.Equal(t, before[name], after[name], name)
+		}
+	})
+}
+
+// After a 503 or a 403 with Retry-After no call is made until then, whatever else the answer says and although config is written.
+func TestRetryAfterHoldsWhateverTheAnswerSays(t *testing.T) {
+	for _, status := range []int{http.StatusForbidden, http.StatusServiceUnavailable} {
+		for _, body := range []string{"", `{"errorCode":"InvalidToken"}`, `{"errorCode":"Unauthenticated"}`, refusedConnector} {
+			t.Run(http.StatusText(status)+body, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					e := newConfiguredEngine(t)
+					e.addTenant("acme")
+					e.addTenant("globex")
+					e.kaizala.Inject(kaizalatest.Fault{Status: status, Header: http.Header{"Retry-After": {"300"}}, Body: body, Times: 1})
+					_, answered, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+					require.GreaterOrEqual(t, answered, 400)
+					e.write("config", map[string]any{"connector_secret": e.secret})
+					time.Sleep(299 * time.Second)
+					_, answered, text := e.try(logical.ReadOperation, "creds/globex", nil)
+					assert.Equal(t, http.StatusTooManyRequests, answered, text)
+					assert.Equal(t, 1, e.kaizala.CallCount())
+					time.Sleep(2 * time.Second)
+					e.lease("globex")
+				})
+			})
+		}
+	}
+}
+
+const refusedConnector = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`
+
+// A refresh retires the access token that it finds, also where a renewal under way has merely replaced it.
+func TestRefreshRetiresWhatARenewalReplaces(t *testing.T) {
+	for name, leased := range map[string]bool{"leased": true, "read without a lease": false} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", nil)
+				var lease *logical.Response
+				token := e.read("token/acme")["access_token"].(string)
+				if leased {
+					lease = e.lease("acme")
+				}
+				e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+				renewed, v, err := e.tenants.load(context.Background(), "acme")
+				require.NoError(t, err)
+				_, own, err := e.exchanger.start(e.ctx, renewed, v, want{background: true})
+				require.NoError(t, err)
+				require.True(t, own)
+				e.write("tenants/acme/refresh", nil)
+				e.quiet("acme")
+				assert.False(t, e.server.Alive(token))
+				assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2, "the refresh has joined the renewal")
+				next := e.lease("acme")
+				assert.True(t, e.server.Alive(accessTokenOf(next)))
+				if leased {
+					e.revoke(lease)
+				}
+				assert.True(t, e.server.Alive(accessTokenOf(next)))
+				assert.Len(t, e.revocations(), 1)
+				assert.Nil(t, e.pending("acme"))
+			})
+		})
+	}
+}
