@@ -410,3 +410,24 @@ func TestTenantBehindA307IsServed(t *testing.T) {
 		})
 	}
 }
+
+// A reader who joins a background exchange between its two requests does not wait behind the readers' fifth.
+func TestReaderJoinsABackgroundHop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		token := e.newToken("b")
+		e.kaizala.MoveUser("b", "https://inc-001.osi.office.net")
+		time.Sleep(inWindow)
+		e.addTenants(7)
+		for i := range 7 {
+			e.read(fmt.Sprint("creds/t", i))
+		}
+		e.write("tenants/b", map[string]any{"refresh_token": token, "verify": false})
+		time.Sleep(time.Second)
+		require.Equal(t, 8, e.kaizala.CallCount(), "its second request waits")
+		begun := time.Now()
+		e.read("creds/b")
+		assert.Zero(t, time.Since(begun))
+	})
+}

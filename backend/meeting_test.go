@@ -798,3 +798,143 @@ func TestDroppedRevocationsLeaveNoError(t *testing.T) {
 		assert.NotContains(t, e.read("tenants/acme"), "last_revocation_error")
 	})
 }
+
+// A call that a config write has overtaken is not made, and gives its place in the share back: whether the write came while the
+// call waited for its place, or while storage took the note of it.
+func TestOvertakenCallGivesItsPlaceBack(t *testing.T) {
+	for name, overtake := range map[string]func(*engine, func()){
+		"in the queue": func(e *engine, write func()) {
+			time.Sleep(27 * time.Second)
+			go func() {
+				time.Sleep(time.Second)
+				write()
+			}()
+		},
+		"while it is noted": func(e *engine, write func()) {
+			time.Sleep(31 * time.Second)
+			once := true
+			e.storage.surround(func(op, key string, do func() error) error {
+				if op == "put" && strings.HasPrefix(key, callPrefix) && once {
+					once = false
+					write()
+				}
+				return do()
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.setShare(2)
+				for _, tenant := range []string{"first", "second", "third"} {
+					e.addTenant(tenant)
+				}
+				e.read("creds/first")
+				time.Sleep(30 * time.Second)
+				e.read("creds/second")
+				overtake(e, func() { e.write("config", map[string]any{"request_timeout": "6s"}) })
+				e.read("creds/third") // with the one place that there is
+				assert.Equal(t, 3, e.kaizala.CallCount())
+			})
+		})
+	}
+}
+
+// A verification that begins while its connector is being deleted waits for the delete, and then there is no connector.
+func TestVerificationMeetsTheDeleteOfItsConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "delete" && key == connectorPrefix+defaultConnector {
+				time.Sleep(2 * time.Second)
+			}
+			return do()
+		})
+		var flows sync.WaitGroup
+		flows.Go(func() { e.ok(logical.DeleteOperation, "config", nil) })
+		time.Sleep(time.Second)
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+		assert.Equal(t, http.StatusBadRequest, status, text)
+		flows.Wait()
+		assert.Nil(t, e.stored("acme"))
+		assert.Zero(t, e.kaizala.CallCount())
+	})
+}
+
+// A write of settings that storage takes does not replace a new refresh token that storage has just refused again.
+func TestSettingsDoNotOvertakeKeptTokens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		token := e.newToken("acme")
+		time.Sleep(inWindow)
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		e.failPuts()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		refused := false
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && key == tenantPrefix+"acme" && !refused {
+				refused = true
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"})
+		assert.GreaterOrEqual(t, status, 500)
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.held("acme"))
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}
+
+// A connector is not deleted while storage may have a tenant of it though it has said otherwise; and is, once that is known not
+// to be so.
+func TestConnectorOfADoubtedTenant(t *testing.T) {
+	for name, taken := range map[string]bool{"taken": true, "not taken": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.storage.surround(func(op, key string, do func() error) error {
+					if op != "put" || !strings.HasPrefix(key, tenantPrefix) {
+						return do()
+					}
+					if taken {
+						_ = do()
+					}
+					return errStorage
+				})
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "verify": false})
+				require.GreaterOrEqual(t, status, 500)
+				e.storage.heal()
+				_, status, text := e.try(logical.DeleteOperation, "config", nil)
+				if taken {
+					assert.Equal(t, http.StatusBadRequest, status)
+					assert.Contains(t, text, "acme")
+				} else {
+					assert.Equal(t, http.StatusNoContent, status, text)
+				}
+			})
+		})
+	}
+}
+
+// Readers have the access token again that an exchange without a reader was to end, when that exchange has failed.
+func TestReadersAfterAnExchangeThatEndedNothing(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: http.StatusInternalServerError}})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		calls := len(e.server.Calls(oauth2test.EndpointToken))
+		e.pass(3 * time.Minute)
+		failed := len(e.server.Calls(oauth2test.EndpointToken))
+		require.Greater(t, failed, calls, "it is tried again though nobody reads")
+		token := e.read("token/acme")["access_token"].(string)
+		assert.True(t, e.server.Alive(token))
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), failed)
+		e.server.ClearFaults()
+		e.kept()
+	})
+}

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"math/rand/v2"
+	"net/http"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -234,5 +235,18 @@ func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 			assert.Equal(t, time.Second, options.TTL, left)
 			assert.Equal(t, time.Second, options.MaxTTL, left)
 		}
+	})
+}
+
+// An access token that comes dead is not asked for again and again: after two, the reader learns what to check.
+func TestAccessTokensThatComeDead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.server.Set(func(o *oauth2test.Options) { o.AccessTokenLife = 2 * time.Second })
+		e.add("acme", nil)
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		assert.Contains(t, text, "compare the clocks")
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 func TestRefreshTokenIsVerifiedAndNeverRead(t *testing.T) {
@@ -300,5 +301,17 @@ func TestNewTenantInMemoryAloneIsNotUnknown(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		e.read("creds/acme")
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}
+
+// A write says what of it has no effect, and what has gone wrong with it.
+func TestWarningsOfAWrite(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		resp := e.write("tenants/acme", map[string]any{"retire_on_revoke": false})
+		require.Len(t, resp.Warnings, 1)
+		assert.Contains(t, resp.Warnings[0], "retire_on_revoke=false has no effect")
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}))
 	})
 }

@@ -228,3 +228,44 @@ func TestSlowPIN(t *testing.T) {
 		assert.Equal(t, 1, e.pinCalls(redeemPINPath))
 	})
 }
+
+// A refresh token that comes for a PIN, and that Kaizala refuses at once, connects nothing.
+func TestRefreshTokenOfAPINIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		notes := 0
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) {
+				if notes++; notes == 2 { // the first is the PIN's
+					e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusUnauthorized, Body: `{"errorCode": "InvalidToken"}`, Times: 1})
+				}
+			}
+			return do()
+		})
+		resp, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		assert.Equal(t, 400, status, "%v", resp)
+		assert.Contains(t, text, "refuses this refresh token")
+		assert.Nil(t, e.stored("acme"))
+	})
+}
+
+// A PIN that waits for its place while the connector is written is sent by what the connector is then.
+func TestPINMeetsAConfigWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		once := true
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) && once {
+				once = false
+				e.write("config", map[string]any{"request_timeout": "6s"})
+			}
+			return do()
+		})
+		resp, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptGranted, resp.Data["status"])
+		assert.Equal(t, 1, e.pinCalls(redeemPINPath))
+	})
+}
