@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -232,6 +233,7 @@ func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 			assert.LessOrEqual(t, n, 10)
 		}
 		assert.Greater(t, len(at), 30)
+		assert.Equal(t, 2*time.Minute, e.grants.turn("t0", e.connectors.present("as")), "20 take turns at 10 a minute")
 		for _, code := range codes {
 			require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		}
@@ -285,4 +287,24 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A poll that a newer attempt overtakes on its way is not made.
+func TestPollMeetsANewerAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byDevice, nil)
+		e.server.ResetCalls()
+		once := true
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) && once {
+				once = false
+				e.start(byCode, nil)
+			}
+			return do()
+		})
+		time.Sleep(time.Minute)
+		assert.False(t, once)
+		assert.Empty(t, e.polls())
+	})
 }

@@ -296,3 +296,28 @@ func TestAnAccessTokenAloneIsGivenUp(t *testing.T) {
 		assert.Len(t, e.server.Calls(oauth2test.EndpointRevocation), 2)
 	})
 }
+
+func TestCallbackOf(t *testing.T) {
+	for uri, name := range map[string]string{
+		"https://vault.example/v1/kaizala/callback":    "",
+		"https://vault.example/v1/kaizala/callback/as": "as",
+		"https://vault.example/callback/as/":           "as",
+		"https://vault.example/callback":               "",
+		"https://vault.example":                        "",
+	} {
+		assert.Equal(t, name, callbackOf(uri), uri)
+	}
+}
+
+// A login_hint may be as long as is said, and have spaces.
+func TestLoginHint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		hint := "jane " + strings.Repeat("d", maxHintBytes-5)
+		address := e.start(byCode, map[string]any{"connector": "as", "login_hint": hint})["authorization_url"].(string)
+		assert.Equal(t, hint, query(t, address)["login_hint"])
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as", "login_hint": hint + "d"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "login_hint")
+	})
+}

@@ -938,3 +938,55 @@ func TestReadersAfterAnExchangeThatEndedNothing(t *testing.T) {
 		e.kept()
 	})
 }
+
+// An access token that storage does not take is kept though no refresh token came with it: the service is not asked again.
+func TestAccessTokenAloneIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.failPuts()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+		e.read("creds/acme")
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
+// A connector stays while a refresh token is verified with it.
+func TestConnectorOfAVerificationStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
+		var flows sync.WaitGroup
+		flows.Go(func() { e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")}) })
+		time.Sleep(time.Second)
+		_, status, text := e.try(logical.DeleteOperation, "config", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "acme")
+		flows.Wait()
+		e.read("creds/acme")
+	})
+}
+
+// Once a connector is taken again, its other tenants are tried at once and not after their own backoff.
+func TestTenantsOfAConnectorThatIsTakenAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		tokens := []string{e.newToken("a"), e.newToken("b")}
+		time.Sleep(inWindow)
+		e.kaizala.SetConnectorSecret(e.connectorID, "another")
+		for i, name := range []string{"a", "b"} {
+			e.write("tenants/"+name, map[string]any{"refresh_token": tokens[i], "verify": false})
+		}
+		e.pass(3 * time.Minute)
+		require.Equal(t, statusDegraded, e.status("a"))
+		require.Equal(t, statusDegraded, e.status("b"))
+		e.kaizala.SetConnectorSecret(e.connectorID, e.secret)
+		e.pass(probeEvery) // one of them shows it
+		e.pass(time.Minute)
+		for _, name := range []string{"a", "b"} {
+			assert.Equal(t, originService, e.stored(name).RefreshTokenOrigin)
+		}
+	})
+}

@@ -552,3 +552,105 @@ func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
 		assert.Empty(t, held())
 	})
 }
+
+// A reader who takes a lease while storage takes the next access token has the older one, and the end of his lease ends that.
+func TestOAuthLeaseWhileTheNextTokenIsStored(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		old := e.read("token/acme")["access_token"].(string)
+		var lease *logical.Response
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && key == tenantPrefix+"acme" && lease == nil {
+				lease = e.lease("acme")
+			}
+			return do()
+		})
+		e.pass(50 * time.Minute)
+		require.NotNil(t, lease)
+		require.Equal(t, old, accessTokenOf(lease))
+		current := e.read("token/acme")["access_token"].(string)
+		require.NotEqual(t, old, current)
+		e.crash()
+		synctest.Wait()
+		e.revoke(lease)
+		assert.False(t, e.server.Alive(old))
+		assert.True(t, e.server.Alive(current))
+		e.kept()
+	})
+}
+
+// A delete ends the access token that storage has not taken yet, too.
+func TestOAuthDeleteOfAKeptToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.failPuts()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 503, status)
+		require.NotEmpty(t, e.server.AccessTokens("acme"))
+		e.storage.heal()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
+	})
+}
+
+// A write that overtakes an exchange is no delete: what the service has sent for the older refresh token is not used, and the
+// grant behind it is not ended, with revoke_on_delete either.
+func TestOAuthWriteOvertakesAnExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
+		synctest.Wait()
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "successor"), "verify": false})
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.True(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")))
+		e.read("creds/acme")
+		assert.True(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("successor")))
+	})
+}
+
+// A token that ends while its revocation waits for a place in the share is not sent.
+func TestOAuthTokenEndsBeforeItsRevocationHasAPlace(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.server.Set(func(o *oauth2test.Options) { o.AccessTokenLife = 50 * time.Second })
+		e.write("config", map[string]any{"exchanges_per_minute": 5})
+		for _, name := range []string{"acme", "b", "c", "d", "e"} {
+			e.add(name, nil)
+		}
+		lease := e.lease("acme")
+		for _, name := range []string{"b", "c", "d", "e"} {
+			e.read("token/" + name)
+		}
+		time.Sleep(35 * time.Second)
+		e.revoke(lease)
+		assert.EqualValues(t, 1, e.pending("acme"))
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.revocations())
+		assert.Nil(t, e.pending("acme"))
+		e.kept()
+	})
+}
+
+// A revocation that the service carries out shows that it takes the connector again.
+func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.add("other", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 401, Body: `{"error": "invalid_client"}`}})
+		_, status, _ := e.try(logical.ReadOperation, "creds/other", nil)
+		require.GreaterOrEqual(t, status, 400)
+		e.revoke(lease)
+		e.pass(probeEvery + time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.read("creds/other")
+		e.kept()
+	})
+}

@@ -315,3 +315,13 @@ func TestWarningsOfAWrite(t *testing.T) {
 		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}))
 	})
 }
+
+// ttl may be all of max_ttl.
+func TestTTLUpToMaxTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.write("tenants/acme", map[string]any{"ttl": "1h", "max_ttl": "1h"})
+		assert.EqualValues(t, 3600, e.read("tenants/acme")["ttl"])
+	})
+}

@@ -269,3 +269,20 @@ func TestPINMeetsAConfigWrite(t *testing.T) {
 		assert.Equal(t, 1, e.pinCalls(redeemPINPath))
 	})
 }
+
+// What a PIN has brought is kept while storage does not take it: the answer is pending, and the tenant is there
+// once storage is.
+func TestPINWhileStorageTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		e.failPuts()
+		resp, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptPending, resp.Data["status"])
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Equal(t, "token-ada", e.read("tenants/acme")["granted_by"])
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+	})
+}

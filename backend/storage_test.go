@@ -379,3 +379,29 @@ func TestOneKeyThatStorageCannotGive(t *testing.T) {
 		assert.Len(t, e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"], 20)
 	})
 }
+
+func TestLock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var l lock
+		assert.False(t, l.busy())
+		require.NoError(t, l.acquire(t.Context()))
+		assert.True(t, l.busy())
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		require.ErrorIs(t, l.acquire(ctx), context.DeadlineExceeded)
+		assert.True(t, l.busy(), "one who gives up leaves the lock to its holder")
+		l.release()
+		assert.False(t, l.busy())
+		assert.Nil(t, l.held)
+	})
+}
+
+// From the second in which its refresh token ends, a tenant is expired, unless that end is assumed.
+func TestStatusAtTheEnd(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	s := tenantSummary{stored: true, verified: true, expires: now.Unix()}
+	assert.Equal(t, statusOK, s.status(now.Add(-time.Second), nil))
+	assert.Equal(t, statusExpired, s.status(now, nil))
+	s.assumed = true
+	assert.Equal(t, statusOK, s.status(now, nil))
+}
