@@ -358,6 +358,9 @@ func (b *backend) readAttempt(path string) framework.OperationFunc {
 			return nil, nil
 		}
 		_, v, err := b.tenants.load(ctx, name)
+		if err != nil && b.keeps(a) {
+			return &logical.Response{Data: attemptData(a, attemptPending, "")}, nil // memory has the grant, and storage not yet
+		}
 		if err != nil {
 			return answer(err)
 		}
