@@ -251,6 +251,8 @@ func TestCodeFlow(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 		assert.Zero(t, e.server.TotalExchanges(), "the access token that came with the code is used")
 		assert.Equal(t, 1, e.sent(codeGrant))
+		e.write("tenants/acme/refresh", nil)
+		assert.Equal(t, oauth2test.Subject("jane"), e.read("tenants/acme")["subject"], "an exchange that names nobody changes nothing")
 	})
 }
 

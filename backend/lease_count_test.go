@@ -195,3 +195,19 @@ func TestRevocationWithEverythingGone(t *testing.T) {
 		assert.Equal(t, calls, e.kaizala.CallCount())
 	})
 }
+
+// A lease that was renewed ends early where it is revoked before its new end, though its first TTL has passed.
+func TestRenewedLeaseEndsEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		lease := e.lease("acme")
+		time.Sleep(50 * time.Minute)
+		_, renewed := e.renewLease(lease, time.Hour)
+		require.True(t, renewed)
+		time.Sleep(30 * time.Minute)
+		require.NoError(t, e.revokeLease(lease))
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}

@@ -267,3 +267,12 @@ func TestWriteThatStorageTookUnheard(t *testing.T) {
 		})
 	}
 }
+
+func TestMovesAreCompared(t *testing.T) {
+	here, there := &move{From: "a", To: "b"}, &move{From: "a", To: "c"}
+	assert.True(t, (*move)(nil).equal(nil))
+	assert.True(t, here.equal(&move{From: "a", To: "b"}))
+	assert.False(t, here.equal(there))
+	assert.False(t, here.equal(nil))
+	assert.False(t, (*move)(nil).equal(here))
+}
