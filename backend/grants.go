@@ -287,14 +287,17 @@ func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
 		}
 		before = all.Last[a.Path]
 		all.Last[a.Path] = a
-		b.stopPolling(a.Tenant)
 		b.grants.note(a)
 		return true, nil
 	})
-	if err == nil && before != nil {
+	if err != nil {
+		return err // what was pending may be so still
+	}
+	b.stopPolling(a.Tenant)
+	if before != nil {
 		b.noteState(context.WithoutCancel(ctx), before)
 	}
-	return err
+	return nil
 }
 
 // supersede ends an attempt that is pending still.

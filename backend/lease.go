@@ -208,9 +208,15 @@ func (b *backend) endShared(ctx context.Context, name, generation string, early 
 	t, v := b.tenants.cached(name)
 	switch {
 	case v != nil && v.access != nil && v.access.Generation == generation:
-		if early && !b.retires(v.entry) {
-			v.access.end(false, false)
-			return nil
+		if early {
+			retires, err := b.retires(ctx, v.entry)
+			if err != nil {
+				return err
+			}
+			if !retires {
+				v.access.end(false, false)
+				return nil
+			}
 		}
 		if !v.access.end(early, false) {
 			return nil
@@ -244,8 +250,8 @@ func (b *backend) giveUp(ctx context.Context, name, generation string) error {
 	case err != nil && !errors.Is(err, errUnreadable):
 		return err
 	case t != nil && v.access != nil && v.access.Generation == generation:
-		if !b.retires(v.entry) {
-			return nil
+		if retires, err := b.retires(ctx, v.entry); !retires || err != nil {
+			return err
 		}
 		t.giveUp(generation)
 		connector, err := b.tenants.giveUp(ctx, name, generation)
@@ -272,12 +278,12 @@ func (b *backend) afterGivingUp(ctx context.Context, t *tenant, connector, gener
 
 // retires says whether the early end of the last lease gives an access token up: always where that ends the token at the
 // service.
-func (b *backend) retires(e *tenantEntry) bool {
+func (b *backend) retires(ctx context.Context, e *tenantEntry) (bool, error) {
 	if !e.KeepOnRevoke {
-		return true
+		return true, nil
 	}
-	via := b.connectors.present(e.Connector)
-	return via != nil && via.about.Revocation != tokenservice.RevokeNothing
+	via, err := b.connectors.get(ctx, e.Connector)
+	return via != nil && via.about.Revocation != tokenservice.RevokeNothing, ignoreUnusable(err)
 }
 
 // endsEarly tells a revocation from a lease that has come to its end.

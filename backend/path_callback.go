@@ -342,7 +342,8 @@ func (b *backend) notSent(end *verdict, err error) error {
 
 // useUp makes sure, before a code is sent, that nobody sends it again, not after a restart either.
 func (b *backend) useUp(ctx context.Context, a *attempt) error {
-	return b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+	claimed := false
+	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
 		present := all.byID(a.ID)
 		if present == nil || present.Status != attemptPending || present.Used {
 			return false, errUsed
@@ -355,7 +356,12 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 			return false, errUsed
 		}
 		present.Used, present.Code = true, ""
+		claimed = true
 		b.grants.work(a.ID, true)
 		return true, nil
 	})
+	if err != nil && claimed {
+		b.grants.work(a.ID, false) // storage has not taken it, so nothing is sent
+	}
+	return err
 }

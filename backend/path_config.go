@@ -119,7 +119,7 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	// A write that was cut off would leave memory and storage in doubt.
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	before := b.connectors.present(name)
+	before, owed := b.connectors.present(name), b.owedBy(name)
 	if err := b.connectors.put(ctx, name, next, service); err != nil {
 		return answer(err)
 	}
@@ -130,6 +130,9 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	dropped, err := b.revocations.drop(ctx, name, service.About())
 	if err != nil {
 		return answer(err)
+	}
+	if service.About().Revocation != tokenservice.RevokeByExchange {
+		dropped += owed
 	}
 	if dropped > 0 {
 		resp = &logical.Response{}
@@ -244,6 +247,10 @@ func mayOwnTokens(about tokenservice.About) bool {
 // noTokenPerLease refuses what a tenant with token_per_lease does not allow.
 func (b *backend) noTokenPerLease(ctx context.Context, name string) error {
 	if !b.awaitIndex(ctx) {
+		return stillReading(name)
+	}
+	b.readUnread()
+	if !b.settleDoubts(ctx) {
 		return stillReading(name)
 	}
 	var found []string

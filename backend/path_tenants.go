@@ -271,12 +271,15 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		}
 		resp.AddWarning(text)
 	}
-	if _, v := b.tenants.cached(name); v != nil {
+	if t, v := b.tenants.cached(name); v != nil {
 		if change.retiresTokens() && v.trouble != nil {
 			warn("The write is stored, but " + v.trouble.text)
 		}
-		if change.retireOnRevoke != nil && v.entry.KeepOnRevoke && b.retires(v.entry) {
+		if retires, _ := b.retires(ctx, v.entry); retires && change.retireOnRevoke != nil && v.entry.KeepOnRevoke {
 			warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
+		}
+		if change.retiresTokens() && t.hasCutShort(time.Now()) {
+			warn(cutShortText)
 		}
 	}
 	return resp, nil
@@ -454,8 +457,14 @@ func (b *backend) readTenant(ctx context.Context, _ *logical.Request, d *framewo
 	if t == nil {
 		return nil, nil
 	}
-	return b.statusResponse(t, v), nil
+	resp := b.statusResponse(t, v)
+	if t.hasCutShort(time.Now()) {
+		resp.AddWarning(cutShortText)
+	}
+	return resp, nil
 }
+
+const cutShortText = "A refresh or a write has ended an access token, or may have, before the leases on it end: leases on it are of no use any more."
 
 // deleteTenant forgets a tenant, and has revoked at the service what its connector says.
 func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {

@@ -87,7 +87,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		return time.Time{}
 	}
 	var keepAlive time.Duration
-	trouble := v.trouble
+	trouble, owed := v.trouble, b.owes(v.summary, now)
 	if via := b.connectors.present(e.Connector); via != nil {
 		keepAlive = via.service.KeepAlive(e.Facts)
 		if trouble != nil && trouble.revision != via.revision {
@@ -103,9 +103,9 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		switch {
 		case trouble != nil:
 			return trouble.until
-		case v.postponed.After(now) && now.Before(e.EndsBy):
+		case v.postponed.After(now) && owed:
 			return v.postponed
-		case now.Before(e.EndsBy):
+		case owed:
 			return now
 		}
 	case !a.Planned.IsZero():

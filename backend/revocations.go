@@ -26,7 +26,7 @@ const (
 
 	// refreshTokenTries is how long the engine tries to revoke a refresh token.
 	refreshTokenTries = 24 * time.Hour
-	// lastMoments is how long before its end an access token is not sent any more: at some services the revocation of an
+	// lastMoments is how long before its end a token is not sent any more: at some services the revocation of an
 	// expired token ends the whole grant.
 	lastMoments = 5 * time.Second
 
@@ -54,6 +54,7 @@ type intent struct {
 	rest          time.Duration
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
+	spared        bool          // its refresh token is wanted again: a call that waits for its place in the share is not made
 	isDeleted     doubtfulDelete
 }
 
@@ -170,14 +171,20 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 
 // giveUpRefreshToken stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
 // calls tell once the tenant is deleted, with nil, or with what will say whether it is.
-func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string) (tell func(doubtfulDelete), err error) {
+func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
 		return func(doubtfulDelete) {}, ignoreUnusable(err)
 	}
+	expires := time.Now().Add(refreshTokenTries)
+	if !facts.Assumed && !facts.Expires.IsZero() {
+		expires = earliest(expires, facts.Expires.Add(-lastMoments))
+	}
+	if !expires.After(time.Now()) {
+		return func(doubtfulDelete) {}, nil
+	}
 	i := &intent{
-		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken,
-		Expires: time.Now().Add(refreshTokenTries).UTC().Truncate(time.Millisecond),
+		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken, Expires: expires.UTC().Truncate(time.Millisecond),
 	}
 	tell = func(isDeleted doubtfulDelete) {
 		r.mu.Lock()
@@ -240,13 +247,19 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 	for _, of := range r.intents {
 		for _, i := range of {
 			if i.Type == tokenservice.TypeRefreshToken && i.Token == token {
+				i.spared = true
 				found = append(found, i)
 			}
 		}
 	}
 	r.mu.Unlock()
-	for _, i := range found {
+	for n, i := range found {
 		if err := r.settle(ctx, i); err != nil {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			for _, i := range found[n:] {
+				i.spared = false
+			}
 			return err
 		}
 	}
@@ -571,14 +584,14 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	begun := time.Now()
 	err = revoker.Revoke(r.ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if err == nil && !time.Now().Before(i.Expires) {
+		if err == nil && (!time.Now().Before(i.Expires) || r.isSpared(i)) {
 			done()
-			err = errPastEnd // it has waited too long
+			err = errNotWanted // it has waited too long
 		}
 		return done, err
 	})
 	switch {
-	case errors.Is(err, errPastEnd):
+	case errors.Is(err, errNotWanted):
 		return nil
 	case err == nil || errors.As(err, new(*tokenservice.Failure)):
 		r.connectors.judge(r.ctx, via, err)
@@ -589,7 +602,13 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	return err
 }
 
-var errPastEnd = errors.New("the token has ended")
+var errNotWanted = errors.New("the token has ended, or is wanted again")
+
+func (r *revocations) isSpared(i *intent) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return i.spared
+}
 
 // pendingOf says how many revocations of a connector wait, and why the last call failed.
 func (r *revocations) pendingOf(connector string) (pending int, lastError string) {

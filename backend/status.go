@@ -131,25 +131,39 @@ func (b *backend) statusResponse(t *tenant, v *tenantView) *logical.Response {
 // showRevocations adds how many revocations wait, of a connector or, where t is not nil, of one of its tenants. An exchange that
 // has to end an access token is one.
 func (b *backend) showRevocations(data map[string]any, connector string, t *tenant) {
-	owed, now := 0, time.Now()
-	count := func(t *tenant) {
-		if s := t.view.Load().summary; s.connector == connector && s.owes(now) {
-			owed++
+	pending, lastError := b.revocations.pendingOf(connector)
+	if t == nil {
+		pending += b.owedBy(connector)
+	} else {
+		pending, lastError = b.revocations.pendingOfTenant(connector, t.name)
+		if b.owes(t.view.Load().summary, time.Now()) {
+			pending++
 		}
 	}
-	pending, lastError := b.revocations.pendingOf(connector)
-	if t != nil {
-		count(t)
-		pending, lastError = b.revocations.pendingOfTenant(connector, t.name)
-	} else {
-		b.tenants.each(count)
-	}
-	if pending += owed; pending > 0 {
+	if pending > 0 {
 		data["pending_revocations"] = pending
 	}
 	if lastError != "" {
 		data["last_revocation_error"] = lastError
 	}
+}
+
+// owedBy is how many of a connector's tenants owe an exchange.
+func (b *backend) owedBy(connector string) (owed int) {
+	now := time.Now()
+	b.tenants.each(func(t *tenant) {
+		if s := t.view.Load().summary; s.connector == connector && b.owes(s, now) {
+			owed++
+		}
+	})
+	return owed
+}
+
+// owes says whether an exchange has to end an access token of a tenant that was given up, as its connector is now. A connector
+// that memory does not know may say so.
+func (b *backend) owes(s tenantSummary, now time.Time) bool {
+	via := b.connectors.present(s.connector)
+	return s.owes(now) && (via == nil || via.about.Revocation == tokenservice.RevokeByExchange)
 }
 
 // readerError says what the failure of a tenant's exchange means to the reader, and who has to do what.

@@ -97,6 +97,8 @@ type tenant struct {
 	issued string
 	retry  *backoff.Backoff
 	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
+	// cutShort is until when leases may live on an access token that a refresh or a write has ended before them.
+	cutShort time.Time
 }
 
 type knowledge int8
@@ -371,6 +373,9 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			now := time.Now() // Vault may not have told of the end of every lease
 			maps.DeleteFunc(t.replaced, func(_ string, a *accessToken) bool { return !now.Before(a.Expires) })
 			t.replaced[old.Generation] = old
+			if !old.Planned.IsZero() && now.Before(v.bound.Add(-leaseMargin)) {
+				t.cutShort = latest(t.cutShort, v.bound)
+			}
 		}
 		if fresh == nil && v.lineage() != e.Lineage {
 			// An operator has written another refresh token or connector: what failed before is over.
@@ -415,7 +420,7 @@ func (v *tenantView) supersedes(o *outcome) bool {
 func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry, t.replaced, t.warned = nil, nil, 0
+	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, time.Time{}
 	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 
@@ -653,6 +658,13 @@ func (t *tenant) warnNow(now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.warned = now.Unix()
+}
+
+// hasCutShort says whether leases may live on an access token that a refresh or a write has ended before them.
+func (t *tenant) hasCutShort(now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return now.Before(t.cutShort)
 }
 
 func (t *tenant) lastWarned() time.Time {

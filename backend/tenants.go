@@ -323,7 +323,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 		tell := func(doubtfulDelete) {}
 		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
 		if newest := v.newest(); err == nil && newest != nil {
-			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken)
+			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken, newest.Facts)
 		}
 		if err != nil {
 			ts.withdraw(ctx, t, v)
@@ -535,7 +535,11 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if deleted && o.change == nil && o.refreshToken != "" {
-		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken); err == nil {
+		var facts tokenservice.Facts
+		if o.facts != nil {
+			facts = *o.facts
+		}
+		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken, facts); err == nil {
 			tell(nil)
 		}
 	}

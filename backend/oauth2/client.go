@@ -127,7 +127,7 @@ func (c *Client) Revoke(ctx context.Context, token string, t tokenservice.TokenT
 	}
 	a, err := c.post(ctx, revoking, permit, url.Values{"token": {token}, "token_type_hint": {string(t)}})
 	// A status that says that the token is not valid any more needs no body.
-	if a.Status/100 == 2 || a.Status == http.StatusNotFound {
+	if a.Status/100 == 2 || a.Status == http.StatusNotFound || a.Status == http.StatusGone {
 		return nil
 	}
 	if err != nil {

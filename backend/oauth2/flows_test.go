@@ -400,6 +400,7 @@ func TestRevoke(t *testing.T) {
 		"204":                     {status: 204},
 		"404":                     {status: 404, body: "<html>"},
 		"404 cut off":             {status: 404, cut: true},
+		"410":                     {status: 410},
 		"invalid_token":           {status: 400, body: `{"error":"invalid_token"}`},
 		"invalid_token as a form": {status: 400, body: `error=INVALID_TOKEN`},
 		"invalid_grant":           {status: 400, body: `{"error":"invalid_grant"}`},

@@ -1,0 +1,237 @@
+package backend
+
+import (
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Sentences of SERVICES.md that an outside program can check, and that did not hold.
+
+// Section 3: what may end an access token before a lease on it says so, and so does the tenant until such leases are over.
+func TestWhatEndsAnAccessTokenSaysSo(t *testing.T) {
+	for name, c := range map[string]struct {
+		path string
+		data func(e *oauthEngine) map[string]any
+		says bool
+	}{
+		"refresh token": {"tenants/acme", func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}
+		}, true},
+		"refresh token, not verified": {"tenants/acme", func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false}
+		}, true},
+		"connector": {"tenants/acme", func(*oauthEngine) map[string]any { return map[string]any{"connector": "default"} }, true},
+		"refresh":   {"tenants/acme/refresh", func(*oauthEngine) map[string]any { return nil }, true},
+		"ttl":       {"tenants/acme", func(*oauthEngine) map[string]any { return map[string]any{"ttl": "5m"} }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, classD)
+				e.add("acme", nil)
+				e.lease("acme")
+				bound := e.tenants.named("acme").view.Load().bound
+				time.Sleep(time.Minute)
+				resp := e.write(c.path, c.data(e))
+				status := e.ok(logical.ReadOperation, "tenants/acme", nil)
+				if !c.says {
+					assert.Nil(t, resp)
+					assert.Empty(t, status.Warnings)
+					return
+				}
+				require.NotNil(t, resp)
+				require.Len(t, resp.Warnings, 1)
+				assert.Contains(t, resp.Warnings[0], "leases on it are of no use any more")
+				require.Len(t, status.Warnings, 1)
+				assert.Contains(t, status.Warnings[0], "leases on it are of no use any more")
+				time.Sleep(time.Until(bound))
+				assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, "no lease on it is left")
+			})
+		})
+	}
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "there was none")
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "nobody had read it")
+		e.lease("acme")
+		e.pass(time.Hour) // its planned exchange comes
+		assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings)
+	})
+}
+
+// Section 5: a state is used up before its code is sent. Where storage does not take that, nothing was sent, the person can try
+// again, and ten minutes end the attempt.
+func TestStateThatStorageCannotUseUp(t *testing.T) {
+	for name, again := range map[string]bool{"again": true, "not again": false} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				back := e.authorize(nil)
+				e.storage.refuse("put", attemptKeys)
+				_, status, _ := e.ask(logical.UpdateOperation, "callback", back)
+				require.Equal(t, http.StatusInternalServerError, status)
+				e.storage.heal()
+				assert.Zero(t, e.sent("authorization_code"))
+				if again {
+					resp, status, text := e.ask(logical.UpdateOperation, "callback", back)
+					require.Equal(t, 200, status, text)
+					assert.Equal(t, attemptGranted, resp.Data["status"])
+					return
+				}
+				e.pass(11 * time.Minute)
+				assert.Equal(t, attemptExpired, e.attemptStatus(byCode))
+			})
+		})
+	}
+}
+
+// Section 5: a newer attempt ends the one before. One that could not be stored ends nothing: the person who has entered the code
+// connects the tenant.
+func TestAttemptThatStorageRefusesEndsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		e.storage.refuse("put", attemptKeys)
+		_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as"})
+		require.Equal(t, http.StatusInternalServerError, status)
+		e.storage.heal()
+		assert.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.pass(10 * time.Second)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
+// Section 4: writing a refresh token that an intent holds takes it out of the intent, also where that waits for its place in
+// the share.
+func TestRefreshTokenIsSparedWhileItsRevocationWaits(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.write("config", map[string]any{"exchanges_per_minute": 5})
+		for _, name := range []string{"one", "two", "three", "four"} {
+			e.add(name, nil)
+			e.lease(name)
+		}
+		token := e.server.Grant(e.clientID, "acme")
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		time.Sleep(40 * time.Second)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait()
+		require.Empty(t, e.revocations(), "there is no place for it yet")
+		time.Sleep(5 * time.Second)
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.revocations())
+		assert.True(t, e.server.RefreshTokenAlive(token))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
+}
+
+// Section 1: another revocation drops what is pending, an exchange that has to end an access token too, and says how many.
+func TestAnotherRevocationDropsOwedExchanges(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.waitForIndex()
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		synctest.Wait()
+		require.Equal(t, 1, e.pending("acme"))
+		resp := e.write("config", map[string]any{"revocation": "none"})
+		require.NotNil(t, resp)
+		assert.Equal(t, []string{"1 revocation that had not been sent yet will not be made."}, resp.Warnings)
+		assert.Nil(t, e.pending("acme"))
+		assert.NotContains(t, e.read("config"), "pending_revocations")
+	})
+}
+
+// Section 4: a token past its end is never sent, a refresh token neither, nor one in its last seconds.
+func TestRefreshTokenPastItsEndIsNotRevoked(t *testing.T) {
+	for name, c := range map[string]struct {
+		deleted time.Duration // before the refresh token's end
+		fails   bool          // the service, until that is over
+		calls   bool
+	}{
+		"long before":                  {deleted: time.Minute, calls: true},
+		"in its last seconds":          {deleted: 4 * time.Second},
+		"after it":                     {deleted: -time.Minute},
+		"the service is back after it": {deleted: time.Minute, fails: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e.server.Set(func(o *oauth2test.Options) {
+					o.Edit = func(_ oauth2test.Endpoint, fields map[string]any) {
+						delete(fields, "refresh_token")
+						fields["refresh_token_expires_in"] = 1000
+					}
+				})
+				e.add("acme", nil)
+				e.lease("acme")
+				end, token := e.stored("acme").Facts.Expires, e.stored("acme").RefreshToken
+				e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Answer: oauth2test.BadGateway}) // it stays as it is
+				time.Sleep(time.Until(end) - c.deleted)
+				if c.fails {
+					e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+				}
+				before := len(e.revocations())
+				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				synctest.Wait()
+				if c.fails {
+					e.pass(2 * time.Minute)
+					e.server.ClearFaults()
+					before = len(e.revocations())
+				}
+				e.pass(2 * time.Minute)
+				calls := 0
+				for _, call := range e.revocations()[before:] {
+					if call.Token == token {
+						calls++
+					}
+				}
+				assert.Equal(t, c.calls, calls > 0)
+				assert.NotContains(t, e.storedText(), intentPrefix)
+			})
+		})
+	}
+}
+
+// Section 4: retire_on_revoke=false has no effect where the service revokes, also while memory does not know the connector.
+func TestKeepOnRevokeHasNoEffectThoughMemoryHasNoConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"retire_on_revoke": false})
+		lease := e.lease("acme")
+		e.storage.refuse("put", connectorPrefix)
+		_, status, _ := e.try(logical.UpdateOperation, "config", map[string]any{"keep_alive": "24h"})
+		require.Equal(t, http.StatusInternalServerError, status)
+		e.storage.heal()
+		e.revoke(lease)
+		synctest.Wait()
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
+
+// Section 1: a tenant with token_per_lease keeps its connector able to, also one that storage took without saying so.
+func TestConnectorOfATenantThatStorageTookUnheard(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.waitForIndex()
+		e.storage.unheard("put", tenantPrefix)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"token_per_lease": true})
+		require.Equal(t, http.StatusInternalServerError, status)
+		e.storage.heal()
+		_, status, text := e.try(logical.UpdateOperation, "config", map[string]any{"exchange_invalidates": true})
+		assert.Equal(t, http.StatusBadRequest, status, text)
+	})
+}
