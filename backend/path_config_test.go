@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
@@ -184,4 +185,22 @@ func TestBadConnectorsAreRefused(t *testing.T) {
 	_, status, text := e.try(logical.UpdateOperation, "config/"+strings.Repeat("x", 129), aConnector)
 	assert.Equal(t, 400, status)
 	assert.Contains(t, text, "128 characters")
+}
+
+// A configuration that storage does not take is not used either, and the answer says so.
+func TestConfigThatStorageDoesNotTake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, connectorPrefix) {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ := e.try(logical.UpdateOperation, "config", map[string]any{"connector_secret": "another"})
+		assert.GreaterOrEqual(t, status, 500)
+		e.storage.heal()
+		e.read("creds/acme")
+	})
 }
