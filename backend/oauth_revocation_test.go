@@ -647,10 +647,12 @@ func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 401, Body: `{"error": "invalid_client"}`}})
 		_, status, _ := e.try(logical.ReadOperation, "creds/other", nil)
 		require.GreaterOrEqual(t, status, 400)
+		e.ok(logical.DeleteOperation, "tenants/other", nil) // whose own exchange would show it
 		e.revoke(lease)
 		e.pass(probeEvery + time.Minute)
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
-		e.read("creds/other")
+		e.add("next", nil)
+		e.read("creds/next")
 		e.kept()
 	})
 }
