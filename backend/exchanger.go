@@ -300,7 +300,8 @@ func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tok
 // permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
 // work.
 func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit {
-	p := &passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience}, placed: f.place}
+	// One more try after a lost answer belongs to the exchange that has begun.
+	p := &passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience, Hop: f.lost}, placed: f.place}
 	f.way = p
 	if f.want.background && !f.urgent() {
 		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined
@@ -407,7 +408,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	}
 	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry, true); err != nil {
 		if x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry) != nil {
-			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry)
+			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry, nil)
 		}
 		return storageTrouble(f.t.name, errStorage)
 	}

@@ -350,6 +350,12 @@ func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice
 	}
 	defer release()
 	all, err := b.attemptsOf(b.ctx, tenant)
+	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && r.RefreshToken != "" && pause < 1<<grantTries*time.Second; pause *= 2 {
+		if !b.rest(pause) {
+			break
+		}
+		all, err = b.attemptsOf(b.ctx, tenant)
+	}
 	a := all.byID(id)
 	switch {
 	case err != nil:
@@ -457,13 +463,7 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 		if errors.As(err, new(logical.HTTPCodedError)) && !isTryAgain(err) || errors.Is(err, logical.ErrReadOnly) {
 			break // another try cannot succeed
 		}
-		timer := time.NewTimer(pause)
-		select {
-		case <-timer.C:
-		case <-b.ctx.Done():
-		}
-		timer.Stop()
-		if b.ctx.Err() != nil {
+		if !b.rest(pause) {
 			break
 		}
 		pause *= 2
@@ -473,6 +473,18 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 		return attemptFailed, "The service has granted access, but that could not be stored: " + coded.Error()
 	}
 	return attemptFailed, "The service has granted access, but Vault's storage did not take it: start again."
+}
+
+// rest waits, and says whether the engine goes on.
+func (b *backend) rest(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-b.ctx.Done():
+		return false
+	}
 }
 
 // isTryAgain says whether an error is one that passes.

@@ -136,10 +136,10 @@ func intentOf(tenant string, a *accessEntry) *intent {
 }
 
 // remember has an access token revoked that storage has not taken an intent for: this process does it, or the next one finds
-// the token in its tenant's entry.
-func (r *revocations) remember(connector, tenant string, a *accessEntry) {
+// the token in its tenant's entry. isGone says whether the entry does not have it as the current one; nil: it has not.
+func (r *revocations) remember(connector, tenant string, a *accessEntry, isGone doubtfulDelete) {
 	i := intentOf(tenant, a)
-	i.Format, i.connector, i.id = entryFormat, connector, a.Generation
+	i.Format, i.connector, i.id, i.isDeleted = entryFormat, connector, a.Generation, isGone
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.intents[connector][i.id] == nil {

@@ -235,3 +235,70 @@ func TestConnectorOfATenantThatStorageTookUnheard(t *testing.T) {
 		assert.Equal(t, http.StatusBadRequest, status, text)
 	})
 }
+
+// Section 2: a lost answer is followed by one more try at once, also where the tenant's fifth of the share is used up: it is no
+// new exchange.
+func TestLostAnswerIsTriedAgainWhateverTheFifth(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = 10 * time.Second }, map[string]any{"exchanges_per_minute": 5})
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Process: true, Reset: true, Times: 1})
+		begun := time.Now()
+		e.lease("acme")
+		assert.Less(t, time.Since(begun), time.Second)
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+		assert.Equal(t, statusOK, e.status("acme"))
+	})
+}
+
+// Section 5: what a person has granted is not lost to a storage that cannot be read for a moment.
+func TestGrantOutlivesAReadThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		failed := false
+		e.storage.failWith(func(op, key string) error {
+			if op == "get" && key == attemptKeys+"acme" && !failed && e.server.CurrentRefreshToken("jane") != "" {
+				failed = true
+				return errStorage
+			}
+			return nil
+		})
+		e.pass(20 * time.Second)
+		e.storage.heal()
+		assert.True(t, failed)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
+// Section 2: the access token of a verification that is not stored is given up.
+func TestUnstoredVerificationGivesItsAccessTokenUp(t *testing.T) {
+	for name, fail := range map[string]func(*storage){
+		"tenants": func(s *storage) { s.refuse("put", tenantPrefix) },
+		"all":     func(s *storage) { s.refuse("put", "") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, classA)
+				e.waitForIndex()
+				token := e.server.Grant(e.clientID, "acme")
+				e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Delay: time.Second, Times: 1})
+				told := make(chan int)
+				go func() {
+					_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+					told <- status
+				}()
+				synctest.Wait()
+				fail(e.storage)
+				require.Equal(t, http.StatusServiceUnavailable, <-told)
+				e.storage.heal()
+				e.pass(2 * time.Minute)
+				assert.Empty(t, e.server.AccessTokens("acme"))
+				assert.True(t, e.server.RefreshTokenAlive(token))
+				_, status, _ := e.try(logical.ReadOperation, "tenants/acme", nil)
+				assert.Equal(t, 404, status)
+			})
+		})
+	}
+}

@@ -517,6 +517,7 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 	switch {
 	case o.change != nil && o.refreshToken == "" && !o.granted():
 		t.doubt()
+		ts.giveUpUnstored(t.name, o)
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():
 		t.keep(o)
@@ -526,6 +527,18 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 		t.stored(next, nil)
 	}
 	return nil
+}
+
+// giveUpUnstored has the access token of a verification revoked that storage has not taken, unless it has taken it all the same.
+func (ts *tenants) giveUpUnstored(name string, o *outcome) {
+	via := ts.connectors.present(o.connector)
+	if o.access == nil || via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
+		return
+	}
+	ts.revocations.remember(o.connector, name, o.access.accessEntry, func(ctx context.Context) (bool, error) {
+		e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
+		return e == nil || e.Access == nil || e.Access.Generation != o.access.Generation, ignoreUnusable(err)
+	})
 }
 
 // abandon gives up what a superseded exchange has brought.
