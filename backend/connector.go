@@ -151,11 +151,11 @@ func (cs *connectors) record(name string) *connector {
 }
 
 // publish makes a configuration the connector's present one, unless something has happened to the connector since changes
-// was read.
+// was read, or somebody else has read the same configuration meanwhile: work that goes by that is not to be ended.
 func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntry, service tokenservice.Service) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	if c.changes.Load() != changes {
+	if c.changes.Load() != changes || c.loaded.Load() != nil {
 		service.Close()
 		return
 	}

@@ -302,3 +302,26 @@ func TestUnstoredVerificationGivesItsAccessTokenUp(t *testing.T) {
 		})
 	}
 }
+
+// Section 5: a connector that two requests read from storage at once is the same for both: neither is told that it was written.
+func TestConnectorThatTwoRequestsLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.crash()
+		e.waitForIndex()
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "get" && key == connectorPrefix+"as" || op == "put" {
+				time.Sleep(time.Second)
+			}
+			return do()
+		})
+		defer e.storage.heal()
+		go func() {
+			time.Sleep(500 * time.Millisecond)
+			_, _, _ = e.ask(logical.UpdateOperation, "tenants/other/authorize", map[string]any{"connector": "as"})
+		}()
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		assert.Equal(t, 200, status, text)
+		time.Sleep(5 * time.Second)
+	})
+}
