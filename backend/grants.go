@@ -272,7 +272,7 @@ func (b *backend) noteState(ctx context.Context, a *attempt) {
 
 // begin makes an attempt its tenant's pending one. It ends the one before.
 func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
-	var before *attempt
+	var before, device *attempt
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
 		if a.State != "" {
 			s := &stateEntry{Format: entryFormat, Tenant: a.Tenant, Callback: a.Callback, Expires: a.Expires, Status: attemptPending}
@@ -285,7 +285,7 @@ func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
 		for _, old := range all.Last {
 			b.supersede(old, v)
 		}
-		before = all.Last[a.Path]
+		before, device = all.Last[a.Path], all.Last[byDevice]
 		all.Last[a.Path] = a
 		b.grants.note(a)
 		return true, nil
@@ -293,7 +293,9 @@ func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
 	if err != nil {
 		return err // what was pending may be so still
 	}
-	b.stopPolling(a.Tenant)
+	if device != nil {
+		b.stopPolling(a.Tenant, device.ID)
+	}
 	if before != nil {
 		b.noteState(context.WithoutCancel(ctx), before)
 	}
@@ -316,7 +318,7 @@ func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
 // endAttempts ends what is pending for a tenant that an operator has written or deleted. The tenant's entry says the same by
 // now, so an attempt whose entry cannot be changed has ended too; what it keeps goes with the next sweep.
 func (b *backend) endAttempts(ctx context.Context, tenant string) error {
-	b.stopPolling(tenant)
+	b.stopPolling(tenant, "")
 	b.grants.mu.Lock()
 	_, pending := b.grants.due[tenant]
 	pending = pending || !b.grants.loaded

@@ -101,11 +101,11 @@ func (b *backend) pollAfter(tenant, id string, d time.Duration) {
 	})
 }
 
-// stopPolling makes sure that nobody asks about a tenant's device code any more.
-func (b *backend) stopPolling(tenant string) {
+// stopPolling makes sure that nobody asks about a tenant's device code any more: of that attempt, or with "" of any.
+func (b *backend) stopPolling(tenant, id string) {
 	b.grants.mu.Lock()
 	defer b.grants.mu.Unlock()
-	if p := b.grants.polls[tenant]; p != nil {
+	if p := b.grants.polls[tenant]; p != nil && (id == "" || p.id == id) {
 		p.timer.Stop()
 		delete(b.grants.polls, tenant)
 	}
@@ -167,7 +167,7 @@ func (b *backend) pollDevice(tenant, id string) {
 		b.pollAfter(tenant, id, longestInterval)
 		return
 	case a == nil || a.ID != id:
-		b.stopPolling(tenant)
+		b.stopPolling(tenant, id)
 		b.sweep(tenant)
 		return
 	}
@@ -243,7 +243,7 @@ func (b *backend) slowDown(a *attempt) time.Duration {
 // endPolling takes in the last answer about a device code.
 func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
 	status, _ := b.finish(a.Tenant, a.ID, via, result)
-	if status != attemptPending && b.grants.isPolled(a.Tenant, a.ID) {
-		b.stopPolling(a.Tenant)
+	if status != attemptPending {
+		b.stopPolling(a.Tenant, a.ID)
 	}
 }

@@ -97,8 +97,9 @@ type tenant struct {
 	issued string
 	retry  *backoff.Backoff
 	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
-	// cutShort is until when leases may live on an access token that a refresh or a write has ended before them.
-	cutShort time.Time
+	// cutShort is until when, in seconds since 1970, leases may live on an access token that a refresh or a write has ended
+	// before them.
+	cutShort int64
 }
 
 type knowledge int8
@@ -374,7 +375,7 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			maps.DeleteFunc(t.replaced, func(_ string, a *accessToken) bool { return !now.Before(a.Expires) })
 			t.replaced[old.Generation] = old
 			if !old.Planned.IsZero() && now.Before(v.bound.Add(-leaseMargin)) {
-				t.cutShort = latest(t.cutShort, v.bound)
+				t.cutShort = max(t.cutShort, v.bound.Unix())
 			}
 		}
 		if fresh == nil && v.lineage() != e.Lineage {
@@ -420,7 +421,7 @@ func (v *tenantView) supersedes(o *outcome) bool {
 func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, time.Time{}
+	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, 0
 	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 
@@ -664,7 +665,7 @@ func (t *tenant) warnNow(now time.Time) {
 func (t *tenant) hasCutShort(now time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return now.Before(t.cutShort)
+	return now.Unix() < t.cutShort
 }
 
 func (t *tenant) lastWarned() time.Time {
