@@ -248,7 +248,7 @@ func (b *backend) periodic(context.Context, *logical.Request) error {
 	b.buildIndex()
 	b.goWork(func() {
 		b.askTTLs()
-		b.readUnread()
+		b.readUnread(b.ctx)
 		if b.revocations.load(b.ctx) == nil { // another node may have written
 			b.revocations.tick()
 		}

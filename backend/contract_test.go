@@ -2,8 +2,10 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -98,4 +100,35 @@ func TestRefreshRetiresWhatARenewalReplaces(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A connector is neither deleted nor given to somebody else while storage cannot say whether a tenant uses it.
+func TestConnectorStaysWhileATenantCannotBeRead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		id, secret := e.kaizala.RegisterConnector()
+		e.write("config/hr", map[string]any{"connector_id": id, "connector_secret": secret})
+		e.addTenant("globex")
+		e.write("tenants/acme", map[string]any{"refresh_token": e.kaizala.GenerateUserToken(id, "acme"), "connector": "hr", "verify": false})
+		e.stop()
+		e.storage.failWith(func(op, key string) error {
+			if op == "get" && key == tenantPrefix+"acme" {
+				return errors.New("storage fails")
+			}
+			return nil
+		})
+		e.start()
+		synctest.Wait()
+		_, status, text := e.try(logical.DeleteOperation, "config/hr", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status, text)
+		assert.Contains(t, text, `tenant "acme"`)
+		_, status, text = e.try(logical.UpdateOperation, "config/hr", map[string]any{"connector_id": "another"})
+		assert.Equal(t, http.StatusServiceUnavailable, status, text)
+		e.storage.heal()
+		_, status, text = e.try(logical.DeleteOperation, "config/hr", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "(acme)")
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.ok(logical.DeleteOperation, "config/hr", nil)
+	})
 }

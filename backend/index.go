@@ -121,8 +121,9 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	return nil
 }
 
-// readUnread tries again to put those tenants into the index that storage could not give.
-func (b *backend) readUnread() {
+// readUnread tries again to put those tenants into the index that storage could not give. It returns one that storage still
+// does not give, "" where that has given all but what nobody can read.
+func (b *backend) readUnread(ctx context.Context) (missing string) {
 	b.mu.Lock()
 	var names []string
 	for name := range b.unread {
@@ -130,9 +131,9 @@ func (b *backend) readUnread() {
 	}
 	b.mu.Unlock()
 	for _, name := range names {
-		err := b.indexTenant(b.ctx, name)
+		err := b.indexTenant(ctx, name)
 		if err != nil && !errors.Is(err, errUnreadable) {
-			return
+			return name
 		}
 		if err == nil {
 			b.mu.Lock()
@@ -140,6 +141,7 @@ func (b *backend) readUnread() {
 			b.mu.Unlock()
 		}
 	}
+	return ""
 }
 
 // awaitIndex waits a moment for the index, and says whether it is complete but for tenants that storage cannot give.

@@ -110,6 +110,7 @@ func TestDoubtfulCounts(t *testing.T) {
 				if name != "doubled revoke" {
 					e.lease("acme")
 				}
+				synctest.Wait() // the index has been built, and nobody works on the tenant
 				doubt(e, spare)
 				require.NoError(t, e.revokeLease(lease))
 				assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))

@@ -246,12 +246,8 @@ func mayOwnTokens(about tokenservice.About) bool {
 
 // noTokenPerLease refuses what a tenant with token_per_lease does not allow.
 func (b *backend) noTokenPerLease(ctx context.Context, name string) error {
-	if !b.awaitIndex(ctx) {
-		return stillReading(name)
-	}
-	b.readUnread()
-	if !b.settleDoubts(ctx) {
-		return stillReading(name)
+	if err := b.knowsTenants(ctx, name); err != nil {
+		return err
 	}
 	var found []string
 	b.tenants.each(func(t *tenant) {
@@ -273,12 +269,8 @@ func stillReading(connector string) error {
 // unused refuses what is not done to a connector that tenants use, or that still has revocations to make. The caller holds
 // the binding alone.
 func (b *backend) unused(ctx context.Context, name, refusal string) error {
-	if !b.awaitIndex(ctx) {
-		return stillReading(name)
-	}
-	b.readUnread()
-	if !b.settleDoubts(ctx) {
-		return stillReading(name)
+	if err := b.knowsTenants(ctx, name); err != nil {
+		return err
 	}
 	var users []string
 	b.tenants.each(func(t *tenant) {
@@ -294,6 +286,20 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	}
 	if pending, _ := b.revocations.pendingOf(name); pending > 0 {
 		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)
+	}
+	return nil
+}
+
+// knowsTenants makes sure that memory knows what each tenant in storage needs of a connector.
+func (b *backend) knowsTenants(ctx context.Context, connector string) error {
+	if !b.awaitIndex(ctx) {
+		return stillReading(connector)
+	}
+	if missing := b.readUnread(ctx); missing != "" {
+		return tryAgain("Vault's storage does not give tenant %q, so the engine cannot tell whether that uses connector %q: try again later, or delete that tenant first", missing, connector)
+	}
+	if !b.settleDoubts(ctx) {
+		return stillReading(connector)
 	}
 	return nil
 }
