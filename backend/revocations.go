@@ -638,6 +638,7 @@ func (r *revocations) pendingOfTenant(connector, tenant string) (pending int, la
 
 // drop forgets the intents of a connector that are not wanted any more, and says how many there were.
 func (r *revocations) drop(ctx context.Context, connector string, about tokenservice.About) (dropped int, err error) {
+	_ = r.load(ctx) // what storage cannot give now is not counted, and dropped once it is read
 	r.mu.Lock()
 	all := slices.Collect(maps.Values(r.intents[connector]))
 	r.mu.Unlock()

@@ -325,3 +325,24 @@ func TestConnectorThatTwoRequestsLoad(t *testing.T) {
 		time.Sleep(5 * time.Second)
 	})
 }
+
+// Section 1: the warning counts what another process has left, too, before this one has read it.
+func TestAnotherRevocationDropsWhatIsNotReadYet(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "access_token"})
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		synctest.Wait()
+		next := &storage{InmemStorage: e.storage.InmemStorage}
+		next.refuse("list", intentPrefix)
+		e.crashOnto(next)
+		synctest.Wait()
+		e.storage.heal()
+		resp := e.write("config", map[string]any{"revocation": "none"})
+		require.NotNil(t, resp)
+		assert.Equal(t, []string{"1 revocation that had not been sent yet will not be made."}, resp.Warnings)
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
+}
