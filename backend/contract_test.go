@@ -14,6 +14,7 @@ import (
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // A null in a patch sets each field of a tenant that has a default to it, the connector's name too.
@@ -130,5 +131,23 @@ func TestConnectorStaysWhileATenantCannotBeRead(t *testing.T) {
 		assert.Contains(t, text, "(acme)")
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		e.ok(logical.DeleteOperation, "config/hr", nil)
+	})
+}
+
+// A refusal that is noted while the connector is not in memory, because it has just been written or another node has changed it,
+// holds nobody up and ends no process.
+func TestRefusalOfAConnectorThatIsNotInMemory(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		for _, kind := range []tokenservice.Kind{tokenservice.RefusedConnector, tokenservice.Limited} {
+			acme, v, err := e.tenants.load(context.Background(), "acme")
+			require.NoError(t, err)
+			e.InvalidateKey(context.Background(), "config/default")
+			f := &flight{t: acme, v: v, from: v.entry.Lineage, connector: defaultConnector}
+			require.Error(t, e.exchanger.fail(f, e.connectors.present(defaultConnector), &tokenservice.Failure{Kind: kind}))
+			e.write("tenants/acme/refresh", nil)
+			e.lease("acme")
+		}
 	})
 }

@@ -435,10 +435,10 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
 	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
 		next.lost = next.lost || failure.Lost || f.carriedOut
-		switch failure.Kind {
-		case tokenservice.RefusedConnector:
+		switch {
+		case via != nil && failure.Kind == tokenservice.RefusedConnector:
 			next.until = via.nextProbe()
-		case tokenservice.Limited:
+		case via != nil && failure.Kind == tokenservice.Limited:
 			next.until = via.share.PausedUntil()
 		default:
 			next.until = latest(next.until, now.Add(min(failure.RetryAfter, time.Minute)))

@@ -307,6 +307,8 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		b.schedule(t)
 		return
 	}
+	// The connector as it is before it is asked: once it has been written or taken again, an older refusal does not count.
+	via := b.connectors.present(v.entry.Connector)
 	f, _, err := b.exchanger.start(b.ctx, t, v, want{background: true})
 	if err == nil {
 		select {
@@ -317,7 +319,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		return
 	}
 	if !isPassing(err) {
-		_ = b.exchanger.fail(&flight{t: t, v: v, from: v.entry.Lineage, connector: v.entry.Connector}, b.connectors.present(v.entry.Connector), err)
+		_ = b.exchanger.fail(&flight{t: t, v: v, from: v.entry.Lineage, connector: v.entry.Connector}, via, err)
 	}
 	b.landed(t, v.entry.Connector, err)
 }
