@@ -3,6 +3,8 @@ package backend
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -121,27 +123,21 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	return nil
 }
 
-// readUnread tries again to put those tenants into the index that storage could not give. It returns one that storage still
-// does not give, "" where that has given all but what nobody can read.
-func (b *backend) readUnread(ctx context.Context) (missing string) {
+// readUnread tries again to put those tenants into the index that storage could not give.
+func (b *backend) readUnread(ctx context.Context) {
 	b.mu.Lock()
-	var names []string
-	for name := range b.unread {
-		names = append(names, name)
-	}
+	names := slices.Collect(maps.Keys(b.unread))
 	b.mu.Unlock()
 	for _, name := range names {
-		err := b.indexTenant(ctx, name)
-		if err != nil && !errors.Is(err, errUnreadable) {
-			return name
+		if ctx.Err() != nil {
+			return
 		}
-		if err == nil {
+		if b.indexTenant(ctx, name) == nil {
 			b.mu.Lock()
 			delete(b.unread, name)
 			b.mu.Unlock()
 		}
 	}
-	return ""
 }
 
 // awaitIndex waits a moment for the index, and says whether it is complete but for tenants that storage cannot give.

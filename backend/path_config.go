@@ -290,14 +290,13 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	return nil
 }
 
-// knowsTenants makes sure that memory knows what each tenant in storage needs of a connector.
+// knowsTenants makes sure that memory knows what each tenant in storage needs of a connector, but for one that storage still does
+// not give: one bad key must not keep every connector for ever.
 func (b *backend) knowsTenants(ctx context.Context, connector string) error {
 	if !b.awaitIndex(ctx) {
 		return stillReading(connector)
 	}
-	if missing := b.readUnread(ctx); missing != "" {
-		return tryAgain("Vault's storage does not give tenant %q, so the engine cannot tell whether that uses connector %q: try again later, or delete that tenant first", missing, connector)
-	}
+	b.readUnread(ctx)
 	if !b.settleDoubts(ctx) {
 		return stillReading(connector)
 	}
