@@ -116,7 +116,7 @@ func storageTrouble(tenant string, err error) error {
 	if errors.Is(err, logical.ErrReadOnly) {
 		return err
 	}
-	return tryAgain("Vault's storage did not take what tenant %q needs stored: nothing was lost, and it will be tried again", tenant)
+	return tryAgain("Vault's storage did not take what tenant %q needs stored: nothing was lost; try again later", tenant)
 }
 
 // keptTrouble says that what the service has sent is in memory alone. It is not read-only storage's error: another node would

@@ -91,6 +91,9 @@ func untilBound(bound, from time.Time) time.Duration {
 // knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut. renewable says whether the
 // lease can be renewed before it has lasted for most, or for as long as the mount allows.
 func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) (ttl time.Duration, renewable bool) {
+	if b.defaultTTL.Load() == 0 {
+		b.askTTLs() // a reader has come before the start has asked
+	}
 	lasts, longest := e.TTL, most
 	if lasts == 0 {
 		lasts = time.Duration(b.defaultTTL.Load())

@@ -212,3 +212,21 @@ func TestRenewedLeaseEndsEarly(t *testing.T) {
 		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
 	})
 }
+
+// The first lease after a start is like any other, though the start has not asked Vault for the mount's TTLs yet.
+func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.system.DefaultLeaseTTLVal, e.system.MaxLeaseTTLVal = time.Hour, 2*time.Hour
+		e.addTenant("acme")
+		e.read("creds/acme")
+		synctest.Wait()
+		e.defaultTTL.Store(0)
+		e.maxTTL.Store(0)
+		lease := e.lease("acme")
+		assert.True(t, lease.Secret.Renewable)
+		e.system.MaxLeaseTTLVal = time.Hour
+		e.askTTLs()
+		assert.False(t, e.lease("acme").Secret.Renewable, "the mount allows no more than the lease has")
+	})
+}
