@@ -304,6 +304,7 @@ func TestPollMeetsANewerAttempt(t *testing.T) {
 			return do()
 		})
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		assert.False(t, once)
 		assert.Empty(t, e.polls())
 	})

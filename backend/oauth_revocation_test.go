@@ -567,6 +567,7 @@ func TestOAuthLeaseWhileTheNextTokenIsStored(t *testing.T) {
 			return do()
 		})
 		e.pass(50 * time.Minute)
+		synctest.Wait()
 		require.NotNil(t, lease)
 		require.Equal(t, old, accessTokenOf(lease))
 		current := e.read("token/acme")["access_token"].(string)
