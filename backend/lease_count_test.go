@@ -217,6 +217,7 @@ func TestRenewedLeaseEndsEarly(t *testing.T) {
 func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
+		synctest.Wait()
 		e.system.DefaultLeaseTTLVal, e.system.MaxLeaseTTLVal = time.Hour, 2*time.Hour
 		e.addTenant("acme")
 		e.read("creds/acme")
