@@ -21,6 +21,7 @@ export KAIZALA_EMULATOR_BIN=$PWD/bin/kaizala-emulator
 if (($# > 0)); then
   CGO_ENABLED=1 exec go test -race -count=1 -timeout 30m "$@"
 fi
-CGO_ENABLED=1 go test -race -count=1 -timeout 30m ./...
+# Tests on a real Vault mostly wait for time to pass, so more of them run at once than there are processors.
+CGO_ENABLED=1 go test -race -count=1 -timeout 30m -parallel 5 ./...
 CGO_ENABLED=0 go test -v -count=1 -timeout 30m -run '^(TestFaultMatrix|TestPairMatrix|TestRevocationStorm|TestProperties|TestYear|TestAHundredThousandTenants)$' ./backend -rapid.checks=1000 |
   grep -Ev '^=== |^ +--- PASS'

@@ -21,6 +21,7 @@ import (
 // plugin in a real Vault, and Kaizala's stand-in behind it. Each part has a
 // mount of its own, and they share the Vault and the plugin's process.
 func TestAcceptance(t *testing.T) {
+	t.Parallel()
 	v := Start(t, Raft())
 	v.RegisterEngine(t)
 	for _, part := range []struct {

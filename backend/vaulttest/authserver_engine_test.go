@@ -168,6 +168,7 @@ func (m mount) requireKept(t *testing.T, s *AuthServer, tenants ...string) {
 // Readers who also renew, read token, force refreshes and revoke, over many token lives: no tenant is lost, no refresh token
 // used twice, and where an exchange ends older access tokens none dies before its lease, but by a refresh or a revocation.
 func TestLoadOnAuthServers(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name     string
 		start    func(testing.TB, ...string) *AuthServer
@@ -258,6 +259,7 @@ func TestFailoverOnAuthServers(t *testing.T) {
 	if testing.Short() {
 		t.Skip("a cluster on servers that others wrote is left out of -short")
 	}
+	t.Parallel()
 	for _, c := range []struct {
 		name     string
 		start    func(testing.TB, ...string) *AuthServer
@@ -268,6 +270,7 @@ func TestFailoverOnAuthServers(t *testing.T) {
 		{"oidc-provider", StartOIDCProvider, []string{"ACCESS_TTL=6", "REVOKE_CASCADE=access-only"}, fields{"revocation": "access_token", "exchange_invalidates": false}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			s := c.start(t, c.settings...)
 			cluster := StartCluster(t, 3)
 			var leader atomic.Pointer[Vault]

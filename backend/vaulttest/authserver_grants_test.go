@@ -14,6 +14,7 @@ import (
 // A person connects a tenant at servers that others wrote, and no refresh token passes through anybody's hands: by the code
 // flow with a browser, which ends on the engine's own pages, and by the device flow. Each grant is then used as any other.
 func TestGrantsOnAuthServers(t *testing.T) {
+	t.Parallel()
 	v := Start(t)
 	v.RegisterEngine(t)
 	for _, c := range []struct {

@@ -48,6 +48,7 @@ func (s *secrets) in(text string) (found []string) {
 // gone through, and then every answer, the audit log, the log of Vault and the
 // plugin at trace level and the leases' own data are searched.
 func TestNoSecretTurnsUp(t *testing.T) {
+	t.Parallel()
 	v := Start(t, WithAudit(), WithConfig(func(config map[string]any) { config["raw_storage_endpoint"] = true }))
 	v.RegisterEngine(t)
 	m := mountEngine(t, v, "canary")

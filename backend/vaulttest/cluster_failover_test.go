@@ -26,6 +26,7 @@ func TestFailover(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts three Vaults")
 	}
+	t.Parallel()
 	f := startFailover(t)
 	service, c := f.kaizala.Service, f.cluster
 

@@ -22,6 +22,7 @@ func TestGrantsOverAFailover(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: three Vaults, whose leader is killed; make test runs it")
 	}
+	t.Parallel()
 	f := startFailover(t)
 	killed := f.cluster.Leader(t)
 	// The browser comes back to a node that lives on, and which leads by then or not.

@@ -37,6 +37,7 @@ func grantMount(t *testing.T, path string, opts ...Option) (m mount, server *oau
 // log or the audit log, whatever happens to a grant, but for one thing: Vault writes the query of a callback, with code and
 // state, into the audit log in clear.
 func TestGrantsTellNothing(t *testing.T) {
+	t.Parallel()
 	m, server, clientSecret := grantMount(t, "canary", WithAudit())
 	server.Set(func(o *oauth2test.Options) { o.Echo = true })
 	known := &secrets{all: map[string]string{}}
@@ -189,6 +190,7 @@ func TestGrantsTellNothing(t *testing.T) {
 
 // What somebody without a token can try at the callback, on a real Vault.
 func TestCallbackFromOutside(t *testing.T) {
+	t.Parallel()
 	m, server, _ := grantMount(t, "outside")
 	outside := m.as("")
 	to, err := server.Approve(m.write("tenants/acme/authorize", fields{"connector": "as"}).ok(t).text("authorization_url"), "asha")

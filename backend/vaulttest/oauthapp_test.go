@@ -67,6 +67,7 @@ const (
 func withOAuthApp(t *testing.T) (ours, theirs mount, service *oauth2test.Server, clientID string) {
 	t.Helper()
 	oauthapp := oauthappBinary(t)
+	t.Parallel() // nothing else runs while that is built
 	v := Start(t)
 	v.MountEngine(t, "kaizala")
 	// It reports no version of its own, so Vault takes none.

@@ -46,6 +46,7 @@ func buildRelease010(t *testing.T) string {
 func TestUpgrade(t *testing.T) {
 	const older, newer = "v0.1.0", "v0.2.0"
 	binaries := map[string]string{older: buildRelease010(t), newer: BuildPlugin(t, newer)}
+	t.Parallel() // nothing else runs while these are built
 	for _, vault := range []struct {
 		version string
 		binary  func(testing.TB) string
