@@ -21,14 +21,7 @@ import (
 // Two flows that meet, one test for each way in which that has gone wrong.
 
 // failPuts makes storage take no tenants.
-func (e *engine) failPuts() {
-	e.storage.failWith(func(op, key string) error {
-		if op == "put" && strings.HasPrefix(key, tenantPrefix) {
-			return errStorage
-		}
-		return nil
-	})
-}
+func (e *engine) failPuts() { e.storage.refuse("put", tenantPrefix) }
 
 // A tenant that was deleted while its first write was being verified stays deleted, also where another write has made it
 // meanwhile: the delete is the last word.

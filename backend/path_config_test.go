@@ -192,12 +192,7 @@ func TestConfigThatStorageDoesNotTake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
-		e.storage.failWith(func(op, key string) error {
-			if op == "put" && strings.HasPrefix(key, connectorPrefix) {
-				return errStorage
-			}
-			return nil
-		})
+		e.storage.refuse("put", connectorPrefix)
 		_, status, _ := e.try(logical.UpdateOperation, "config", map[string]any{"connector_secret": "another"})
 		assert.GreaterOrEqual(t, status, 500)
 		e.storage.heal()

@@ -275,8 +275,10 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		if change.retiresTokens() && v.trouble != nil {
 			warn("The write is stored, but " + v.trouble.text)
 		}
-		if retires, _ := b.retires(ctx, v.entry); retires && change.retireOnRevoke != nil && v.entry.KeepOnRevoke {
-			warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
+		if change.retireOnRevoke != nil && v.entry.KeepOnRevoke {
+			if retires, _ := b.retires(ctx, v.entry); retires {
+				warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
+			}
 		}
 		if change.retiresTokens() && t.hasCutShort(time.Now()) {
 			warn(cutShortText)
