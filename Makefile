@@ -7,7 +7,7 @@ GO ?= go
 # The nearest tag names the version; a tree without one has main.go's default.
 VERSION ?= $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null)
 LDFLAGS := -s -w $(if $(VERSION),-X main.version=$(VERSION))
-GOBUILD = CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
+GOBUILD = CGO_ENABLED=0 $(GO) build -ldflags '$(LDFLAGS)'
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
