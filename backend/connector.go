@@ -407,7 +407,9 @@ func (cs *connectors) pause(ctx context.Context, via *loadedConnector, rest time
 func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure *tokenservice.Failure) {
 	now := time.Now()
 	r := refusedSince(now)
-	r.failure = failure
+	told := *failure
+	told.RetryAfter = 0 // the connector has begun to rest: whoever is told of the refusal later does not prolong that
+	r.failure = &told
 	cs.mu.Lock()
 	present := via.isPresent()
 	news := present && via.refusal.Load() == nil

@@ -235,7 +235,7 @@ func (x *exchanger) fly(f *flight) {
 	t := f.t
 	var err error
 	if f.want.change == nil && f.v.kept != nil {
-		err = x.tenants.settle(x.ctx, t, f.v.kept)
+		err = x.tenants.settle(x.ctx, t, f.v.kept, func() {})
 		if err != nil && !errors.Is(err, errSuperseded) {
 			x.fail(f, nil, err)
 		}
@@ -338,7 +338,12 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		f.answered(x.ctx, via, r.Err)
 		return x.fail(f, via, r.Err)
 	}
-	err := x.tenants.settle(x.ctx, f.t, o)
+	var issued error
+	err := x.tenants.settle(x.ctx, f.t, o, func() {
+		if r.Err == nil && o.ownToken {
+			issued = x.issueOwn(f, o)
+		}
+	})
 	switch {
 	case errors.Is(err, errSuperseded):
 		return err
@@ -346,10 +351,8 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		return err // nothing is kept: the writer still has the refresh token
 	case err != nil:
 		return x.fail(f, via, err)
-	case r.Err == nil && o.ownToken:
-		return x.issueOwn(f, o)
 	case r.Err == nil:
-		return nil
+		return issued
 	}
 	f.carriedOut = o.refreshToken != "" // and has ended older access tokens where it does that
 	if err := x.fail(f, via, r.Err); f.want.change == nil {
@@ -399,7 +402,8 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 	return o
 }
 
-// issueOwn stores the record of an access token for one lease, without which it is revoked.
+// issueOwn stores the record of an access token for one lease, without which it is revoked. A write or a delete of the tenant
+// waits for that, and then leaves the token to its lease.
 func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()

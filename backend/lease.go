@@ -258,11 +258,14 @@ func (b *backend) giveUp(ctx context.Context, name, generation string) error {
 		}
 		t.giveUp(generation)
 		connector, err := b.tenants.giveUp(ctx, name, generation)
-		if err != nil || connector == "" {
+		if err != nil {
 			return err
 		}
-		b.afterGivingUp(ctx, t, connector, generation)
-		return nil
+		if connector != "" {
+			b.afterGivingUp(ctx, t, connector, generation)
+			return nil
+		}
+		// A newer one has replaced it meanwhile.
 	}
 	return b.endHeld(ctx, name, generation)
 }

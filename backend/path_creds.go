@@ -151,8 +151,14 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			return nil, nil, nil, b.notYet(v, r.tenant)
 		case err != nil:
 			limit := (*share.LimitError)(nil)
-			if !r.own && errors.As(err, &limit) && t.postpone(limit.Until) {
-				continue // the access token lives until then
+			if errors.As(err, &limit) {
+				t.postpone(limit.Until)
+			}
+			// An access token that the exchange was to end may live until the next try, and is handed out until then.
+			if t, now := b.tenants.cached(r.tenant); now != nil {
+				if token, _ := b.serve(t, now, r); token != nil {
+					return t, now, token, nil
+				}
 			}
 			return nil, nil, nil, b.readerError(r.tenant, v.entry.Connector, err)
 		case token != nil:

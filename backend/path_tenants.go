@@ -421,9 +421,10 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 	return nil
 }
 
-// startVerified starts the exchange that verifies a write, while its connector cannot be deleted.
+// startVerified starts the exchange that verifies a write, while its connector cannot be deleted or changed: it may have been
+// since the write was checked.
 func (b *backend) startVerified(ctx context.Context, t *tenant, v *tenantView, w want) (*flight, bool, error) {
-	if _, err := b.connectors.of(ctx, w.change.target); err != nil {
+	if _, err := b.prepare(ctx, v, w.change); err != nil {
 		return nil, false, err
 	}
 	return b.exchanger.start(ctx, t, v, w)

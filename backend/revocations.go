@@ -535,7 +535,7 @@ func (r *revocations) call(i *intent, class share.Class) {
 	defer r.mu.Unlock()
 	i.rested()
 	switch {
-	case isFailure:
+	case isFailure && (ended || r.intents[i.connector][i.id] == i): // and was not dropped meanwhile
 		r.note(i, failure.Text)
 	case ended:
 		r.note(i, "")
@@ -672,6 +672,13 @@ func (r *revocations) load(ctx context.Context) error {
 			return ignoreUnusable(err)
 		}
 		i.connector, i.id, _ = strings.Cut(key, "/")
+		if i.Type == tokenservice.TypeRefreshToken {
+			// The process before this one may have ended before it deleted the tenant.
+			i.isDeleted = func(ctx context.Context) (bool, error) {
+				e, err := getEntry[tenantEntry](ctx, r.storage, tenantPrefix+i.Tenant)
+				return e == nil || e.RefreshToken != i.Token, ignoreUnusable(err)
+			}
+		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.intents[i.connector][i.id] == nil && !r.settled[key] {

@@ -166,6 +166,8 @@ func (v *tenantView) derive() {
 	if a.Planned.IsZero() {
 		return
 	}
+	// A min_ttl that was written after the token came counts for the next one: leases live until the planned exchange.
+	v.until = latest(v.until, a.Planned.Add(-leaseMargin))
 	// An exchange ends this token. While exchanges fail, the next try does; after an answer that was lost the planned time does
 	// not hold.
 	v.bound = a.Planned
@@ -382,8 +384,11 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			// An operator has written another refresh token or connector: what failed before is over.
 			t.retry, v.trouble = nil, nil
 		}
+		if a != v.access {
+			v.postponed = time.Time{}
+		}
 		v.show(e, a)
-		v.kept, v.postponed = nil, time.Time{}
+		v.kept = nil
 	})
 }
 
@@ -731,20 +736,18 @@ func (v *tenantView) rests(now time.Time) bool {
 	return until.After(now)
 }
 
-// postpone takes in that an exchange was due and is not permitted before then. It says whether the access token lives on
-// meanwhile and is handed out until then, where an exchange would have ended it.
-func (t *tenant) postpone(until time.Time) bool {
+// postpone takes in that an exchange was due and is not permitted before then. An access token that an exchange would have ended
+// lives on meanwhile, and is handed out until then.
+func (t *tenant) postpone(until time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.view.Load()
-	a := v.access
-	now := time.Now()
-	if a != nil && (a.Planned.IsZero() || v.trouble != nil || !a.current() || now.Before(v.bound.Add(-leaseMargin)) || !now.Before(a.Expires)) {
-		return false
-	}
-	if a != nil {
+	if a := v.access; a != nil {
+		lost := v.trouble != nil && v.trouble.lost
+		if now := time.Now(); a.Planned.IsZero() || lost || !a.current() || now.Before(v.bound.Add(-leaseMargin)) || !now.Before(a.Expires) {
+			return
+		}
 		until = until.Add(leaseMargin) // leases on the token end when the exchange is permitted
 	}
 	t.update(func(v *tenantView) { v.postponed = until })
-	return a != nil && now.Before(until.Add(-leaseMargin))
 }

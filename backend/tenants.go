@@ -411,6 +411,8 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 			next.EndsBy = v.entry.Access.Expires
 		}
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, &next); err != nil {
+			t.doubt()
+			ts.schedule(t) // storage has to hear of it though nobody tries again: a process after this one would hand it out
 			return err
 		}
 		connector = next.Connector
@@ -422,9 +424,9 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 	return connector, err
 }
 
-// settle stores what an exchange has brought, on top of what storage has by then. It runs to its end when the caller goes
-// away.
-func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome) error {
+// settle stores what an exchange has brought, on top of what storage has by then, and calls issue before anybody else can change
+// the tenant. It runs to its end when the caller goes away.
+func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func()) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	if err := t.storing.acquire(ctx); err != nil {
@@ -432,7 +434,11 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome) error {
 		return keptTrouble(t.name)
 	}
 	defer t.storing.release()
-	return ts.store(ctx, t, o)
+	if err := ts.store(ctx, t, o); err != nil {
+		return err
+	}
+	issue()
+	return nil
 }
 
 // store is settle for a caller who holds the tenant's lock. Its error is errSuperseded where an operator has written or
@@ -455,6 +461,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.abandon(ctx, t, o, false)
 		o = o.rotationAlone(v.entry)
 	}
+	current := v.access != nil && v.access.current()
 	next := o.onto(v.entry)
 	if o.access != nil && !o.ownToken {
 		ts.plan(ctx, t.name, next)
@@ -468,9 +475,9 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		}
 		return ts.unstored(t, o, next)
 	}
-	if old := v.access; o.access != nil && !o.retires && !o.ownToken && old != nil && !old.leases.CompareAndSwap(0, givenUp) && old.leased() {
-		// A lease may have come meanwhile; none comes any more.
-		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
+	if o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp) {
+		// A lease may have come meanwhile, and may have ended; none comes any more.
+		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
 	ts.stored(t, next, o.access)
 	if o.ownToken && o.access != nil && v.kept == o {
@@ -497,10 +504,12 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 // live and the service can revoke it.
 func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
 	switch old := v.access; {
-	case v.entry == nil, o.access != nil && old != nil && old.Generation == o.access.Generation:
-		return nil // there is nothing, or storage had taken it though it said otherwise
-	case o.change != nil:
+	case o.access != nil && old != nil && old.Generation == o.access.Generation:
+		return nil // storage had taken it though it said otherwise
+	case o.change != nil && v.kept == o:
 		return ts.giveUpAll(ctx, t, v.entry, nil)
+	case o.change != nil:
+		return ts.giveUpAll(ctx, t, v.entry, v.kept)
 	case o.access == nil || old == nil || o.ownToken:
 		return nil
 	case o.retires || !old.current(): // storage may not know yet that the old one is given up

@@ -1,0 +1,314 @@
+package backend
+
+import (
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Two flows that meet at a connector of service=oauth2, one test for each way in which that has gone wrong.
+
+// hold holds the first operation of that kind below a prefix, from the time that reached is closed until release is called.
+func (s *storage) hold(op, prefix string) (reached chan struct{}, release func()) {
+	reached, held := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	s.surround(func(asked, key string, do func() error) error {
+		if asked == op && strings.HasPrefix(key, prefix) {
+			once.Do(func() {
+				close(reached)
+				<-held
+			})
+		}
+		return do()
+	})
+	return reached, func() { close(held) }
+}
+
+// A delete, or a write of another refresh token, that comes while the record of an access token for one lease is stored leaves
+// the token to that lease.
+func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {
+	for name, end := range map[string]func(*oauthEngine){
+		"delete": func(e *oauthEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+		"write": func(e *oauthEngine) {
+			e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "other"), "verify": false})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", map[string]any{"token_per_lease": true})
+				e.waitForIndex()
+				reached, release := e.storage.hold("put", heldPrefix)
+				var lease *logical.Response
+				var both sync.WaitGroup
+				both.Go(func() { lease = e.lease("acme") })
+				<-reached
+				both.Go(func() { end(e) })
+				time.Sleep(2 * time.Second)
+				release()
+				both.Wait()
+				e.pass(time.Minute)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+				e.revoke(lease)
+				assert.False(t, e.server.Alive(accessTokenOf(lease)))
+				e.kept()
+			})
+		})
+	}
+}
+
+// The last lease on an access token ends early while storage takes the next one: the token is revoked, whether the lease was
+// there before or has come meanwhile.
+func TestLastLeaseEndsWhileTheNextTokenIsStored(t *testing.T) {
+	for _, before := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", nil)
+			old := e.read("token/acme")["access_token"].(string)
+			var lease *logical.Response
+			if before {
+				lease = e.lease("acme")
+			}
+			reached, release := e.storage.hold("put", tenantPrefix)
+			var all sync.WaitGroup
+			all.Go(func() { e.pass(50 * time.Minute) })
+			<-reached
+			if !before {
+				lease = e.lease("acme")
+			}
+			require.Equal(t, old, accessTokenOf(lease))
+			all.Go(func() { e.revoke(lease) })
+			time.Sleep(time.Second)
+			release()
+			all.Wait()
+			current := e.read("token/acme")["access_token"].(string)
+			require.NotEqual(t, old, current)
+			assert.False(t, e.server.Alive(old), before)
+			assert.True(t, e.server.Alive(current), before)
+			e.kept()
+		})
+	}
+}
+
+// A min_ttl that is written while leases live on an access token counts for the next one: no exchange ends theirs before them.
+func TestMinTTLIsWrittenWhileLeasesLive(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		end := time.Now().Add(lease.Secret.MaxTTL)
+		e.write("tenants/acme", map[string]any{"min_ttl": "30m"})
+		time.Sleep(35 * time.Minute)
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+		time.Sleep(time.Until(end) - time.Millisecond)
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+		next := e.lease("acme")
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(next))
+		assert.Less(t, next.Secret.MaxTTL, 30*time.Minute)
+	})
+}
+
+// The reader whose exchange fails at its planned time gets the access token that lives on, as those after him do.
+func TestReaderWhosePlannedExchangeFails(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		time.Sleep(time.Until(e.stored("acme").Access.Planned.Add(-leaseMargin)))
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
+		for range 2 {
+			again := e.lease("acme")
+			assert.Equal(t, accessTokenOf(lease), accessTokenOf(again))
+			assert.Less(t, again.Secret.MaxTTL, plannedRetryLeast)
+			require.NotEmpty(t, again.Warnings)
+			assert.Contains(t, again.Warnings[0], "could not be renewed")
+		}
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+	})
+}
+
+// crowd spends the share of a connector with 5 calls a minute.
+func (e *oauthEngine) crowd() {
+	for _, name := range []string{"a", "b", "c", "d", "e"} {
+		e.add(name, nil)
+		_, _, _ = e.try(logical.ReadOperation, "creds/"+name, nil)
+	}
+}
+
+// While the share permits no exchange at its planned time, each reader has the access token that lives, also after an exchange
+// that has failed. Its leases hold though settings are written and the share grows meanwhile.
+func TestPlannedExchangeWithoutAPlaceInTheShare(t *testing.T) {
+	for _, failed := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassD, nil)
+			e.write("config", map[string]any{"exchanges_per_minute": 5})
+			e.add("acme", nil)
+			old := accessTokenOf(e.lease("acme"))
+			c := e.stored("acme").Access.Planned.Add(-leaseMargin)
+			if failed {
+				e.server.Inject(oauth2test.Fault{User: "acme", Answer: oauth2test.BadGateway, Times: 1})
+				time.Sleep(time.Until(c) + 5*time.Second)
+				require.Equal(t, statusDegraded, e.status("acme"))
+				c = e.tenants.named("acme").view.Load().bound.Add(-leaseMargin)
+			}
+			time.Sleep(time.Until(c) - 8*time.Second)
+			e.crowd()
+			time.Sleep(time.Until(c) + 10*time.Second)
+			lease := e.lease("acme")
+			assert.Equal(t, old, accessTokenOf(lease), failed)
+			end := time.Now().Add(lease.Secret.MaxTTL)
+			assert.Greater(t, lease.Secret.MaxTTL, 20*time.Second, failed)
+			e.write("tenants/acme", map[string]any{"ttl": "1h"})
+			e.write("config", map[string]any{"exchanges_per_minute": 600})
+			assert.Equal(t, old, accessTokenOf(e.lease("acme")), failed)
+			time.Sleep(time.Until(end) - time.Millisecond)
+			assert.True(t, e.server.Alive(old), failed)
+			time.Sleep(10 * time.Second)
+			assert.NotEqual(t, old, accessTokenOf(e.lease("acme")), failed)
+			e.kept()
+		})
+	}
+}
+
+// The process dies when the intent for a deleted tenant's refresh token is stored and the tenant is not deleted yet: the tenant
+// works on, and the next delete revokes the refresh token.
+func TestProcessDiesDuringADelete(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.add("acme", nil)
+		e.lease("acme")
+		e.waitForIndex()
+		reached, dead := make(chan struct{}), make(chan struct{})
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "delete" && strings.HasPrefix(key, tenantPrefix) {
+				close(reached)
+				<-dead
+				return errStorage
+			}
+			return do()
+		})
+		old := e.backend
+		go func() {
+			_, _ = old.HandleRequest(t.Context(), &logical.Request{Operation: logical.DeleteOperation, Path: "tenants/acme"})
+		}()
+		<-reached
+		e.crash()
+		close(dead)
+		e.pass(3 * time.Minute)
+		require.NotNil(t, e.stored("acme"))
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+		assert.Nil(t, e.pending("acme"))
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
+		assert.False(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")))
+	})
+}
+
+// A revocation whose call fails after a config write has dropped it leaves no error behind.
+func TestRevocationIsDroppedDuringItsCall(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 3 * time.Second, Answer: oauth2test.BadGateway})
+		go e.revoke(lease)
+		time.Sleep(time.Second)
+		e.write("config", map[string]any{"revocation": "none"})
+		e.pass(time.Minute)
+		assert.NotContains(t, e.read("config"), "last_revocation_error")
+		assert.NotContains(t, e.read("tenants/acme"), "last_revocation_error")
+	})
+}
+
+// The Retry-After of an answer that refuses the connector is heeded once. Who is told of the refusal later, without a call, does
+// not prolong it beyond the write that ends the refusal.
+func TestRefusalPausesOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{
+			Status: http.StatusForbidden, Header: http.Header{"Retry-After": {"120"}}, Body: `{"error": "invalid_client"}`,
+		}})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		time.Sleep(3 * time.Minute)
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
+		require.Equal(t, http.StatusBadRequest, status)
+		e.write("config", map[string]any{"connector_secret": e.secret})
+		e.read("creds/acme")
+	})
+}
+
+// A verified write gives up the access token that an exchange before it has brought and storage has not taken.
+func TestVerifiedWriteGivesUpAKeptToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.failPuts()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.NotEmpty(t, e.server.AccessTokens("acme"))
+		e.storage.heal()
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "other")})
+		e.pass(time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+	})
+}
+
+// A tenant with token_per_lease does not get a connector from which a config write takes what that needs, while the tenant's
+// write waits for the config write.
+func TestConfigWriteMeetsTokenPerLease(t *testing.T) {
+	for _, verify := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.write("config/other", map[string]any{
+				"service": "oauth2", "token_url": e.server.TokenURL(), "revocation_url": e.server.RevocationURL(),
+				"connector_id": e.clientID, "connector_secret": e.secret, "revocation": "access_token", "exchange_invalidates": false,
+			})
+			e.add("acme", map[string]any{"token_per_lease": true})
+			e.waitForIndex()
+			reached, release := e.storage.hold("put", connectorPrefix+"other")
+			var codes [2]int
+			var writes sync.WaitGroup
+			writes.Go(func() {
+				_, codes[0], _ = e.try(logical.UpdateOperation, "config/other", map[string]any{"revocation": "none"})
+			})
+			<-reached
+			writes.Go(func() {
+				_, codes[1], _ = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "other", "verify": verify})
+			})
+			time.Sleep(time.Second)
+			release()
+			writes.Wait()
+			assert.Equal(t, [2]int{204, 400}, codes, verify)
+		})
+	}
+}
+
+// Storage does not take that an access token was given up. Once it takes it, a process after this one does not hand the token out,
+// though nobody has tried again and the token has been revoked meanwhile.
+func TestEndOfATokenThatStorageHasNotTaken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.waitForIndex()
+		e.failPuts()
+		require.Error(t, e.revokeLease(lease))
+		e.storage.heal()
+		e.pass(3 * time.Minute)
+		require.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.crash()
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+	})
+}
