@@ -128,6 +128,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
 	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, &b.node, b.ctx, b.goWork
+	b.revocations.tenant = b.tenants.load
 	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{

@@ -314,6 +314,55 @@ func TestGrantWhileStorageFails(t *testing.T) {
 	}
 }
 
+// While memory keeps a grant that storage has not taken, nobody begins another one: it would be superseded as soon as storage takes
+// the first. A device code that has brought its tokens is polled no more.
+func TestAttemptsBesideAKeptGrant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.addTenant("acme")
+		started := e.start(byDevice, nil)
+		e.storage.refuse("put", "tenants/acme")
+		require.NoError(t, e.server.ApproveDevice(started["user_code"].(string), "jane"))
+		e.pass(time.Minute)
+		require.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as"})
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "kept in memory")
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+		e.start(byCode, nil)
+		e.grants.mu.Lock()
+		defer e.grants.mu.Unlock()
+		assert.Empty(t, e.grants.polls, "which other polls would make room for")
+	})
+}
+
+// A connector is given another connector_id while a code for the one before is at the service: what comes back is of no use with
+// it, and the attempt says so.
+func TestConnectorIDIsWrittenDuringAGrant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		_, form := e.open(e.authorize(nil)).form()
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _, _ = e.ask(logical.UpdateOperation, "callback", form)
+		}()
+		time.Sleep(time.Second)
+		id, secret := e.server.RegisterClient(oauth2test.AuthBasic, callbackTo)
+		e.ok(logical.PatchOperation, "config/as", map[string]any{"connector_id": id, "connector_secret": secret})
+		<-done
+		assert.Nil(t, e.stored("acme"))
+		attempt := e.attempt(byCode)
+		assert.Equal(t, attemptFailed, attempt["status"])
+		assert.Contains(t, attempt["last_error"], "another connector_id")
+		e.confirm(e.authorize(nil))
+		e.write("tenants/acme/refresh", nil)
+	})
+}
+
 func (c *tenantChange) token() string { return *c.refreshToken }
 
 // Each write of storage on the way fails once, and the person tries again as the page says.

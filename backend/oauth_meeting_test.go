@@ -213,6 +213,39 @@ func TestProcessDiesDuringADelete(t *testing.T) {
 	})
 }
 
+// The process dies when the intent for a last lease's access token is stored and the tenant has the token still, and the next one
+// cannot read the tenant at first: it does not hand the token out when it can, though the token has been revoked.
+func TestProcessDiesWhileATokenIsGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.add("other", nil)
+		lease := e.lease("acme")
+		e.waitForIndex()
+		reached, dead := make(chan struct{}), make(chan struct{})
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && key == tenantPrefix+"acme" {
+				close(reached)
+				<-dead
+				return errStorage
+			}
+			return do()
+		})
+		go func() { _ = e.revokeLease(lease) }()
+		<-reached
+		next := &storage{InmemStorage: e.storage.InmemStorage}
+		next.refuse("get", tenantPrefix+"acme")
+		e.crashOnto(next)
+		close(dead)
+		e.pass(2 * time.Minute)
+		next.heal()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+		e.kept()
+	})
+}
+
 // A revocation whose call fails after a config write has dropped it leaves no error behind.
 func TestRevocationIsDroppedDuringItsCall(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -242,8 +242,6 @@ func (b *backend) slowDown(a *attempt) time.Duration {
 
 // endPolling takes in the last answer about a device code.
 func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
-	status, _ := b.finish(a.Tenant, a.ID, via, result)
-	if status != attemptPending {
-		b.stopPolling(a.Tenant, a.ID)
-	}
+	b.finish(a.Tenant, a.ID, via, result)
+	b.stopPolling(a.Tenant, a.ID)
 }

@@ -144,6 +144,9 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	if v != nil && v.kept != nil && v.kept.granted() {
+		return nil, nil, nil, keptTrouble(name) // which ends this attempt once storage takes it
+	}
 	next := tenantEntry{Connector: defaultConnector, RefreshToken: "to come"}
 	if v != nil {
 		next = *v.entry

@@ -108,6 +108,7 @@ type grantOf struct {
 	at      time.Time
 	subject string
 	from    string // the lineage that the tenant must have still
+	to      string // the connector_id that it was granted to
 }
 
 // newTenantChange reads a write. A null sets a field to its default.
@@ -350,7 +351,7 @@ func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChan
 		return nil, b.tenants.validate(ctx, next)
 	}
 	change.target = next.Connector
-	via, err := b.connectors.of(ctx, next.Connector)
+	via, err := b.target(ctx, change)
 	if err != nil {
 		return nil, err
 	}
@@ -366,13 +367,22 @@ func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChan
 	return via, b.tenants.validate(ctx, next)
 }
 
+// target returns the connector that a tenant has once a write is stored.
+func (b *backend) target(ctx context.Context, change *tenantChange) (*loadedConnector, error) {
+	via, err := b.connectors.of(ctx, change.target)
+	if err == nil && change.grant != nil && change.grant.to != via.entry.ConnectorID {
+		return nil, badValue("connector %q was given another connector_id meanwhile, with which the new refresh token is of no use: start again", change.target)
+	}
+	return via, err
+}
+
 // storeUnverified stores a write without asking the service. The connector stays while that is done.
 func (b *backend) storeUnverified(ctx context.Context, name string, via *loadedConnector, change *tenantChange) error {
 	if err := via.binding.Acquire(ctx, 1); err != nil {
 		return err
 	}
 	defer via.binding.Release(1)
-	if _, err := b.connectors.of(ctx, change.target); err != nil {
+	if _, err := b.target(ctx, change); err != nil {
 		return err
 	}
 	return b.tenants.change(ctx, name, change)

@@ -77,7 +77,8 @@ type revocations struct {
 	node       interface{ WriteSafeReplicationState() bool }
 	ctx        context.Context
 	work       func(func()) bool
-	stopping   chan struct{} // closed when the engine ends: nobody waits for a next try any more
+	tenant     func(ctx context.Context, name string) (*tenant, *tenantView, error) // reads a tenant
+	stopping   chan struct{}                                                        // closed when the engine ends: nobody waits for a next try any more
 	stopOnce   sync.Once
 
 	mu       sync.Mutex
@@ -672,13 +673,7 @@ func (r *revocations) load(ctx context.Context) error {
 			return ignoreUnusable(err)
 		}
 		i.connector, i.id, _ = strings.Cut(key, "/")
-		if i.Type == tokenservice.TypeRefreshToken {
-			// The process before this one may have ended before it deleted the tenant.
-			i.isDeleted = func(ctx context.Context) (bool, error) {
-				e, err := getEntry[tenantEntry](ctx, r.storage, tenantPrefix+i.Tenant)
-				return e == nil || e.RefreshToken != i.Token, ignoreUnusable(err)
-			}
-		}
+		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if r.intents[i.connector][i.id] == nil && !r.settled[key] {
@@ -761,6 +756,13 @@ func listBelow(ctx context.Context, s logical.Storage, prefix string) (keys []st
 		}
 	}
 	return keys, nil
+}
+
+// isGone says whether a tenant has given up the token of an intent that another process has stored, which may have ended before
+// it changed or deleted the tenant. An access token is gone once the tenant has been read, see [tenants.recover].
+func (r *revocations) isGone(ctx context.Context, i *intent) (bool, error) {
+	_, v, err := r.tenant(ctx, i.Tenant)
+	return i.Type == tokenservice.TypeAccessToken || v == nil || v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 }
 
 // forEach calls f for each key, some at once.
