@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -656,4 +657,54 @@ func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
 		e.read("creds/next")
 		e.kept()
 	})
+}
+
+// What ends an access token is refused while storage does not take the token's intent, and ends it once storage does.
+func TestNothingEndsAnAccessTokenWithoutItsIntent(t *testing.T) {
+	refresh := func(e *oauthEngine, _ *logical.Response) int {
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		return status
+	}
+	rewrite := func(verify bool) func(*oauthEngine, *logical.Response) int {
+		return func(e *oauthEngine, _ *logical.Response) int {
+			data := map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": verify}
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", data)
+			return status
+		}
+	}
+	for name, end := range map[string]func(e *oauthEngine, lease *logical.Response) (status int){
+		"refresh":        refresh,
+		"write":          rewrite(false),
+		"verified write": rewrite(true),
+		"delete": func(e *oauthEngine, _ *logical.Response) int {
+			_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+			return status
+		},
+		"last lease": func(e *oauthEngine, lease *logical.Response) int {
+			if e.revokeLease(lease) != nil {
+				return http.StatusServiceUnavailable
+			}
+			return http.StatusOK
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", nil)
+				lease := e.lease("acme")
+				token := accessTokenOf(lease)
+				e.storage.refuse("put", intentPrefix)
+				assert.GreaterOrEqual(t, end(e, lease), 500)
+				assert.True(t, e.server.Alive(token))
+				e.storage.heal()
+				e.pass(2 * time.Minute)
+				if name != "refresh" {
+					assert.Less(t, end(e, lease), 300)
+				}
+				e.pass(2 * time.Minute)
+				assert.False(t, e.server.Alive(token))
+				assert.Empty(t, e.server.LostGrants())
+			})
+		})
+	}
 }
