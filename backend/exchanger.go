@@ -424,7 +424,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 // fail notes why the tenant's exchange failed, and when it is tried again. It returns the error.
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
-	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), f.want.change != nil && f.v.base() == nil && f.t.view.Load().kept == nil:
+	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced):
 		return err // nobody has failed
 	}
 	now := time.Now()
@@ -444,8 +444,6 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 			next.until = via.nextProbe()
 		case via != nil && failure.Kind == tokenservice.Limited:
 			next.until = via.share.PausedUntil()
-		default:
-			next.until = latest(next.until, now.Add(min(failure.RetryAfter, time.Minute)))
 		}
 	}
 	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {

@@ -191,6 +191,12 @@ func TestBackoff(t *testing.T) {
 		}
 		e.read("creds/t0")
 		assert.Equal(t, statusOK, e.status("t0"))
+
+		// After a success the waits begin anew, with seconds.
+		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError, Times: 1})
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		assert.WithinDuration(t, time.Now(), e.tenants.named("t0").view.Load().trouble.until, 3*time.Second)
 	})
 }
 

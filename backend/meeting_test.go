@@ -984,3 +984,67 @@ func TestTenantsOfAConnectorThatIsTakenAgain(t *testing.T) {
 		}
 	})
 }
+
+// A delete that overtakes an exchange or a verification ends the refresh token that the service has sent instead of the
+// deleted one, where deletes revoke.
+func TestDeleteRevokesTheRefreshTokenThatCameMeanwhile(t *testing.T) {
+	for name, start := range map[string]func(*oauthEngine) (logical.Operation, string, map[string]any){
+		"exchange": func(*oauthEngine) (logical.Operation, string, map[string]any) {
+			return logical.UpdateOperation, "tenants/acme/refresh", nil
+		},
+		"verification": func(e *oauthEngine) (logical.Operation, string, map[string]any) {
+			return logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "new")}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e.add("acme", nil)
+				op, path, data := start(e)
+				user := "acme"
+				if data != nil {
+					user = "new"
+				}
+				e.server.Inject(oauth2test.Fault{User: user, Hold: true})
+				go func() { _, _, _ = e.try(op, path, data) }()
+				synctest.Wait()
+				rotated := e.server.CurrentRefreshToken(user)
+				require.True(t, e.server.RefreshTokenAlive(rotated))
+				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				e.server.ClearFaults()
+				e.pass(2 * time.Minute)
+				assert.False(t, e.server.RefreshTokenAlive(rotated))
+				assert.Empty(t, e.server.AccessTokens(user))
+			})
+		})
+	}
+}
+
+// What an exchange brings beside an answer that cannot be used is stored, and so is the write that it verified. The tenant's
+// status says what is wrong.
+func TestVerificationThatBringsNoAccessToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 200, Body: `{"refresh_token":"rotated"}`}})
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
+		assert.Equal(t, "rotated", e.stored("acme").RefreshToken)
+		assert.Contains(t, e.read("tenants/acme")["last_error"], "access token")
+	})
+}
+
+// Times of an entry that lie ahead of the clock, for it was wrong when they were written, postpone no exchange.
+func TestEntryOfAWrongClock(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.read("token/acme")
+		entry := *e.stored("acme")
+		ahead := time.Now().Add(60 * 24 * time.Hour)
+		entry.LastExchange, entry.RefreshTokenSet = ahead, ahead
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+		e.restart()
+		e.pass(4 * 24 * time.Hour) // keep_alive is three days
+		assert.Greater(t, len(e.server.Calls(oauth2test.EndpointToken)), 1)
+		e.kept()
+	})
+}

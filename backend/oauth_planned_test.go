@@ -251,3 +251,15 @@ func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
 		assert.Equal(t, time.Hour-leaseMargin, e.lease("acme").Secret.MaxTTL)
 	})
 }
+
+// A keep_alive that comes before the access token's own last moments plans the exchange.
+func TestOAuthPlannedExchangeForTheRefreshToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"keep_alive": "20m"})
+		e.add("acme", nil)
+		ttl := e.read("token/acme")["ttl"].(int64)
+		assert.LessOrEqual(t, ttl, int64(20*60-2))
+		assert.Greater(t, ttl, int64(15*60))
+		assert.LessOrEqual(t, e.lease("acme").Secret.MaxTTL, 20*time.Minute-leaseMargin)
+	})
+}

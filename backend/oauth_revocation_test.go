@@ -708,3 +708,23 @@ func TestNothingEndsAnAccessTokenWithoutItsIntent(t *testing.T) {
 		})
 	}
 }
+
+// An access token for one lease whose record storage does not take is revoked, though storage does not take its intent either.
+func TestTokenForOneLeaseThatStorageTakesNothingOf(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && (strings.HasPrefix(key, intentPrefix) || strings.HasPrefix(key, heldPrefix)) {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		require.Len(t, e.server.AccessTokens("acme"), 1)
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
+	})
+}

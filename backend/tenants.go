@@ -556,7 +556,7 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 	if o.access != nil {
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
-	if deleted && o.change == nil && o.refreshToken != "" {
+	if deleted && o.refreshToken != "" {
 		var facts tokenservice.Facts
 		if o.facts != nil {
 			facts = *o.facts
