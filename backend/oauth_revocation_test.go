@@ -722,7 +722,7 @@ func TestTokenForOneLeaseThatStorageTakesNothingOf(t *testing.T) {
 		})
 		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
 		assert.Equal(t, http.StatusServiceUnavailable, status)
-		require.Len(t, e.server.AccessTokens("acme"), 1)
+		require.Len(t, e.server.Calls(oauth2test.EndpointToken), 1)
 		e.storage.heal()
 		e.pass(2 * time.Minute)
 		assert.Empty(t, e.server.AccessTokens("acme"))
