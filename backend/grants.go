@@ -638,7 +638,7 @@ func (b *backend) loadAttempts() error {
 	}
 	err = forEach(states, func(state string) error {
 		s, err := getEntry[stateEntry](b.ctx, b.storage, stateKeys+state)
-		if err != nil || s == nil {
+		if s == nil {
 			return ignoreUnusable(err)
 		}
 		b.grants.mu.Lock()

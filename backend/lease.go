@@ -56,7 +56,7 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	if v.entry.MaxTTL > 0 {
 		most = min(most, v.entry.MaxTTL)
 	}
-	if end := now.Add(most + leaseRegistered); !own && end.After(bound.Add(-leaseMargin)) {
+	if end := now.Add(most + leaseRegistered); end.After(bound.Add(-leaseMargin)) {
 		token.leasedUntil(end) // the exchange waits for it
 	}
 	internal := map[string]any{

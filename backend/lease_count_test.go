@@ -11,6 +11,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // 10,000 leases on one access token: one exchange, one write, and revoking all
@@ -230,4 +232,226 @@ func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 		e.askTTLs()
 		assert.False(t, e.lease("acme").Secret.Renewable, "the mount allows no more than the lease has")
 	})
+}
+
+// With retire_on_revoke=false the end of the last lease leaves the access token in use, whether or not the count is known, where
+// nothing can be revoked at the service. Where the connector cannot be read, the revocation is tried again.
+func TestKeepOnRevoke(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEngine(t)
+			e.addTenant("acme")
+			e.write("tenants/acme", map[string]any{"retire_on_revoke": false})
+			lease := e.lease("acme")
+			if restart {
+				e.restart()
+				e.waitForIndex()
+			}
+			require.NoError(t, e.revokeLease(lease))
+			assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+			e.crash()
+			assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+
+			e.storage.refuse("get", connectorPrefix)
+			for _, leave := range []func(){func() {}, func() { e.InvalidateKey(t.Context(), tenantPrefix+"acme") }} {
+				e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector)
+				leave()
+				require.Error(t, e.revokeLease(lease))
+			}
+			e.storage.heal()
+			require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), connectorPrefix+defaultConnector))
+			require.NoError(t, e.revokeLease(lease), "a connector that is gone revokes nothing")
+			calls := e.kaizala.CallCount()
+			assert.Equal(t, 1, calls)
+		})
+	}
+}
+
+// A lease's natural end is none of its token, also where the process does not know how many leases there are.
+func TestNaturalEndAfterARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		lease := e.lease("acme")
+		e.restart()
+		e.waitForIndex()
+		time.Sleep(time.Hour)
+		require.NoError(t, e.revokeLease(lease))
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}
+
+// An access token that storage cannot give up is not handed out, though its tenant was not in memory.
+func TestRevocationOfATenantThatIsNotInMemoryWhileStorageFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		lease := e.lease("acme")
+		e.restart()
+		e.waitForIndex()
+		e.storage.refuse("put", tenantPrefix)
+		require.Error(t, e.revokeLease(lease))
+		resp, _, _ := e.try(logical.ReadOperation, "token/acme", nil)
+		if resp != nil && !resp.IsError() {
+			assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(resp))
+		}
+		e.storage.heal()
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}
+
+// The end of the last lease on an older access token is tried again where storage fails, however the lease has ended.
+func TestLastLeaseOnAnOlderTokenWhileStorageFails(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.pass(50 * time.Minute)
+		require.NotEqual(t, accessTokenOf(lease), e.read("token/acme")["access_token"])
+		lease.Secret.IssueTime, lease.Secret.TTL = time.Now().Add(-time.Minute), time.Minute
+		e.storage.refuse("put", intentPrefix)
+		require.Error(t, e.revokeLease(lease))
+		e.storage.heal()
+		e.revoke(lease)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.True(t, e.server.Alive(e.read("token/acme")["access_token"].(string)))
+	})
+}
+
+// A lease on an access token that has ended costs Vault nothing; neither does one that says nothing.
+func TestRevocationOfWhatHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		lease := e.lease("acme")
+		tenant, generation := lease.Secret.InternalData[leaseTenant], lease.Secret.InternalData[leaseGeneration]
+		e.restart()
+		e.waitForIndex()
+		const kind = "secret_type"
+		for _, knows := range []map[string]any{
+			{kind: accessTokenType}, {kind: accessTokenType, leaseTenant: tenant}, {kind: accessTokenType, leaseGeneration: generation},
+			{kind: accessTokenType, leaseTenant: tenant, leaseGeneration: generation, leaseExpires: stamp(time.Now())},
+		} {
+			ops := e.storage.ops.Load()
+			require.NoError(t, e.revokeLease(&logical.Response{Secret: &logical.Secret{LeaseOptions: lease.Secret.LeaseOptions, InternalData: knows}}))
+			assert.Equal(t, ops, e.storage.ops.Load(), knows)
+		}
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+		delete(lease.Secret.InternalData, leaseExpires)
+		e.restart()
+		e.waitForIndex()
+		require.NoError(t, e.revokeLease(lease))
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")), "it does not say when it ends, and is revoked")
+	})
+}
+
+// Where storage is read-only, a lease whose end may end its access token at the service waits for the node that may write; any
+// other ends here.
+func TestRevocationsOnReadOnlyStorage(t *testing.T) {
+	for name, c := range map[string]struct {
+		fields, tenant map[string]any
+		gone           string // a key that is gone from storage, and from memory
+		waits          bool
+	}{
+		"nothing can be revoked":          {fields: classB},
+		"a shared token":                  {fields: classA, waits: true},
+		"a token of its own":              {fields: classA, tenant: map[string]any{"token_per_lease": true}, waits: true},
+		"a refresh token that may be":     {fields: map[string]any{"exchange_invalidates": false, "revoke_on_delete": true}, waits: true},
+		"no tenant":                       {fields: classA, gone: tenantPrefix + "acme"},
+		"a shared token and no connector": {fields: classA, gone: connectorPrefix + "default"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, c.fields)
+				e.add("acme", c.tenant)
+				lease := e.lease("acme")
+				if c.gone != "" {
+					require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), c.gone))
+					e.restart()
+					e.waitForIndex()
+				}
+				e.storage.failWith(func(op, _ string) error {
+					if op == "put" || op == "delete" {
+						return &strippedError{logical.ErrReadOnly.Error()}
+					}
+					return nil
+				})
+				err := e.revokeLease(lease)
+				assert.Equal(t, c.waits, err == logical.ErrReadOnly, err)
+				assert.Equal(t, !c.waits, err == nil, err)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+			})
+		})
+	}
+}
+
+// What a lease has in Vault's storage, and how long it is, is exactly this.
+func TestWhatALeaseIs(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("own", map[string]any{"token_per_lease": true})
+		e.add("shared", nil)
+		e.system.DefaultLeaseTTLVal = 30 * time.Minute
+		for _, tenant := range []string{"own", "shared"} {
+			secret := e.ok(logical.ReadOperation, "creds/"+tenant, nil).Secret
+			want := map[string]any{
+				"secret_type": accessTokenType, leaseTenant: tenant, leaseGeneration: secret.InternalData[leaseGeneration],
+				leaseExpires: stamp(time.Now().Add(time.Hour)),
+			}
+			if tenant == "own" {
+				want[leaseOwn] = "true"
+			}
+			assert.Equal(t, want, secret.InternalData)
+			assert.Zero(t, secret.TTL, "Vault gives the mount's own")
+			assert.Equal(t, time.Hour-leaseMargin, secret.MaxTTL)
+			assert.True(t, secret.Renewable)
+		}
+		e.system.DefaultLeaseTTLVal = 2 * time.Hour
+		e.askTTLs()
+		assert.Equal(t, time.Hour-leaseMargin, e.ok(logical.ReadOperation, "creds/shared", nil).Secret.TTL, "the mount's would have to be cut")
+	})
+}
+
+// A renewal goes by the mount's TTLs of now, ends a second sooner in front of a planned exchange, and needs its tenant.
+func TestRenewals(t *testing.T) {
+	for name, c := range map[string]struct {
+		kind   func(*oauth2test.Options)
+		fields map[string]any
+		before func(e *oauthEngine) time.Duration // the lease's end
+	}{
+		"the token's end": {oauth2test.ClassA, classA, func(e *oauthEngine) time.Duration { return time.Hour - leaseMargin }},
+		"a planned exchange": {oauth2test.ClassD, classD, func(e *oauthEngine) time.Duration {
+			return e.planned().Truncate(time.Second) - time.Second - leaseMargin
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, c.kind, c.fields)
+				e.add("acme", map[string]any{"ttl": "5m"})
+				lease := e.lease("acme")
+				end := c.before(e)
+				time.Sleep(time.Minute)
+				_, renewed := e.renewLease(lease, 0)
+				require.True(t, renewed)
+				assert.Equal(t, end.Truncate(time.Second), lease.Secret.MaxTTL)
+				assert.Equal(t, 5*time.Minute, lease.Secret.TTL)
+				e.system.MaxLeaseTTLVal = 4 * time.Minute
+				_, renewed = e.renewLease(lease, 0)
+				require.True(t, renewed)
+				assert.Equal(t, 4*time.Minute, lease.Secret.MaxTTL)
+				assert.Equal(t, 3*time.Minute, lease.Secret.TTL)
+				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				resp, err := e.HandleRequest(t.Context(), &logical.Request{Operation: logical.RenewOperation, Secret: lease.Secret, Storage: e.storage})
+				require.NoError(t, err)
+				assert.ErrorContains(t, resp.Error(), "there is no tenant")
+			})
+		})
+	}
+}
+
+// planned is how long it is until the exchange that ends acme's access token.
+func (e *oauthEngine) planned() time.Duration {
+	_, v := e.tenants.cached("acme")
+	return time.Until(v.access.Planned)
 }

@@ -583,6 +583,18 @@ func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 		"delete":              {op: logical.DeleteOperation, fail: func(s *storage) { s.refuse("delete", tenantPrefix) }},
 		"delete, intent":      {op: logical.DeleteOperation, fail: func(s *storage) { s.refuse("put", intentPrefix) }},
 		"delete, intent kept": {op: logical.DeleteOperation, fail: func(s *storage) { s.unheard("put", intentPrefix) }},
+		"delete, second intent kept": {op: logical.DeleteOperation, fail: func(s *storage) {
+			intents := 0
+			s.surround(func(op, key string, do func() error) error {
+				err := do()
+				if op == "put" && strings.HasPrefix(key, intentPrefix) {
+					if intents++; intents == 2 {
+						return errStorage
+					}
+				}
+				return err
+			})
+		}},
 		"write": {op: logical.UpdateOperation, fail: func(s *storage) { s.refuse("put", tenantPrefix) }, data: func(e *oauthEngine) map[string]any {
 			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "other"), "verify": false}
 		}},

@@ -193,6 +193,11 @@ func TestOAuthClassesBAndC(t *testing.T) {
 		e.pass(5 * time.Minute)
 		assert.Empty(t, e.revocations(), "no call ever")
 		e.kept()
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.pass(50 * time.Minute)
+		assert.NotEqual(t, accessTokenOf(lease), e.read("token/acme")["access_token"])
+		assert.NotContains(t, e.storedText(), heldPrefix)
 	})
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassC, classA)
@@ -630,7 +635,9 @@ func TestOAuthTokenEndsBeforeItsRevocationHasAPlace(t *testing.T) {
 			e.read("token/" + name)
 		}
 		time.Sleep(35 * time.Second)
+		begun := time.Now()
 		e.revoke(lease)
+		assert.Zero(t, time.Since(begun), "nobody waits for a place")
 		assert.EqualValues(t, 1, e.pending("acme"))
 		e.pass(2 * time.Minute)
 		assert.Empty(t, e.revocations())

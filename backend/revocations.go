@@ -111,11 +111,8 @@ func newRevocations(storage logical.Storage) *revocations {
 }
 
 // mayRevoke says whether something of a tenant may have to be revoked at its service. A connector that memory does not
-// know may.
+// know may, and so may the one of a tenant that memory does not know.
 func (r *revocations) mayRevoke(s tenantSummary) bool {
-	if !s.stored {
-		return true
-	}
 	via := r.connectors.present(s.connector)
 	return via == nil || via.about.Revocation == tokenservice.RevokeAccessToken || via.about.RevokeOnDelete
 }
@@ -180,9 +177,6 @@ func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant,
 	expires := time.Now().Add(refreshTokenTries)
 	if !facts.Assumed && !facts.Expires.IsZero() {
 		expires = earliest(expires, facts.Expires.Add(-lastMoments))
-	}
-	if !expires.After(time.Now()) {
-		return func(doubtfulDelete) {}, nil
 	}
 	i := &intent{
 		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken, Expires: expires.UTC().Truncate(time.Millisecond),
@@ -282,9 +276,6 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 	r.note(i, "")
 	if of := r.intents[i.connector]; of[i.id] == i {
 		delete(of, i.id)
-		if len(of) == 0 {
-			delete(r.intents, i.connector)
-		}
 	}
 	return nil
 }
@@ -313,7 +304,7 @@ func (r *revocations) holds(ctx context.Context, tenant, generation string) (boo
 func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string) (connector string, err error) {
 	key := tenant + "/" + generation
 	h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
-	if err != nil || h == nil {
+	if h == nil {
 		return "", err
 	}
 	if err := r.giveUp(ctx, h.Connector, tenant, &accessEntry{Token: h.Token, Generation: generation, Expires: h.Expires}); err != nil {
@@ -334,7 +325,7 @@ func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
 		if err != nil && !errors.Is(err, errUnreadable) {
 			return err
 		}
-		if err != nil || h == nil || h.Own {
+		if h == nil || h.Own {
 			continue
 		}
 		if _, err := r.giveUpHeld(ctx, tenant, generation); err != nil {
@@ -535,22 +526,16 @@ func (r *revocations) call(i *intent, class share.Class) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	i.rested()
-	switch {
-	case isFailure && (ended || r.intents[i.connector][i.id] == i): // and was not dropped meanwhile
+	if isFailure && (ended || r.intents[i.connector][i.id] == i) { // and was not dropped meanwhile
 		r.note(i, failure.Text)
-	case ended:
-		r.note(i, "")
 	}
 	switch {
-	case ended && err == nil:
+	case err == nil:
 	case errors.As(err, &limit):
 		i.next = limit.Until
 	default:
 		i.rest = min(max(2*i.rest, time.Second), longestRevocationRest)
 		i.next = time.Now().Add(i.rest)
-		if isFailure {
-			i.next = latest(i.next, time.Now().Add(min(failure.RetryAfter, longestRest)))
-		}
 	}
 }
 
@@ -669,7 +654,7 @@ func (r *revocations) load(ctx context.Context) error {
 	}
 	err = forEach(keys, func(key string) error {
 		i, err := getEntry[intent](ctx, r.storage, intentPrefix+key)
-		if err != nil || i == nil {
+		if i == nil {
 			return ignoreUnusable(err)
 		}
 		i.connector, i.id, _ = strings.Cut(key, "/")
@@ -689,7 +674,7 @@ func (r *revocations) load(ctx context.Context) error {
 	}
 	err = forEach(keys, func(key string) error {
 		h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
-		if err != nil || h == nil {
+		if h == nil {
 			return ignoreUnusable(err)
 		}
 		r.mu.Lock()

@@ -132,6 +132,10 @@ func TestRefreshTokenIsSparedWhileItsRevocationWaits(t *testing.T) {
 		assert.Empty(t, e.revocations())
 		assert.True(t, e.server.RefreshTokenAlive(token))
 		assert.NotContains(t, e.storedText(), intentPrefix)
+		for _, name := range []string{"v", "w", "x", "y", "z"} {
+			e.add(name, nil)
+			e.read("token/" + name) // with the five places that there are
+		}
 	})
 }
 
