@@ -598,10 +598,17 @@ func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 		"write": {op: logical.UpdateOperation, fail: func(s *storage) { s.refuse("put", tenantPrefix) }, data: func(e *oauthEngine) map[string]any {
 			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "other"), "verify": false}
 		}},
+		"delete, older tokens": {op: logical.DeleteOperation, fail: func(s *storage) { s.refuse("list", heldPrefix) }},
+		"write, older tokens": {op: logical.UpdateOperation, fail: func(s *storage) { s.refuse("list", heldPrefix) }, data: func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "other"), "verify": false}
+		}},
+		"verified write, older tokens": {op: logical.UpdateOperation, fail: func(s *storage) { s.refuse("list", heldPrefix) }, data: func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "other")}
+		}},
 	} {
 		for _, restart := range []bool{false, true} {
 			bubble(t, func(t *testing.T) {
-				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, revokeAll)
 				e.add("acme", nil)
 				e.lease("acme")
 				e.waitForIndex()
@@ -611,7 +618,7 @@ func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 				}
 				c.fail(e.storage)
 				_, status, _ := e.try(c.op, "tenants/acme", data)
-				require.Equal(t, 500, status, name)
+				require.GreaterOrEqual(t, status, 500, name)
 				e.storage.heal()
 				e.pass(3 * time.Minute)
 				if restart {

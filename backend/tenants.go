@@ -356,6 +356,8 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
 		t.giveUp(v.access.Generation)
+		t.doubt()
+		ts.schedule(t) // storage has to hear of it, though nobody tries again: a process after this one would hand it out
 	}
 }
 
@@ -467,6 +469,9 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.plan(ctx, t.name, next)
 	}
 	if err := ts.replace(ctx, t, o, v); err != nil {
+		if o.retires {
+			ts.withdraw(ctx, t, v)
+		}
 		return ts.unstored(t, o, nil)
 	}
 	if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
