@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // logLine is a line of the plugin's log as Vault gets it.
@@ -299,4 +300,29 @@ func TestLostRefreshTokensAreLogged(t *testing.T) {
 			assert.Equal(t, rotated, e.log.count("could not be stored before the engine stopped, and is lost") == 1)
 		})
 	}
+}
+
+// A service that takes a connector again is told once, and no tenant and no restart remembers the refusal.
+func TestServiceTakesARefusedConnectorAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.add("beta", nil)
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: http.StatusUnauthorized, Body: `{"error":"invalid_client"}`}})
+		for _, name := range []string{"acme", "beta"} {
+			_, status, _ := e.try(logical.ReadOperation, "creds/"+name, nil)
+			require.Equal(t, http.StatusBadRequest, status)
+		}
+		entry, err := e.storedConnector(t.Context(), "default")
+		require.NoError(t, err)
+		require.NotZero(t, entry.Refused)
+		e.server.ClearFaults()
+		time.Sleep(probeEvery)
+		e.lease("acme")
+		e.lease("beta")
+		assert.Equal(t, 1, e.log.count("accepts a connector again"))
+		entry, err = e.storedConnector(t.Context(), "default")
+		require.NoError(t, err)
+		assert.Zero(t, entry.Refused)
+	})
 }
