@@ -326,3 +326,24 @@ func TestServiceTakesARefusedConnectorAgain(t *testing.T) {
 		assert.Zero(t, entry.Refused)
 	})
 }
+
+// An answer that was on its way while the service refused the connector shows that it is taken: the tenants that met the refusal
+// do not wait for the next probe.
+func TestAnswerShowsThatAConnectorIsTaken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.add("beta", nil)
+		e.server.Inject(oauth2test.Fault{User: "acme", Hold: true})
+		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+		synctest.Wait()
+		e.server.Inject(oauth2test.Fault{User: "beta", Times: 1, Answer: oauth2test.Answer{Status: http.StatusUnauthorized, Body: `{"error":"invalid_client"}`}})
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.server.ClearFaults()
+		synctest.Wait()
+		e.lease("beta")
+		assert.Equal(t, statusOK, e.status("beta"))
+		e.kept()
+	})
+}
