@@ -65,6 +65,32 @@ func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {
 	}
 }
 
+// A reader who waits for an access token of his own gets a lease on the shared one where token_per_lease is taken from the tenant
+// meanwhile, and that lease counts.
+func TestTokenPerLeaseIsTakenFromAReaderWhoWaits(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		shared := e.read("token/acme")["access_token"].(string)
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		leases := make([]*logical.Response, 2)
+		var readers sync.WaitGroup
+		for i := range leases {
+			readers.Go(func() { leases[i] = e.lease("acme") })
+			time.Sleep(time.Second)
+		}
+		e.write("tenants/acme", map[string]any{"token_per_lease": false})
+		readers.Wait()
+		require.NotEqual(t, shared, accessTokenOf(leases[0]))
+		require.Equal(t, shared, accessTokenOf(leases[1]))
+		e.revoke(leases[1])
+		assert.False(t, e.server.Alive(shared))
+		assert.True(t, e.server.Alive(accessTokenOf(leases[0])))
+		e.revoke(leases[0])
+		assert.Empty(t, e.server.AccessTokens("acme"))
+	})
+}
+
 // The last lease on an access token ends early while storage takes the next one: the token is revoked, whether the lease was
 // there before or has come meanwhile.
 func TestLastLeaseEndsWhileTheNextTokenIsStored(t *testing.T) {

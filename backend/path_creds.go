@@ -183,6 +183,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	if r.leases && v.entry.TokenPerLease {
 		return nil, nil
 	}
+	r.own = false // the tenant may have had token_per_lease when the reader began to wait
 	token := v.usable(now, max(r.minTTL, r.least), r.waited)
 	if token == nil {
 		return nil, nil
