@@ -3,7 +3,6 @@ package backend
 import (
 	"fmt"
 	"net/http"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -66,6 +65,8 @@ func TestDeviceFlow(t *testing.T) {
 				polls := len(e.polls())
 				e.pass(time.Hour)
 				assert.Len(t, e.polls(), polls, "nobody polls any more")
+				assert.Empty(t, e.grants.polls)
+				assert.NotContains(t, e.storedText(), stateKeys)
 			})
 		})
 	}
@@ -102,6 +103,7 @@ func TestHowDeviceFlowsEnd(t *testing.T) {
 			e.addTenant("acme")
 			e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		}, 0, attemptSuperseded, "", 0},
+		"an outage to the end":       {func(e *grantEngine, _ string) { e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway}) }, 10 * time.Minute, attemptExpired, "", 20},
 		"the connector is another's": {func(e *grantEngine, _ string) { e.write("config/as", map[string]any{"service": "kaizala"}) }, 0, attemptFailed, "another service", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -261,6 +263,10 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 		"limit": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.TooManyRequests(time.Minute)})
 		}, 429, "try again in"},
+		"a scope that it has not": {func(e *grantEngine) { e.write("config/as", map[string]any{"scopes": "openid"}) }, 400, "scopes has to be within"},
+		"written meanwhile": {func(e *grantEngine) {
+			e.storage.once("put", callPrefix, func() { e.write("config/as", map[string]any{"request_timeout": "6s"}) })
+		}, 503, "was written meanwhile"},
 		"refused": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.InvalidScope})
 		}, 400, "invalid_scope"},
@@ -274,7 +280,7 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 				back := e.authorize(nil)
 				c.change(e)
 				begun := time.Now()
-				_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+				_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as", "scopes": "openid,read"})
 				assert.Equal(t, c.status, status, text)
 				assert.Contains(t, text, c.says)
 				assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
@@ -289,23 +295,70 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 	}
 }
 
-// A poll that a newer attempt overtakes on its way is not made.
-func TestPollMeetsANewerAttempt(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newGrantEngine(t)
-		e.start(byDevice, nil)
-		e.server.ResetCalls()
-		once := true
-		e.storage.surround(func(op, key string, do func() error) error {
-			if op == "put" && strings.HasPrefix(key, callPrefix) && once {
-				once = false
-				e.start(byCode, nil)
-			}
-			return do()
+// A poll that a newer attempt, a write or a delete overtakes on its way is not made.
+func TestPollIsOvertaken(t *testing.T) {
+	for name, overtake := range map[string]func(*grantEngine){
+		"newer attempt": func(e *grantEngine) { e.start(byCode, nil) },
+		"write":         func(e *grantEngine) { e.addTenant("acme") },
+		"delete":        func(e *grantEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				if name == "delete" {
+					e.addTenant("acme")
+				}
+				e.start(byDevice, nil)
+				e.server.ResetCalls()
+				over := e.storage.once("put", callPrefix, func() { overtake(e) })
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				assert.True(t, over())
+				assert.Empty(t, e.polls())
+			})
 		})
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		assert.False(t, once)
-		assert.Empty(t, e.polls())
-	})
+	}
+}
+
+// The answer to a poll of the attempt before leaves a newer one's polls alone.
+func TestAnswerToAnOlderPoll(t *testing.T) {
+	for name, answer := range map[string]oauth2test.Answer{
+		"denied":    {Status: 400, Body: `{"error":"access_denied"}`},
+		"slow down": {Status: 400, Body: `{"error":"slow_down"}`},
+		"pending":   {Status: 400, Body: `{"error":"authorization_pending"}`},
+		"outage":    oauth2test.BadGateway,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				e.start(byDevice, nil)
+				e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Answer: answer, Times: 1})
+				time.Sleep(6 * time.Second)
+				code := e.start(byDevice, nil)["user_code"].(string)
+				begun, polls := time.Now(), len(e.polls())
+				time.Sleep(11 * time.Second)
+				assert.Equal(t, []time.Time{begun.Add(5 * time.Second), begun.Add(10 * time.Second)}, e.polls()[polls:])
+				require.NoError(t, e.server.ApproveDevice(code, "jane"))
+				time.Sleep(5 * time.Second)
+				assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+			})
+		})
+	}
+}
+
+// Storage that cannot be read for a while costs an attempt that is polled nothing but time.
+func TestPollsGoOnOnceStorageIsThere(t *testing.T) {
+	for _, key := range []string{attemptKeys, tenantPrefix} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newGrantEngine(t)
+			code := e.start(byDevice, nil)["user_code"].(string)
+			require.NoError(t, e.server.ApproveDevice(code, "jane"))
+			e.storage.refuse("get", key)
+			e.pass(2 * time.Minute)
+			assert.Empty(t, e.polls())
+			e.storage.heal()
+			e.pass(2 * time.Minute)
+			assert.Equal(t, attemptGranted, e.attemptStatus(byDevice), key)
+		})
+	}
 }

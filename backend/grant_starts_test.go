@@ -87,7 +87,7 @@ func TestMixUp(t *testing.T) {
 		e.write("config/as", map[string]any{"redirect_uris": callbackTo + "/as"})
 		back := e.authorize(nil)
 		for _, path := range []string{"callback", "callback/other"} {
-			p := e.visit(logical.ReadOperation, path, back)
+			p := e.visit(logical.ReadOperation, path, with(back, "connector", "as"))
 			assert.Equal(t, 400, p.status)
 			assert.Contains(t, p.text(), "for another connector")
 			assert.Equal(t, attemptPending, e.attemptStatus(byCode))
@@ -188,9 +188,11 @@ func TestAGrantFindsTheConnectorRefused(t *testing.T) {
 func TestStartsWarnOfLiveLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
-		for _, leased := range []bool{false, true} {
-			if leased {
+		for i, leased := range []bool{false, false, true} {
+			if i == 1 {
 				e.addTenant("acme")
+			}
+			if leased {
 				e.lease("acme")
 			}
 			for path, data := range map[string]map[string]any{
@@ -225,15 +227,27 @@ func TestSweep(t *testing.T) {
 			assert.Empty(t, a.Verifier+a.DeviceCode+a.MobileNumber+a.Code, path)
 		}
 		e.crash()
-		e.pass(2 * time.Hour)
-		assert.NotContains(t, e.storedText(), stateKeys)
-		e.pass(2 * day)
-		assert.NotContains(t, e.storedText(), attemptPrefix)
+		for _, fails := range []bool{true, false} {
+			if fails {
+				e.storage.refuse("delete", attemptPrefix)
+			}
+			e.pass(2 * time.Hour)
+			assert.Equal(t, fails, strings.Contains(e.storedText(), stateKeys))
+			e.storage.heal()
+		}
+		for _, fails := range []bool{true, false} {
+			if fails {
+				e.storage.refuse("delete", attemptPrefix)
+			}
+			e.pass(2 * day)
+			assert.Equal(t, fails, strings.Contains(e.storedText(), attemptPrefix))
+			e.storage.heal()
+		}
 
 		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
-		e.pass(2 * time.Hour)
+		e.pass(2 * day)
 		assert.NotContains(t, e.storedText(), stateKeys)
-		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode), "of a tenant that is there it is known on")
 		reads := 0
 		e.storage.failWith(func(op, key string) error {
 			if strings.HasPrefix(key, attemptPrefix) {

@@ -253,17 +253,17 @@ func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts)
 // noteState lets a state's own entry say what has become of its attempt, so that the next one to bring the state costs one
 // read. The attempt decides, so it matters little that storage takes this.
 func (b *backend) noteState(ctx context.Context, a *attempt) {
-	if a.State == "" || a.Status == attemptPending && !a.Used {
+	if a.Status == attemptPending && !a.Used {
 		return
 	}
 	b.grants.mu.Lock()
 	_, known := b.grants.forget[a.State]
 	b.grants.mu.Unlock()
 	if !known {
-		return // it was noted long ago
+		return // it was noted long ago, or has none
 	}
-	s, err := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
-	if err != nil || s == nil || s.Status == a.Status && s.Used == a.Used {
+	s, _ := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
+	if s == nil || s.Status == a.Status && s.Used == a.Used {
 		return
 	}
 	s.Status, s.Used = a.Status, a.Used
@@ -452,7 +452,7 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 		case errors.Is(err, errSuperseded):
 			b.revocations.wake(via.name) // what is not kept has been given up
 			return attemptSuperseded, ""
-		case w.result == nil && isRejection(err):
+		case isRejection(err):
 			return attemptFailed, verifyError(b.connectors.about(a.Connector), a.Tenant, a.Connector, err).Error()
 		}
 		// The service has given its only good refresh token: it is stored unverified rather than lost.

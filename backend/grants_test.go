@@ -236,7 +236,7 @@ func TestCodeFlow(t *testing.T) {
 
 		p = e.visit(logical.UpdateOperation, to, fields)
 		assert.Equal(t, 200, p.status)
-		for _, text := range []string{"The tenant is connected", "Tenant acme", "Granted by", "vault delete kaizala/tenants/acme"} {
+		for _, text := range []string{"The tenant is connected", "Tenant acme", "Granted by", "vault delete kaizala/tenants/acme", "withdraw the access at the authorization server as.example."} {
 			assert.Contains(t, p.text(), text)
 		}
 		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
@@ -433,11 +433,15 @@ func TestOneStateAtOnce(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second})
 		// All of them find the state good before the first has used it up.
 		e.storage.failWith(func(op, key string) error {
-			if op == "put" && strings.HasPrefix(key, callPrefix) {
+			if op == "put" && (strings.HasPrefix(key, callPrefix) || strings.HasPrefix(key, attemptKeys)) {
 				time.Sleep(time.Second)
 			}
 			return nil
 		})
+		go func() {
+			time.Sleep(3500 * time.Millisecond)
+			assert.Equal(t, attemptPending, e.attemptStatus(byCode), "the service has not answered yet")
+		}()
 		good := make(chan int, 10)
 		for range cap(good) {
 			go func() {
@@ -479,6 +483,9 @@ func TestWhatACallbackCosts(t *testing.T) {
 		}
 		time.Sleep(attemptLife)
 		assert.EqualValues(t, 1, cost(logical.ReadOperation, back), "expired")
+		back = e.authorize(nil)
+		e.authorize(nil)
+		assert.EqualValues(t, 1, cost(logical.ReadOperation, back), "superseded")
 
 		// Vault would wrap, and store, what this answers.
 		e.storage.failWith(func(string, string) error { t.Error("storage was touched"); return nil })
@@ -493,6 +500,10 @@ func TestWhatACallbackCosts(t *testing.T) {
 			}
 		}
 		e.storage.heal()
+		_, err := e.HandleRequest(t.Context(), &logical.Request{
+			Operation: logical.ReadOperation, Path: "callback", Data: back, Storage: e.storage, WrapInfo: &logical.RequestWrapInfo{},
+		})
+		assert.NoError(t, err, "it is not wrapped")
 	})
 }
 
@@ -538,6 +549,22 @@ func TestGrantsOnANodeThatMayNotWrite(t *testing.T) {
 		e.storage.heal()
 		e.system.replication.Store(0)
 		assert.Equal(t, 200, e.confirm(back).status)
+
+		e.start(byDevice, nil)
+		polls := len(e.polls())
+		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+		e.storage.failWith(func(op, key string) error { t.Error(op, key); return nil })
+		e.pass(attemptLife + time.Minute)
+		e.storage.heal()
+		assert.Len(t, e.polls(), polls)
+		e.system.replication.Store(0)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+		e.pass(time.Minute)
+		e.system.replication.Store(0)
+		e.pass(2 * time.Minute)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice), "the polls go on")
 	})
 }
 

@@ -267,6 +267,18 @@ func TestKeepOnRevoke(t *testing.T) {
 	}
 }
 
+// Leases that end while they keep their token are counted off all the same.
+func TestKeepOnRevokeCounts(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	e.write("tenants/acme", map[string]any{"retire_on_revoke": false})
+	first, last := e.lease("acme"), e.lease("acme")
+	require.NoError(t, e.revokeLease(first))
+	e.write("tenants/acme", map[string]any{"retire_on_revoke": true})
+	require.NoError(t, e.revokeLease(last))
+	assert.NotEqual(t, accessTokenOf(last), accessTokenOf(e.lease("acme")))
+}
+
 // A lease's natural end is none of its token, also where the process does not know how many leases there are.
 func TestNaturalEndAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -354,10 +366,13 @@ func TestRevocationsOnReadOnlyStorage(t *testing.T) {
 		gone           string // a key that is gone from storage, and from memory
 		waits          bool
 	}{
-		"nothing can be revoked":          {fields: classB},
-		"a shared token":                  {fields: classA, waits: true},
-		"a token of its own":              {fields: classA, tenant: map[string]any{"token_per_lease": true}, waits: true},
-		"a refresh token that may be":     {fields: map[string]any{"exchange_invalidates": false, "revoke_on_delete": true}, waits: true},
+		"nothing can be revoked":      {fields: classB},
+		"a shared token":              {fields: classA, waits: true},
+		"a token of its own":          {fields: classA, tenant: map[string]any{"token_per_lease": true}, waits: true},
+		"a refresh token that may be": {fields: map[string]any{"exchange_invalidates": false, "revoke_on_delete": true}, waits: true},
+		"a token of its own, no tenant": {
+			fields: classA, tenant: map[string]any{"token_per_lease": true}, gone: tenantPrefix + "acme", waits: true,
+		},
 		"no tenant":                       {fields: classA, gone: tenantPrefix + "acme"},
 		"a shared token and no connector": {fields: classA, gone: connectorPrefix + "default"},
 	} {

@@ -560,6 +560,18 @@ func (s *storage) unheard(op, prefix string) {
 	})
 }
 
+// once calls f at the first operation of that kind below a prefix, before that is done. over says whether it has.
+func (s *storage) once(op, prefix string, f func()) (over func() bool) {
+	var done atomic.Bool
+	s.surround(func(asked, key string, do func() error) error {
+		if asked == op && strings.HasPrefix(key, prefix) && done.CompareAndSwap(false, true) {
+			f()
+		}
+		return do()
+	})
+	return done.Load
+}
+
 // refuse makes storage fail one operation below a prefix.
 func (s *storage) refuse(op, prefix string) {
 	s.failWith(func(asked, key string) error {

@@ -162,7 +162,7 @@ func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData
 	var code string
 	err = b.changeAttempts(ctx, s.Tenant, func(all *attempts) (changed bool, err error) {
 		end, code, changed, err = b.examine(ctx, all.Last[byCode], hash, asks, d)
-		if end != nil && err == nil {
+		if end != nil {
 			end.attempt = all.Last[byCode]
 		}
 		if all.Last[byCode] != nil {
@@ -345,7 +345,7 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 	claimed := false
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
 		present := all.byID(a.ID)
-		if present == nil || present.Status != attemptPending || present.Used {
+		if present == nil || present.Used {
 			return false, errUsed
 		}
 		_, v, err := b.tenants.load(ctx, a.Tenant)

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -76,7 +77,12 @@ func TestStateThatStorageCannotUseUp(t *testing.T) {
 				e := newGrantEngine(t)
 				back := e.authorize(nil)
 				e.storage.refuse("put", attemptKeys)
-				_, status, _ := e.ask(logical.UpdateOperation, "callback", back)
+				for _, op := range []logical.Operation{logical.UpdateOperation, logical.ReadOperation} {
+					_, status, _ := e.ask(op, "callback", back)
+					require.Equal(t, http.StatusInternalServerError, status, op)
+				}
+				e.write("config/as", map[string]any{"confirm": false})
+				_, status, _ := e.ask(logical.ReadOperation, "callback", back)
 				require.Equal(t, http.StatusInternalServerError, status)
 				e.storage.heal()
 				assert.Zero(t, e.sent("authorization_code"))
@@ -84,6 +90,7 @@ func TestStateThatStorageCannotUseUp(t *testing.T) {
 					resp, status, text := e.ask(logical.UpdateOperation, "callback", back)
 					require.Equal(t, 200, status, text)
 					assert.Equal(t, attemptGranted, resp.Data["status"])
+					assert.Empty(t, resp.Warnings)
 					return
 				}
 				e.pass(11 * time.Minute)
@@ -99,11 +106,21 @@ func TestAttemptThatStorageRefusesEndsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
 		code := e.start(byDevice, nil)["user_code"].(string)
-		e.storage.refuse("put", attemptKeys)
-		_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as"})
-		require.Equal(t, http.StatusInternalServerError, status)
-		e.storage.heal()
-		assert.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		for _, fails := range []string{"put " + attemptKeys, "get " + attemptKeys, "get " + tenantPrefix, "put " + stateKeys} {
+			op, key, _ := strings.Cut(fails, " ")
+			e.storage.refuse(op, key)
+			for path, data := range map[string]map[string]any{
+				byCode: {"connector": "as"}, byDevice: {"connector": "as"}, byPIN: {"mobile_number": e.kaizala.PhoneNumber("acme")},
+			} {
+				if key == stateKeys && path != byCode {
+					continue
+				}
+				_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/"+path, data)
+				require.Equal(t, http.StatusInternalServerError, status, "%s %s: %s", fails, path, text)
+			}
+			e.storage.heal()
+			assert.Equal(t, attemptPending, e.attemptStatus(byDevice), fails)
+		}
 		require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		e.pass(10 * time.Second)
 		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
