@@ -292,7 +292,10 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		return nil, err
 	}
 	// The call is in storage before it is made. That storage takes it is also a sign that it will take what comes back.
-	if err := call.Note(ctx); err != nil {
+	switch err := call.Note(ctx); {
+	case errors.Is(err, share.ErrRemoved):
+		return nil, errReplaced
+	case err != nil:
 		return nil, storageError(err)
 	}
 	if err := p.mayCall(); err != nil {

@@ -269,7 +269,7 @@ func secondsOr(d *framework.FieldData, name string, byDefault time.Duration) (ti
 // seconds reads a duration. The framework would cut off fractions of seconds without a word, and make 0.5s the default.
 func seconds(d *framework.FieldData, name string) (time.Duration, error) {
 	v, err := parseutil.ParseDurationSecond(plain(d.Raw[name]))
-	if err != nil || v < 0 || v%time.Second != 0 {
+	if err != nil || v%time.Second != 0 {
 		return 0, badValue("%s has to be a duration of whole seconds, such as 90s, 15m or 24h", name)
 	}
 	return v, nil
@@ -316,8 +316,6 @@ func pairs(raw any) (map[string]string, error) {
 			}
 			m[name] = text
 		}
-	case map[string]string:
-		maps.Copy(m, raw)
 	case string:
 		name, value, ok := strings.Cut(raw, "=")
 		if !ok {

@@ -83,6 +83,8 @@ func TestOAuthConfigRefusals(t *testing.T) {
 		"code_challenge*":                  {"authorization_params": map[string]any{"code_challenge_method": "plain"}},
 		"authorization_params must not":    {"authorization_params": []any{"prompt=consent", "scope=x"}},
 		"token_params has to be a map":     {"token_params": "SECRETTEXT"},
+		"token_params has to":              {"token_params": []any{"a=1", "SECRETTEXT"}},
+		"token_params has":                 {"token_params": 5},
 		"a map of names to strings":        {"token_params": map[string]any{"a": true}},
 		"authorization_params has to be":   {"authorization_params": map[string]any{"a": nil}},
 	} {
@@ -103,6 +105,12 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	assert.Equal(t, map[string]string{"c": "3"}, e.read("config")["token_params"])
 	e.ok(logical.PatchOperation, "config", map[string]any{"token_params": map[string]any{}})
 	assert.Empty(t, e.read("config")["token_params"])
+	e.ok(logical.PatchOperation, "config", map[string]any{"issuer": ""}) // there is nothing to ask
+	for _, confirm := range []any{false, true, nil} {
+		e.ok(logical.PatchOperation, "config", map[string]any{"confirm": confirm, "revoke_on_delete": confirm})
+		assert.Equal(t, confirm != false, e.read("config")["confirm"])
+		assert.Equal(t, confirm == true, e.read("config")["revoke_on_delete"])
+	}
 
 	// Its service and its ID stay while a tenant uses it.
 	e.add("acme", nil)

@@ -289,9 +289,7 @@ func (b *backend) warn(resp *logical.Response, t *tenant, v *tenantView) {
 		}
 		resp.AddWarning(fmt.Sprintf("The access token could not be renewed, and %s: %s", ends, v.trouble.text))
 	}
-	if now := time.Now(); !v.dangerFrom.IsZero() && !now.Before(v.dangerFrom) {
-		if danger := b.danger(t, v, now); danger != "" {
-			resp.AddWarning(danger)
-		}
+	if danger := b.danger(t, v, time.Now()); danger != "" {
+		resp.AddWarning(danger)
 	}
 }

@@ -89,6 +89,28 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 	})
 }
 
+// A reader's min_ttl goes by the access token that he would get: by none that has been given up.
+func TestMinTTLAfterTheTokenIsGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		e.read("creds/acme")
+		time.Sleep(30 * time.Minute)
+		lease := e.lease("acme")
+		asks := map[string]any{"min_ttl": "25m"}
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", asks)
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "has left before the exchange that ends it")
+		require.NoError(t, e.revokeLease(lease))
+		e.InvalidateKey(t.Context(), tenantPrefix+"acme")
+		require.NoError(t, e.revokeLease(lease))
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.ok(logical.ReadOperation, "creds/acme", asks)))
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "1500ms"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "whole seconds")
+	})
+}
+
 func TestMinTTLOfAReaderIsHalfALifeAtMost(t *testing.T) {
 	e := newConfiguredEngine(t)
 	e.addTenant("acme")

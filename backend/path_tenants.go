@@ -115,9 +115,6 @@ type grantOf struct {
 func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) {
 	c := &tenantChange{verify: true, patch: patch, lineage: rand.Text()}
 	for name, raw := range d.Raw {
-		if d.Schema[name] == nil {
-			continue
-		}
 		var err error
 		switch name {
 		case "refresh_token":
@@ -360,10 +357,6 @@ func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChan
 		return nil, badValue("refresh_token does not fit connector %q: %s", next.Connector, err)
 	}
 	change.facts = facts
-	next.Facts = facts
-	if next.expired(time.Now()) {
-		return nil, badValue("refresh_token expired at %s: %s", stamp(facts.Expires), via.about.NewRefreshToken)
-	}
 	return via, b.tenants.validate(ctx, next)
 }
 

@@ -313,7 +313,108 @@ func TestWarningsOfAWrite(t *testing.T) {
 		require.Len(t, resp.Warnings, 1)
 		assert.Contains(t, resp.Warnings[0], "retire_on_revoke=false has no effect")
 		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}))
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"retire_on_revoke": true}))
+		e.read("creds/acme")
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		e.pass(44*time.Minute + 30*time.Second)
+		require.Equal(t, statusDegraded, e.status("acme"))
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "2h"}), "it is not the write that failed")
+		warnings := e.ok(logical.ReadOperation, "creds/acme", nil).Warnings
+		require.Len(t, warnings, 1)
+		assert.Contains(t, warnings[0], "this one ends at")
+		resp = e.ok(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "3h", "unknown": "x"})
+		require.NotNil(t, resp)
+		assert.Contains(t, resp.Warnings[0], "unknown")
 	})
+}
+
+// A refresh that ends the access token of before says so; one that ends none does not.
+func TestWarningsOfARefresh(t *testing.T) {
+	for name, c := range map[string]struct {
+		kind   func(*oauth2test.Options)
+		fields map[string]any
+		ends   bool
+	}{"ends": {oauth2test.ClassD, classD, true}, "ends none": {oauth2test.ClassB, classB, false}} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, c.kind, c.fields)
+				e.add("acme", nil)
+				assert.Empty(t, e.write("tenants/acme/refresh", nil).Warnings, "there was none")
+				assert.Equal(t, c.ends, len(e.write("tenants/acme/refresh", nil).Warnings) == 1)
+				e.lease("acme")
+				e.write("tenants/acme/refresh", nil)
+				assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}), "it is not the write that ended it")
+			})
+		})
+	}
+}
+
+// A write of another refresh token begins anew: nothing of what the service said of the one before is left.
+func TestWriteBeginsAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.read("creds/acme")
+		entry := *e.stored("acme")
+		entry.Move, entry.Rejected = &move{From: "https://a.example", To: "https://b.example"}, time.Now().UTC()
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+		e.restart()
+		rejected := e.read("tenants/acme")
+		assert.Equal(t, statusRejected, rejected["status"])
+		assert.Contains(t, rejected["last_error"], "refuses the refresh token")
+		assert.Equal(t, stamp(entry.Rejected), rejected["last_error_time"])
+		e.addTenant("acme")
+		after := e.read("tenants/acme")
+		assert.Equal(t, statusUnverified, after["status"])
+		assert.NotContains(t, after, "last_error")
+		assert.NotContains(t, after, "last_exchange_time")
+		assert.Nil(t, e.stored("acme").Move)
+	})
+}
+
+// What a request about a tenant that is not there comes to.
+func TestRequestsAboutNoTenant(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		for _, c := range []struct {
+			op     logical.Operation
+			data   map[string]any
+			status int
+			says   string
+		}{
+			{logical.PatchOperation, map[string]any{"refresh_token": "r", "verify": false}, 404, "to patch"},
+			{logical.PatchOperation, map[string]any{"token_per_lease": true}, 404, "to patch"},
+			{logical.UpdateOperation, map[string]any{"token_per_lease": true}, 400, "refresh_token is required"},
+			{logical.UpdateOperation, map[string]any{"connector": "default"}, 400, "refresh_token is required"},
+		} {
+			_, status, text := e.try(c.op, "tenants/none", c.data)
+			assert.Equal(t, c.status, status)
+			assert.Contains(t, text, c.says)
+		}
+		assert.Nil(t, e.stored("none"))
+		e.add("acme", nil)
+		require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), connectorPrefix+defaultConnector))
+		e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector)
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"token_per_lease": true})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "is not configured")
+		e.restart()
+		e.waitForIndex()
+		e.storage.refuse("get", tenantPrefix)
+		_, err := e.do(t.Context(), logical.UpdateOperation, "tenants/acme", nil)
+		require.Error(t, err, "whether it is there is not known")
+		e.storage.refuse("list", tenantPrefix)
+		_, status, _ = e.try(logical.ListOperation, "tenants/", nil)
+		assert.Equal(t, 500, status)
+	})
+}
+
+// A client without a secret is complete without one.
+func TestOAuthPublicClient(t *testing.T) {
+	e := newOAuthEngine(t, oauth2test.ClassA, map[string]any{"token_endpoint_auth_method": oauth2test.AuthNone, "connector_secret": nil})
+	via, err := e.connectors.of(t.Context(), defaultConnector)
+	require.NoError(t, err)
+	assert.NoError(t, via.incomplete)
 }
 
 // ttl may be all of max_ttl.

@@ -98,6 +98,5 @@ func (s *kaizalaSettings) address() string { return s.APIRoot }
 
 func (s *kaizalaSettings) clone() serviceSettings {
 	next := *s
-	next.RedirectHosts = slices.Clone(s.RedirectHosts)
 	return &next
 }

@@ -2,9 +2,7 @@ package backend
 
 import (
 	"context"
-	"maps"
 	"net/http"
-	"slices"
 	"strings"
 	"time"
 
@@ -285,7 +283,5 @@ func (s *oauthSettings) consent() consent {
 
 func (s *oauthSettings) clone() serviceSettings {
 	next := *s
-	next.TokenParams, next.AuthorizationParams = maps.Clone(s.TokenParams), maps.Clone(s.AuthorizationParams)
-	next.Scopes, next.RedirectURIs = slices.Clone(s.Scopes), slices.Clone(s.RedirectURIs)
 	return &next
 }

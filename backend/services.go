@@ -54,7 +54,7 @@ type serviceSettings interface {
 	client(c *connectorEntry, transport http.RoundTripper) (tokenservice.Service, error)
 	// address is what a tenant's move holds for.
 	address() string
-	// clone returns a copy that can be changed.
+	// clone returns a copy that set can change: set replaces lists and maps whole.
 	clone() serviceSettings
 }
 
