@@ -405,3 +405,36 @@ func TestStatusAtTheEnd(t *testing.T) {
 	s.assumed = true
 	assert.Equal(t, statusOK, s.status(now, nil))
 }
+
+// A start at which storage gives nothing knows no tenant, and does not take that for none: no connector goes, and the next tick
+// builds the index.
+func TestStartWhileStorageGivesNothing(t *testing.T) {
+	for name, fails := range map[string]func(op, key string) bool{
+		"the list":   func(op, key string) bool { return op == "list" && key == tenantPrefix },
+		"each entry": func(op, key string) bool { return op == "get" && strings.HasPrefix(key, tenantPrefix) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(3)
+				e.stop()
+				e.storage.failWith(func(op, key string) error {
+					if fails(op, key) {
+						return errStorage
+					}
+					return nil
+				})
+				e.start()
+				synctest.Wait()
+				_, status, _ := e.try(logical.DeleteOperation, "config/default", nil)
+				assert.Equal(t, http.StatusServiceUnavailable, status)
+				e.storage.heal()
+				e.minute()
+				synctest.Wait()
+				assert.Len(t, e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"], 3)
+				_, status, _ = e.try(logical.DeleteOperation, "config/default", nil)
+				assert.Equal(t, http.StatusBadRequest, status)
+			})
+		})
+	}
+}
