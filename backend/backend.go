@@ -71,7 +71,7 @@ type backend struct {
 	work     sync.WaitGroup  // goroutines; none is added once stopping
 	indexing chan struct{}   // closed when the index of tenants has been built; nil: nothing builds it
 	indexed  bool            // it is complete, but for unread
-	unread   map[string]bool // tenants that storage could not give
+	unread   map[string]bool // tenants that storage could not give, or that another node has written
 }
 
 // newBackend makes an engine. It neither calls a service nor touches storage, which at this point may not even be there. The
@@ -80,7 +80,7 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
-	b := &backend{storage: conf.StorageView}
+	b := &backend{storage: conf.StorageView, unread: map[string]bool{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	if err := b.assemble(transport); err != nil {
 		return nil, err
@@ -128,7 +128,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
 	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, &b.node, b.ctx, b.goWork
-	b.revocations.tenant = b.tenants.load
+	b.revocations.tenants = b.tenants
 	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
@@ -269,6 +269,7 @@ func (b *backend) askTTLs() {
 func (b *backend) invalidate(_ context.Context, key string) {
 	if name, ok := strings.CutPrefix(key, tenantPrefix); ok {
 		b.tenants.invalidate(name)
+		b.readLater(name)
 	}
 	b.connectors.invalidate(key)
 	b.revocations.invalidate(key)

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -58,9 +58,7 @@ func (b *backend) indexTenants() error {
 	}
 	var readers errgroup.Group
 	readers.SetLimit(storageReaders)
-	var mu sync.Mutex
-	unread := map[string]bool{}
-	failed := 0
+	var failed atomic.Int64
 	for _, name := range names {
 		if b.isStopping() {
 			break
@@ -70,26 +68,21 @@ func (b *backend) indexTenants() error {
 			if err == nil {
 				return nil
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			unread[name] = true
+			b.readLater(name)
 			if errors.Is(err, errUnreadable) {
 				b.Logger().Error("a tenant is left out", "tenant", name, "error", err)
 				return nil
 			}
-			failed++
+			failed.Add(1)
 			return nil
 		})
 	}
 	_ = readers.Wait()
-	b.mu.Lock()
-	b.unread = unread
-	b.mu.Unlock()
-	if failed == 0 {
+	if failed.Load() == 0 {
 		return nil
 	}
-	b.Logger().Warn("some tenants could not be read yet", "tenants", failed)
-	if failed == len(names) {
+	b.Logger().Warn("some tenants could not be read yet", "tenants", failed.Load())
+	if int(failed.Load()) == len(names) {
 		return errStorage // storage gives nothing: the next tick begins anew
 	}
 	return nil
@@ -123,7 +116,14 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	return nil
 }
 
-// readUnread tries again to put those tenants into the index that storage could not give.
+// readLater has a tenant put into the index within a minute.
+func (b *backend) readLater(name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.unread[name] = true
+}
+
+// readUnread puts those tenants into the index that storage could not give, and those that another node has written.
 func (b *backend) readUnread(ctx context.Context) {
 	b.mu.Lock()
 	names := slices.Collect(maps.Keys(b.unread))
@@ -132,10 +132,11 @@ func (b *backend) readUnread(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if b.indexTenant(ctx, name) == nil {
-			b.mu.Lock()
-			delete(b.unread, name)
-			b.mu.Unlock()
+		b.mu.Lock()
+		delete(b.unread, name)
+		b.mu.Unlock()
+		if b.indexTenant(ctx, name) != nil {
+			b.readLater(name)
 		}
 	}
 }

@@ -77,8 +77,8 @@ type revocations struct {
 	node       interface{ WriteSafeReplicationState() bool }
 	ctx        context.Context
 	work       func(func()) bool
-	tenant     func(ctx context.Context, name string) (*tenant, *tenantView, error) // reads a tenant
-	stopping   chan struct{}                                                        // closed when the engine ends: nobody waits for a next try any more
+	tenants    *tenants
+	stopping   chan struct{} // closed when the engine ends: nobody waits for a next try any more
 	stopOnce   sync.Once
 
 	mu       sync.Mutex
@@ -744,10 +744,14 @@ func listBelow(ctx context.Context, s logical.Storage, prefix string) (keys []st
 }
 
 // isGone says whether a tenant has given up the token of an intent that another process has stored, which may have ended before
-// it changed or deleted the tenant. An access token is gone once the tenant has been read, see [tenants.recover].
+// it changed or deleted the tenant. It gives up an access token that the tenant has still.
 func (r *revocations) isGone(ctx context.Context, i *intent) (bool, error) {
-	_, v, err := r.tenant(ctx, i.Tenant)
-	return i.Type == tokenservice.TypeAccessToken || v == nil || v.entry.RefreshToken != i.Token, ignoreUnusable(err)
+	if i.Type == tokenservice.TypeAccessToken {
+		_, err := r.tenants.giveUp(ctx, i.Tenant, i.id)
+		return true, ignoreUnusable(err)
+	}
+	_, v, err := r.tenants.load(ctx, i.Tenant)
+	return v == nil || v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 }
 
 // forEach calls f for each key, some at once.

@@ -230,11 +230,16 @@ func (ts *tenants) plan(ctx context.Context, name string, e *tenantEntry) {
 func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error) {
 	var e *tenantEntry
 	err := ts.locked(ctx, name, func(t *tenant) (err error) {
-		if t.view.Load().knows != unknown {
+		v := t.view.Load()
+		if v.knows != unknown {
 			return nil
 		}
-		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil || e == nil {
+		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil {
 			return err
+		}
+		if e == nil {
+			t.found(v, nil) // another node has deleted it
+			return nil
 		}
 		if err := ts.recover(ctx, t, e); err != nil {
 			return err
@@ -404,15 +409,16 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		if v.entry == nil || v.entry.Access == nil || v.entry.Access.Generation != generation {
 			return nil
 		}
-		if err := ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access); err != nil {
-			return err
-		}
 		next := *v.entry
 		next.Access = nil
 		if via := ts.connectors.present(next.Connector); via != nil && via.about.Revocation == tokenservice.RevokeByExchange {
 			next.EndsBy = v.entry.Access.Expires
 		}
-		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, &next); err != nil {
+		err = ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access)
+		if err == nil {
+			err = putEntry(ctx, ts.storage, tenantPrefix+t.name, &next)
+		}
+		if err != nil {
 			t.doubt()
 			ts.schedule(t) // storage has to hear of it though nobody tries again: a process after this one would hand it out
 			return err

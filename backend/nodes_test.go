@@ -1,0 +1,188 @@
+package backend
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Two nodes on one storage: what one writes, the other is told.
+
+// newStandby starts another node on the storage of e, as a performance standby that is told what e writes.
+func (e *oauthEngine) newStandby() *oauthEngine {
+	other := &oauthEngine{server: e.server, clientID: e.clientID, secret: e.secret}
+	other.engine = &engine{
+		t: e.t, kaizala: e.kaizala, storage: &storage{InmemStorage: e.storage.InmemStorage}, system: newSystem(),
+		events: &events{}, log: &lockedBuffer{}, wire: e.wire,
+	}
+	other.mayWrite(false)
+	other.start()
+	e.t.Cleanup(other.stop)
+	e.tell(other)
+	other.waitForIndex()
+	return other
+}
+
+// tell has the writes of one node invalidate what the other has in memory.
+func (e *oauthEngine) tell(other *oauthEngine) {
+	e.storage.surround(func(op, key string, do func() error) error {
+		err := do()
+		if err == nil && (op == "put" || op == "delete") {
+			other.InvalidateKey(context.Background(), key)
+		}
+		return err
+	})
+}
+
+// mayWrite makes a node one that may write, or a standby.
+func (e *oauthEngine) mayWrite(may bool) {
+	if may {
+		e.system.replication.Store(0)
+		e.storage.heal()
+		return
+	}
+	e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+	e.storage.failWith(func(op, _ string) error {
+		if op == "put" || op == "delete" {
+			return logical.ErrReadOnly
+		}
+		return nil
+	})
+}
+
+// swap makes the standby the node that may write.
+func (e *oauthEngine) swap(other *oauthEngine) {
+	e.storage.heal()
+	e.mayWrite(false)
+	other.mayWrite(true)
+	other.tell(e)
+}
+
+// What a standby lists of tenants is at most a minute old.
+func TestStandbyListsWhatTheOtherNodeWrites(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("old", nil)
+		standby := e.newStandby()
+		e.add("new", nil)
+		e.server.Withdraw("old")
+		_, _, _ = e.try(logical.ReadOperation, "creds/old", nil)
+		standby.pass(time.Minute)
+		synctest.Wait()
+		active, listed := e.ok(logical.ListOperation, "tenants/", nil), standby.ok(logical.ListOperation, "tenants/", nil)
+		assert.Equal(t, active.Data["key_info"], listed.Data["key_info"])
+		assert.Empty(t, listed.Warnings)
+	})
+}
+
+// A node that becomes the one that may write knows at once which tenants use a connector, and which do not any more.
+func TestPromotedNodeKnowsWhoUsesAConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.write("config/other", map[string]any{
+			"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+		})
+		e.add("old", nil)
+		standby := e.newStandby()
+		for _, name := range []string{"new", "old"} {
+			e.write("tenants/"+name, map[string]any{"connector": "other", "refresh_token": e.server.Grant(e.clientID, name), "verify": false})
+			e.swap(standby)
+			_, status, _ := standby.try(logical.DeleteOperation, "config/other", nil)
+			assert.Equal(t, http.StatusBadRequest, status, name)
+			standby.swap(e)
+			e.ok(logical.DeleteOperation, "tenants/"+name, nil)
+		}
+		e.swap(standby)
+		standby.ok(logical.DeleteOperation, "config/other", nil)
+	})
+}
+
+// A refresh token is kept alive by the node that may write now, though another has written the tenant.
+func TestPromotedNodeRenewsWhatTheOtherHasMade(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			oauth2test.ClassA(o)
+			o.RefreshTokenLife, o.RefreshTokenLifeField = 10*time.Hour, "refresh_token_expires_in"
+		}, classA)
+		standby := e.newStandby()
+		e.add("acme", nil)
+		e.lease("acme")
+		e.swap(standby)
+		standby.pass(15 * time.Hour)
+		assert.True(t, e.server.RefreshTokenAlive(e.stored("acme").RefreshToken))
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
+// One node ends when the intent for an access token is stored and the tenant has the token still: the other, which has handed it
+// out from memory, does not hand it out once it has revoked it.
+func TestPromotedNodeGoesOnWithAnIntent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		standby := e.newStandby()
+		require.Equal(t, accessTokenOf(lease), standby.read("token/acme")["access_token"])
+		e.storage.refuse("put", tenantPrefix)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway, Times: 1})
+		require.Error(t, e.revokeLease(lease))
+		e.swap(standby)
+		standby.pass(2 * time.Minute)
+		assert.True(t, e.server.Alive(standby.read("token/acme")["access_token"].(string)))
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.kept()
+	})
+}
+
+// What one node could not store is of before an exchange of the other, and does not replace what that has brought.
+func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassC(o); o.Grace = time.Minute }, classB)
+		e.add("acme", nil)
+		other := e.newStandby()
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
+				return logical.ErrReadOnly
+			}
+			return do()
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.swap(other)
+		other.read("creds/acme")
+		other.swap(e)
+		e.pass(3 * time.Minute)
+		assert.Equal(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, statusOK, e.status("acme"))
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
+
+// Storage takes neither that an access token was given up nor its intent. Once it takes them, the token is revoked, and a process
+// after this one does not hand it out, though nobody has tried again.
+func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.waitForIndex()
+		e.storage.refuse("put", intentPrefix)
+		require.Error(t, e.revokeLease(lease))
+		e.storage.heal()
+		e.pass(3 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.crash()
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+	})
+}
