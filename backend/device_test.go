@@ -346,6 +346,24 @@ func TestAnswerToAnOlderPoll(t *testing.T) {
 	}
 }
 
+// A person who decides in the last moments connects the tenant, though the answer comes when the code has expired.
+func TestPollInTheLastMoments(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		code := e.start(byDevice, nil)["user_code"].(string)
+		time.Sleep(10*time.Minute - 9*time.Second)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+		time.Sleep(10 * time.Second)
+		e.minute()
+		synctest.Wait()
+		assert.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		e.server.ClearFaults()
+		synctest.Wait()
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
 // Storage that cannot be read for a while costs an attempt that is polled nothing but time.
 func TestPollsGoOnOnceStorageIsThere(t *testing.T) {
 	for _, key := range []string{attemptKeys, tenantPrefix} {

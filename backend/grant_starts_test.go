@@ -188,11 +188,13 @@ func TestAGrantFindsTheConnectorRefused(t *testing.T) {
 func TestStartsWarnOfLiveLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
-		for i, leased := range []bool{false, false, true} {
-			if i == 1 {
+		for _, state := range []string{"no tenant", "no access token", "no lease", "a lease"} {
+			switch state {
+			case "no access token":
 				e.addTenant("acme")
-			}
-			if leased {
+			case "no lease":
+				e.read("token/acme")
+			case "a lease":
 				e.lease("acme")
 			}
 			for path, data := range map[string]map[string]any{
@@ -200,7 +202,7 @@ func TestStartsWarnOfLiveLeases(t *testing.T) {
 			} {
 				resp, status, text := e.ask(logical.UpdateOperation, "tenants/acme/"+path, data)
 				require.Equal(t, 200, status, text)
-				assert.Equal(t, leased, strings.Contains(fmt.Sprint(resp.Warnings), "live leases"), path)
+				assert.Equal(t, state == "a lease", strings.Contains(fmt.Sprint(resp.Warnings), "live leases"), path)
 			}
 		}
 		old := e.lease("acme")

@@ -195,7 +195,6 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	}
 	end = &verdict{service: b.serviceName(a.Connector)}
 	finish := func(status, text string) (*verdict, string, bool, error) {
-		a.Used = true
 		a.close(status, text)
 		end.what, end.text = status, text
 		return end, "", true, nil

@@ -382,7 +382,7 @@ func TestRequestsAboutNoTenant(t *testing.T) {
 			status int
 			says   string
 		}{
-			{logical.PatchOperation, map[string]any{"refresh_token": "r", "verify": false}, 404, "to patch"},
+			{logical.PatchOperation, map[string]any{"refresh_token": e.server.Grant(e.clientID, "none")}, 404, "to patch"},
 			{logical.PatchOperation, map[string]any{"token_per_lease": true}, 404, "to patch"},
 			{logical.UpdateOperation, map[string]any{"token_per_lease": true}, 400, "refresh_token is required"},
 			{logical.UpdateOperation, map[string]any{"connector": "default"}, 400, "refresh_token is required"},
@@ -392,6 +392,7 @@ func TestRequestsAboutNoTenant(t *testing.T) {
 			assert.Contains(t, text, c.says)
 		}
 		assert.Nil(t, e.stored("none"))
+		assert.Empty(t, e.server.Calls())
 		e.add("acme", nil)
 		require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), connectorPrefix+defaultConnector))
 		e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector)
@@ -401,7 +402,7 @@ func TestRequestsAboutNoTenant(t *testing.T) {
 		e.restart()
 		e.waitForIndex()
 		e.storage.refuse("get", tenantPrefix)
-		_, err := e.do(t.Context(), logical.UpdateOperation, "tenants/acme", nil)
+		_, _, err := e.HandleExistenceCheck(t.Context(), &logical.Request{Operation: logical.CreateOperation, Path: "tenants/acme", Storage: e.storage})
 		require.Error(t, err, "whether it is there is not known")
 		e.storage.refuse("list", tenantPrefix)
 		_, status, _ = e.try(logical.ListOperation, "tenants/", nil)
