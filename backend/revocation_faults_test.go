@@ -343,11 +343,19 @@ func TestOAuthLeaseIsRevokedTwiceAtOnce(t *testing.T) {
 		e.add("acme", map[string]any{"token_per_lease": true})
 		lease := e.lease("acme")
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 2 * time.Second})
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, intentPrefix) {
+				time.Sleep(time.Second) // until both have found the token's record
+			}
+			return do()
+		})
+		begun := time.Now()
 		var both sync.WaitGroup
 		for range 2 {
 			both.Go(func() { assert.NoError(t, e.revokeLease(lease)) })
 		}
 		both.Wait()
+		assert.Equal(t, 3*time.Second, time.Since(begun))
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
 		assert.Len(t, e.revocations(), 1)
 	})
