@@ -68,10 +68,10 @@ type backend struct {
 
 	mu       sync.Mutex
 	stopping bool
-	work     sync.WaitGroup  // goroutines; none is added once stopping
-	indexing chan struct{}   // closed when the index of tenants has been built; nil: nothing builds it
-	indexed  bool            // it is complete, but for unread
-	unread   map[string]bool // tenants that storage could not give, or that another node has written
+	work     sync.WaitGroup // goroutines; none is added once stopping
+	indexing chan struct{}  // closed when the index of tenants has been built; nil: nothing builds it
+	indexed  bool           // it is complete, but for unread
+	unread   map[string]int // how often tenants were written by another node, or not given by storage, that are not read yet
 }
 
 // newBackend makes an engine. It neither calls a service nor touches storage, which at this point may not even be there. The
@@ -80,7 +80,7 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
-	b := &backend{storage: conf.StorageView, unread: map[string]bool{}}
+	b := &backend{storage: conf.StorageView, unread: map[string]int{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	if err := b.assemble(transport); err != nil {
 		return nil, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -120,23 +119,24 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 func (b *backend) readLater(name string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.unread[name] = true
+	b.unread[name]++
 }
 
 // readUnread puts those tenants into the index that storage could not give, and those that another node has written.
 func (b *backend) readUnread(ctx context.Context) {
 	b.mu.Lock()
-	names := slices.Collect(maps.Keys(b.unread))
+	unread := maps.Clone(b.unread)
 	b.mu.Unlock()
-	for _, name := range names {
+	for name, times := range unread {
 		if ctx.Err() != nil {
 			return
 		}
-		b.mu.Lock()
-		delete(b.unread, name)
-		b.mu.Unlock()
-		if b.indexTenant(ctx, name) != nil {
-			b.readLater(name)
+		if b.indexTenant(ctx, name) == nil {
+			b.mu.Lock()
+			if b.unread[name] == times { // and was not written again meanwhile
+				delete(b.unread, name)
+			}
+			b.mu.Unlock()
 		}
 	}
 }

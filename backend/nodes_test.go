@@ -107,6 +107,42 @@ func TestPromotedNodeKnowsWhoUsesAConnector(t *testing.T) {
 	})
 }
 
+// A connector is not deleted while somebody still reads the tenant that another node has given it, and not after he has read what
+// the tenant was before.
+func TestPromotedNodeStillReadsATenant(t *testing.T) {
+	for _, before := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.write("config/other", map[string]any{
+				"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+			})
+			other := e.newStandby()
+			connector := map[bool]string{false: "other", true: defaultConnector}[before]
+			e.add("acme", map[string]any{"connector": connector})
+			read := make(chan struct{})
+			other.storage.surround(func(op, key string, do func() error) error {
+				err := do()
+				if op == "get" && key == tenantPrefix+"acme" {
+					<-read
+				}
+				return err
+			})
+			other.minute()
+			synctest.Wait()
+			if before {
+				e.write("tenants/acme", map[string]any{"connector": "other", "verify": false})
+				close(read)
+				synctest.Wait()
+			} else {
+				time.AfterFunc(time.Second, func() { close(read) })
+			}
+			e.swap(other)
+			_, status, _ := other.try(logical.DeleteOperation, "config/other", nil)
+			assert.Equal(t, http.StatusBadRequest, status, before)
+		})
+	}
+}
+
 // A refresh token is kept alive by the node that may write now, though another has written the tenant.
 func TestPromotedNodeRenewsWhatTheOtherHasMade(t *testing.T) {
 	bubble(t, func(t *testing.T) {
