@@ -273,6 +273,7 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	}
 	b.connectors.invalidate(key)
 	b.revocations.invalidate(key)
+	b.grants.invalidate(key)
 }
 
 // goWork runs f in a goroutine that Clean waits for, and says whether it does.

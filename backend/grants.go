@@ -6,6 +6,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -164,6 +165,15 @@ func (g *grants) note(a *attempt) {
 	}
 	if a.State != "" {
 		g.forget[a.State] = a.Expires.Add(statesKnown)
+	}
+}
+
+// invalidate takes in that another node has changed an attempt: all are read again once this node may write.
+func (g *grants) invalidate(key string) {
+	if strings.HasPrefix(key, attemptPrefix) {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.loaded = false
 	}
 }
 

@@ -222,3 +222,20 @@ func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 	})
 }
+
+// A node that may write again goes on with an attempt that another has begun meanwhile.
+func TestNodeGoesOnWithAnotherNodesAttempt(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.write("config", map[string]any{"device_authorization_url": e.server.DeviceURL()})
+		e.waitForIndex()
+		other := e.newStandby()
+		e.swap(other)
+		code := other.write("tenants/acme/device", nil).Data["user_code"].(string)
+		other.swap(e)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.pass(2 * time.Minute)
+		require.NotNil(t, e.stored("acme"))
+		assert.Equal(t, attemptGranted, e.read("tenants/acme/device")["status"])
+	})
+}
