@@ -181,6 +181,35 @@ func TestPromotedNodeGoesOnWithAnIntent(t *testing.T) {
 	})
 }
 
+// An intent that is stored while another node reads them all is not lost on that.
+func TestIntentIsStoredWhileAnotherNodeReadsThem(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		other := e.newStandby()
+		listed := make(chan struct{})
+		other.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "list" && key == intentPrefix {
+				<-listed
+			}
+			return err
+		})
+		other.InvalidateKey(t.Context(), intentPrefix+"default/ANOTHER")
+		other.minute()
+		synctest.Wait()
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		close(listed)
+		synctest.Wait()
+		e.swap(other)
+		e.server.ClearFaults()
+		other.pass(2 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
+
 // What one node could not store is of before an exchange of the other, and does not replace what that has brought.
 func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -85,6 +85,7 @@ type revocations struct {
 	intents  map[string]map[string]*intent // by connector and id
 	expiries map[string]time.Time          // of what is held, by key below heldPrefix
 	loaded   bool
+	told     int                      // how often another node has changed what storage has
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
@@ -643,7 +644,7 @@ func (r *revocations) drop(ctx context.Context, connector string, about tokenser
 // load reads what storage has into memory, unless that has been done.
 func (r *revocations) load(ctx context.Context) error {
 	r.mu.Lock()
-	loaded := r.loaded
+	loaded, told := r.loaded, r.told
 	r.mu.Unlock()
 	if loaded {
 		return nil
@@ -687,6 +688,9 @@ func (r *revocations) load(ctx context.Context) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.told != told {
+		return nil // what was read may be of before: the next tick reads it again
+	}
 	r.loaded = true
 	clear(r.settled)
 	return nil
@@ -721,6 +725,7 @@ func (r *revocations) invalidate(key string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.loaded = false
+	r.told++
 	clear(r.intents)
 	clear(r.expiries)
 }
