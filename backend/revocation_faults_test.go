@@ -264,6 +264,7 @@ func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 		assert.Len(t, e.revocations(), calls, "it has not been told")
 		e.InvalidateKey(t.Context(), key)
 		e.pass(time.Minute)
+		synctest.Wait()
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
 
 		record := heldPrefix + "acme/X"
@@ -272,6 +273,7 @@ func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 		assert.NotEmpty(t, e.get(record), "it has not been told")
 		e.InvalidateKey(t.Context(), record)
 		e.pass(2 * time.Minute)
+		synctest.Wait()
 		assert.Empty(t, e.get(record))
 	})
 }
