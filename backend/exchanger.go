@@ -151,10 +151,10 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	select {
 	case <-f.done:
 	case <-ctx.Done():
-		if own {
-			f.abandon()
+		if !own || f.abandon() {
+			return nil, ctx.Err()
 		}
-		return nil, ctx.Err()
+		<-f.done // storage has all of it
 	}
 	if !own && !f.shared(w) {
 		return nil, errSuperseded // it was not for this request
@@ -417,6 +417,13 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 		return storageTrouble(f.t.name, errStorage)
 	}
 	f.t.noteIssued(o.access.Generation)
+	if !f.handOver() {
+		_, err := x.revocations.giveUpHeld(ctx, f.t.name, o.access.Generation)
+		if err != nil {
+			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry, nil)
+		}
+		return err
+	}
 	f.token = o.access
 	return nil
 }

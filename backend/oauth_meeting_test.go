@@ -1,9 +1,11 @@
 package backend
 
 import (
+	"context"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -370,4 +372,74 @@ func TestEndOfATokenThatStorageHasNotTaken(t *testing.T) {
 		e.crash()
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 	})
+}
+
+// Two ends of one lease give its access token up, one while storage deletes the intent of the other: no intent is left that memory
+// does not know.
+func TestAccessTokenIsGivenUpWhileItsIntentIsSettled(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.waitForIndex()
+		lease := e.lease("acme")
+		var first atomic.Bool
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			switch {
+			case op == "get" && strings.HasPrefix(key, heldPrefix) && first.CompareAndSwap(false, true):
+				time.Sleep(time.Second)
+			case op == "get" && strings.HasPrefix(key, heldPrefix):
+				time.Sleep(2 * time.Second)
+			case op == "delete" && strings.HasPrefix(key, intentPrefix):
+				time.Sleep(2 * time.Second)
+			}
+			return err
+		})
+		var both sync.WaitGroup
+		for range 2 {
+			both.Go(func() { e.revoke(lease) })
+		}
+		both.Wait()
+		e.storage.heal()
+		e.pass(time.Minute)
+		keys, err := listBelow(t.Context(), e.storage, intentPrefix)
+		require.NoError(t, err)
+		assert.Empty(t, keys)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
+
+// A reader stops waiting, or goes away, while the record of the access token for his lease is stored, or as it has been stored:
+// nobody has the token, so it is revoked, or he gets it after all.
+func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
+	for _, gone := range []bool{false, true} {
+		for _, late := range []time.Duration{0, time.Second} { // how long after he has left the record is stored
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", map[string]any{"token_per_lease": true})
+				e.waitForIndex()
+				e.storage.surround(func(op, key string, do func() error) error {
+					if op == "put" && strings.HasPrefix(key, heldPrefix) {
+						time.Sleep(answerWithin + late)
+					}
+					return do()
+				})
+				ctx := t.Context()
+				if gone {
+					within, cancel := context.WithTimeout(ctx, answerWithin)
+					defer cancel()
+					ctx = within
+				}
+				resp, status, _ := e.tryContext(ctx, logical.ReadOperation, "creds/acme", nil)
+				e.pass(time.Minute)
+				if status == http.StatusOK {
+					require.False(t, gone)
+					require.Equal(t, []string{accessTokenOf(resp)}, e.server.AccessTokens("acme"))
+					e.revoke(resp)
+				}
+				assert.Empty(t, e.server.AccessTokens("acme"), "%v %v", gone, late)
+				e.kept()
+			})
+		}
+	}
 }

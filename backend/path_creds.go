@@ -63,6 +63,9 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 	}
 	resp := b.newLease(v, token, r.own)
 	b.warn(resp, t, v)
+	if ctx.Err() != nil && r.own {
+		return nil, errors.Join(ctx.Err(), b.endHeld(context.WithoutCancel(ctx), r.tenant, token.Generation))
+	}
 	if ctx.Err() != nil {
 		// Vault may or may not have registered a lease for a reader who has gone.
 		token.doubt()
@@ -143,6 +146,8 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		}
 		token, exchanged, err := b.nextToken(waiting, t, v, r)
 		switch {
+		case token != nil:
+			return t, v, token, nil
 		case ctx.Err() != nil:
 			return nil, nil, nil, ctx.Err()
 		case errors.Is(err, errSuperseded):
@@ -161,8 +166,6 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 				}
 			}
 			return nil, nil, nil, b.readerError(r.tenant, v.entry.Connector, err)
-		case token != nil:
-			return t, v, token, nil
 		}
 		if exchanged {
 			exchanges++

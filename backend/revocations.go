@@ -54,6 +54,7 @@ type intent struct {
 	rest          time.Duration
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
+	settling      bool          // storage is deleting it
 	spared        bool          // its refresh token is wanted again: a call that waits for its place in the share is not made
 	isDeleted     doubtfulDelete
 }
@@ -217,7 +218,7 @@ func (r *revocations) put(ctx context.Context, connector, id string, i *intent) 
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if known := r.intents[connector][id]; known == nil {
+	if known := r.intents[connector][id]; known == nil || known.settling { // storage may have deleted the known one before
 		r.add(i)
 	}
 	return nil
@@ -266,11 +267,16 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 func (r *revocations) settle(ctx context.Context, i *intent) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	if err := storageError(r.storage.Delete(ctx, intentPrefix+i.connector+"/"+i.id)); err != nil {
-		return err
-	}
+	r.mu.Lock()
+	i.settling = true
+	r.mu.Unlock()
+	err := storageError(r.storage.Delete(ctx, intentPrefix+i.connector+"/"+i.id))
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	i.settling = false
+	if err != nil {
+		return err
+	}
 	if !r.loaded {
 		r.settled[i.connector+"/"+i.id] = true
 	}

@@ -230,16 +230,25 @@ type flight struct {
 	lost bool
 	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
 	carriedOut bool
-	left       atomic.Bool // the reader has gone whom the token is for
+	// parting says who has come first: the reader whom the token is for, by going away, or the flight, with the token.
+	parting atomic.Int32
 
 	placed    chan struct{} // closed when the flight has its place in the share
 	placeOnce sync.Once
 }
 
-// abandon notes that the reader has gone whom the flight's access token is for.
-func (f *flight) abandon() { f.left.Store(true) }
+const (
+	abandoned  = 1
+	handedOver = 2
+)
 
-func (f *flight) isAbandoned() bool { return f.left.Load() }
+// abandon notes that the reader has gone whom the flight's access token is for. It fails where the token is his already.
+func (f *flight) abandon() bool { return f.parting.CompareAndSwap(0, abandoned) }
+
+// handOver makes the flight's access token the reader's. It fails where the reader has gone.
+func (f *flight) handOver() bool { return f.parting.CompareAndSwap(0, handedOver) }
+
+func (f *flight) isAbandoned() bool { return f.parting.Load() == abandoned }
 
 // answered notes that the flight's exchange was refused by an answer: a process after this one need not ask.
 func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
