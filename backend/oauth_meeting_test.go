@@ -433,7 +433,7 @@ func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 				resp, status, _ := e.tryContext(ctx, logical.ReadOperation, "creds/acme", nil)
 				e.pass(time.Minute)
 				if status == http.StatusOK {
-					require.False(t, gone)
+					require.False(t, gone && late > 0) // at one moment, either may come first
 					require.Equal(t, []string{accessTokenOf(resp)}, e.server.AccessTokens("acme"))
 					e.revoke(resp)
 				}
