@@ -112,15 +112,17 @@ func TestMinTTLAfterTheTokenIsGivenUp(t *testing.T) {
 }
 
 func TestMinTTLOfAReaderIsHalfALifeAtMost(t *testing.T) {
-	e := newConfiguredEngine(t)
-	e.addTenant("acme")
-	e.read("creds/acme")
-	half := e.stored("acme").AccessTokenLife / 2
-	require.Zero(t, half%time.Second)
-	e.ok(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": half.String()})
-	_, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": (half + time.Second).String()})
-	assert.Equal(t, 400, status)
-	assert.Contains(t, text, half.String()+" at most")
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.read("creds/acme")
+		half := e.stored("acme").AccessTokenLife / 2
+		require.Zero(t, half%time.Second)
+		e.ok(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": half.String()})
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": (half + time.Second).String()})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, half.String()+" at most")
+	})
 }
 
 // Vault compares times in whole seconds. However a renewal falls between them, it asks for no more than Vault may give, which
