@@ -302,8 +302,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			if c.retiresTokens() {
 				ts.withdraw(ctx, t, v)
 			}
-			t.doubt() // storage may have taken it all the same
-			ts.schedule(t)
+			ts.doubt(t)
 			return err
 		}
 		ts.stored(t, next, nil)
@@ -341,8 +340,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 				return e == nil || e.Lineage != lineage, ignoreUnusable(err)
 			})
 			ts.withdraw(ctx, t, v)
-			t.doubt()
-			ts.schedule(t)
+			ts.doubt(t)
 			return err
 		}
 		tell(nil)
@@ -356,13 +354,19 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
+// doubt takes in that a write or a delete has failed, which storage may have done all the same. An access token that was given up
+// is taken out of storage within a minute, though nobody tries again: a process after this one would hand it out.
+func (ts *tenants) doubt(t *tenant) {
+	t.doubt()
+	ts.schedule(t)
+}
+
 // withdraw makes sure that nobody gets an access token that may be revoked by now, though storage may still have it: the write
 // or delete that was to end it has failed.
 func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
 		t.giveUp(v.access.Generation)
-		t.doubt()
-		ts.schedule(t) // storage has to hear of it, though nobody tries again: a process after this one would hand it out
+		ts.doubt(t)
 	}
 }
 
@@ -419,8 +423,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 			err = putEntry(ctx, ts.storage, tenantPrefix+t.name, &next)
 		}
 		if err != nil {
-			t.doubt()
-			ts.schedule(t) // storage has to hear of it though nobody tries again: a process after this one would hand it out
+			ts.doubt(t)
 			return err
 		}
 		connector = next.Connector
@@ -474,17 +477,16 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if o.access != nil && !o.ownToken {
 		ts.plan(ctx, t.name, next)
 	}
-	if err := ts.replace(ctx, t, o, v); err != nil {
-		if o.retires {
-			ts.withdraw(ctx, t, v)
-		}
-		return ts.unstored(t, o, nil)
+	var asked *tenantEntry // what storage was asked to take
+	if err = ts.replace(ctx, t, o, v); err == nil {
+		asked = next
+		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)
 	}
-	if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
+	if err != nil {
 		if o.retires {
 			ts.withdraw(ctx, t, v)
 		}
-		return ts.unstored(t, o, next)
+		return ts.unstored(t, o, asked)
 	}
 	if o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp) {
 		// A lease may have come meanwhile, and may have ended; none comes any more.
