@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/hashicorp/vault/api"
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
@@ -111,17 +112,7 @@ output "policies" {
 	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(root), 0o600))
 	var output strings.Builder
-	terraform := func(env []string, args ...string) error {
-		cmd := exec.Command("terraform", args...)
-		cmd.Dir = dir
-		cmd.Env = append(v.CLIEnv(v.RootToken), append(env, "TF_IN_AUTOMATION=1", "CHECKPOINT_DISABLE=1")...)
-		out, err := cmd.CombinedOutput()
-		output.Write(out)
-		if err != nil {
-			return fmt.Errorf("terraform %s: %w\n%s", strings.Join(args, " "), err, out)
-		}
-		return nil
-	}
+	terraform := func(env []string, args ...string) error { return v.terraform(dir, &output, env, args...) }
 	require.NoError(t, terraform(nil, "init", "-no-color"))
 	secrets := []string{"TF_VAR_connector_secret=" + secret, `TF_VAR_refresh_tokens={acme="` + refresh + `"}`}
 	require.NoError(t, terraform(secrets, "plan", "-no-color", "-out=saved"))
@@ -147,18 +138,149 @@ output "policies" {
 	_, err = v.Client.Logical().Write("kaizala/tenants/acme/refresh", nil)
 	require.NoError(t, err)
 
-	require.Empty(t, secretsIn(output.String(), secret, next, refresh))
+	noSecretsKept(t, dir, output.String(), secret, next, refresh)
+}
+
+// terraform runs a command of Terraform's in a directory, and adds what it prints to output.
+func (v *Vault) terraform(dir string, output *strings.Builder, env []string, args ...string) error {
+	cmd := exec.Command("terraform", args...)
+	cmd.Dir = dir
+	cmd.Env = append(v.CLIEnv(v.RootToken), append(env, "TF_IN_AUTOMATION=1", "CHECKPOINT_DISABLE=1")...)
+	if file := os.Getenv("TF_CLI_CONFIG_FILE"); file != "" { // says where providers come from
+		cmd.Env = append(cmd.Env, "TF_CLI_CONFIG_FILE="+file)
+	}
+	out, err := cmd.CombinedOutput()
+	output.Write(out)
+	if err != nil {
+		return fmt.Errorf("terraform %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// noSecretsKept searches what Terraform printed, the plan "saved" and all states.
+func noSecretsKept(t *testing.T, dir, output string, secrets ...string) {
+	t.Helper()
+	require.Empty(t, secretsIn(output, secrets...))
 	plan := exec.Command("terraform", "show", "-json", "saved")
 	plan.Dir = dir
 	text, err := plan.Output()
 	require.NoError(t, err)
-	require.Empty(t, secretsIn(string(text), secret, refresh))
-	kept := 0
-	for _, name := range glob(t, filepath.Join(dir, "*tfstate*")) {
-		require.Empty(t, secretsIn(fileText(t, name), secret, next, refresh), name)
-		kept++
+	require.Empty(t, secretsIn(string(text), secrets...))
+	states := glob(t, filepath.Join(dir, "*tfstate*"))
+	require.NotEmpty(t, states)
+	for _, name := range states {
+		require.Empty(t, secretsIn(fileText(t, name), secrets...), name)
 	}
-	require.Positive(t, kept)
+}
+
+// The whole module, on a Vault that has nothing of it: mounted, upgraded, pinned while it is mounted, upgraded while it
+// is pinned, unpinned, and destroyed; then mounted where an operator has pinned an older version.
+func TestTerraformModule(t *testing.T) {
+	t.Parallel()
+	needTerraform(t)
+	s := &site{Vault: Start(t), kaizala: kaizalatest.NewServer()}
+	t.Cleanup(s.kaizala.Close)
+	s.connectorID, s.connectorSecret = s.kaizala.RegisterConnector()
+	refresh := s.kaizala.GenerateUserToken(s.connectorID, "contoso")
+
+	dir := t.TempDir()
+	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(`
+variable "plugin_version" {}
+variable "plugin_pinned" {}
+variable "connector_secret" {
+  default   = null
+  ephemeral = true
+}
+variable "refresh_tokens" {
+  type      = map(string)
+  default   = {}
+  ephemeral = true
+}
+module "kaizala" {
+  source                   = "./bootstrap/terraform"
+  plugin_version           = var.plugin_version
+  plugin_sha256            = filesha256("`+s.PluginDir+`/${var.plugin_version}")
+  plugin_command           = var.plugin_version
+  plugin_pinned            = var.plugin_pinned
+  connector_id             = "`+s.connectorID+`"
+  connector_secret         = var.connector_secret
+  connector_secret_version = 1
+  connector_settings       = { api_root = "`+s.kaizala.URL+`" }
+  approle_mount            = "approle"
+  tenants = {
+    acme    = {}
+    contoso = { refresh_token_version = 1, settings = { ttl = "15m" } }
+  }
+  refresh_tokens = var.refresh_tokens
+}
+`), 0o600))
+	var output strings.Builder
+	if err := s.terraform(dir, &output, nil, "init", "-no-color"); err != nil && strings.Contains(err.Error(), "provider") {
+		t.Skip("the provider hashicorp/vault cannot be downloaded here: left out")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	const first, second = "v0.0.1", "v0.0.2"
+	for _, version := range []string{first, second} {
+		require.NoError(t, os.Rename(BuildPlugin(t, version), filepath.Join(s.PluginDir, version)))
+	}
+	require.NoError(t, s.Client.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
+	secrets := []string{"TF_VAR_connector_secret=" + s.connectorSecret, `TF_VAR_refresh_tokens={contoso="` + refresh + `"}`}
+	pin := "sys/plugins/pins/secret/" + PluginName
+
+	apply := func(version string, pinned bool, secrets ...string) {
+		t.Helper()
+		env := append(secrets, "TF_VAR_plugin_version="+version, fmt.Sprintf("TF_VAR_plugin_pinned=%t", pinned))
+		require.NoError(t, s.terraform(dir, &output, env, "plan", "-no-color", "-out=saved"))
+		require.NoError(t, s.terraform(dir, &output, env, "apply", "-no-color", "-auto-approve"))
+		s.Reload(t)
+		mounts, err := s.Client.Sys().ListMounts()
+		require.NoError(t, err)
+		require.Equal(t, version, mounts["kaizala/"].RunningVersion)
+		pins, err := s.Client.Logical().Read(pin)
+		require.NoError(t, err)
+		if pinned {
+			require.Equal(t, version, pins.Data["version"])
+		} else {
+			require.Nil(t, pins)
+			require.Equal(t, version, mounts["kaizala/"].PluginVersion)
+		}
+		// Nothing is due after it, and the secrets are not needed.
+		env = env[len(secrets):]
+		require.NoError(t, s.terraform(dir, &output, env, "plan", "-no-color", "-detailed-exitcode"))
+	}
+	destroy := func() {
+		t.Helper()
+		env := []string{"TF_VAR_plugin_version=" + first, "TF_VAR_plugin_pinned=false"}
+		require.NoError(t, s.terraform(dir, &output, env, "destroy", "-no-color", "-auto-approve"))
+		pins, err := s.Client.Logical().Read(pin)
+		require.NoError(t, err)
+		require.Nil(t, pins)
+	}
+
+	apply(first, false, secrets...)
+	lease, err := s.Client.Logical().Read("kaizala/creds/contoso")
+	require.NoError(t, err)
+	for _, step := range []struct {
+		version string
+		pinned  bool
+	}{{second, false}, {second, true}, {first, true}, {second, true}, {second, false}, {first, false}, {second, true}, {first, false}} {
+		apply(step.version, step.pinned)
+		require.Equal(t, lease.Data["access_token"], s.read(t, "kaizala/token/contoso")["access_token"])
+	}
+	_, err = s.Client.Sys().Renew(lease.LeaseID, 0)
+	require.NoError(t, err)
+	destroy()
+
+	s.Register(t, first, filepath.Join(s.PluginDir, first))
+	s.write(t, pin, map[string]any{"version": first})
+	refresh2 := s.kaizala.GenerateUserToken(s.connectorID, "contoso")
+	apply(second, true, "TF_VAR_connector_secret="+s.connectorSecret, `TF_VAR_refresh_tokens={contoso="`+refresh2+`"}`)
+	require.NotEmpty(t, s.read(t, "kaizala/token/contoso")["access_token"])
+	destroy()
+
+	noSecretsKept(t, dir, output.String(), s.connectorSecret, refresh, refresh2)
 }
 
 // sameAsConfigures compares Terraform's policies with those that configure.sh

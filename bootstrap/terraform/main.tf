@@ -4,6 +4,12 @@ resource "vault_plugin" "kaizala" {
   command = var.plugin_command
   version = var.plugin_version
   sha256  = var.plugin_sha256
+
+  # Vault refuses to remove a version that is pinned, and a mount needs its own
+  # until it has the next.
+  lifecycle {
+    create_before_destroy = true
+  }
 }
 
 # While a version is pinned, Vault runs that one, and refuses a mount's own.
@@ -18,7 +24,7 @@ resource "vault_plugin_pinned_version" "kaizala" {
 resource "vault_mount" "kaizala" {
   path                      = var.mount
   type                      = vault_plugin.kaizala.name
-  plugin_version            = var.plugin_pinned ? null : vault_plugin.kaizala.version
+  plugin_version            = var.plugin_pinned ? null : vault_plugin.kaizala.version # at first; then "version" below
   description               = "Access tokens of OAuth 2.0 services and of Kaizala"
   seal_wrap                 = var.seal_wrap
   default_lease_ttl_seconds = var.default_lease_ttl_seconds
@@ -43,6 +49,24 @@ resource "vault_mount" "kaizala" {
     "access_token_expire_time", "last_exchange_time", "next_exchange_time",
     "last_error", "last_error_time", "pending_revocations", "last_revocation_error", "keys", "key_info",
   ]
+
+  # Vault never takes a mount's version away, so a pin that comes later must not
+  # have the provider try.
+  lifecycle {
+    ignore_changes = [plugin_version]
+  }
+
+  depends_on = [vault_plugin_pinned_version.kaizala]
+}
+
+# The version that the mount runs from its next reload on.
+resource "vault_generic_endpoint" "version" {
+  count = var.plugin_pinned ? 0 : 1
+
+  path                 = "sys/mounts/${vault_mount.kaizala.path}/tune"
+  data_json            = jsonencode({ plugin_version = vault_plugin.kaizala.version })
+  ignore_absent_fields = true
+  disable_delete       = true
 
   depends_on = [vault_plugin_pinned_version.kaizala]
 }
