@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"strings"
@@ -51,6 +52,59 @@ func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A tenant that is being stored stays in the registry, though the service refuses another first write of it meanwhile: nobody
+// could exchange it any more, and its readers would try without end.
+func TestFirstWriteIsRefusedWhileAnotherIsStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.waitForIndex()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 3 * time.Second, Times: 1})
+		refused := make(chan int)
+		go func() {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "unknown"})
+			refused <- status
+		}()
+		time.Sleep(time.Second)
+		reached, release := e.storage.hold("put", tenantPrefix)
+		stored := make(chan int)
+		go func() {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "verify": false})
+			stored <- status
+		}()
+		<-reached
+		require.Equal(t, http.StatusBadRequest, <-refused)
+		synctest.Wait()
+		release()
+		require.Equal(t, http.StatusNoContent, <-stored)
+		require.Contains(t, e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"], "acme")
+		e.read("creds/acme")
+
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		assert.Nil(t, e.tenants.named("acme"))
+	})
+}
+
+// A reader of a tenant that is not there leaves no record of it, also where he goes away at the moment when another is done with it.
+func TestReaderOfNoTenantLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.waitForIndex()
+		for range 20 { // either of the two may be the last one
+			reached, release := e.storage.hold("get", tenantPrefix)
+			var readers sync.WaitGroup
+			readers.Go(func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) })
+			<-reached
+			ctx, leave := context.WithCancel(t.Context())
+			readers.Go(func() { _, _, _ = e.tryContext(ctx, logical.ReadOperation, "creds/acme", nil) })
+			synctest.Wait()
+			leave()
+			release()
+			readers.Wait()
+			require.Nil(t, e.tenants.named("acme"))
+		}
+	})
 }
 
 // A write ends the trouble of the refresh token that it replaces, and the backoff: the next read goes to the service.

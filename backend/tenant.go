@@ -654,12 +654,13 @@ func (t *tenant) ownsTokens(connector string) bool {
 		v.kept != nil && aboutTo(v.kept.change)
 }
 
-// drop marks the record as dropped where neither storage nor anybody at work has the tenant.
+// drop marks the record as dropped where neither storage nor anybody at work has the tenant. Who has the right to change it, or
+// waits for that, may be about to store it.
 func (t *tenant) drop() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.view.Load()
-	if v.summary.stored || v.kept != nil || t.flight != nil || v.knows == doubted || t.dropped {
+	if v.summary.stored || v.kept != nil || t.flight != nil || v.knows == doubted || t.storing.busy() || t.dropped {
 		return false
 	}
 	t.dropped = true
