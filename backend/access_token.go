@@ -50,7 +50,7 @@ const (
 const (
 	unread = iota
 	read
-	ending // an exchange that ends the token has begun, and nobody had read it
+	ending // an exchange that ends the token has begun, before a reader had it
 )
 
 func newAccessToken(tenant string, e *accessEntry) *accessToken {

@@ -26,15 +26,15 @@ const (
 	// defaultConnector is the connector that the path config stands for.
 	defaultConnector = "default"
 
-	// probeEvery is how often a connector that the service refuses makes an exchange all the same, so that a passing
+	// probeEvery is how often a connector that the service refuses still makes an exchange, so that a passing
 	// mistake of the service heals by itself.
 	probeEvery = 10 * time.Minute
 
 	// longestRest bounds the pause after an answer with Retry-After that is not about a limit.
 	longestRest = 10 * time.Minute
 
-	// everybody is the weight of the right to delete a connector, or to change what tenants rely on.
-	everybody = 1 << 30
+	// exclusive is the weight of the right to delete a connector, or to change what tenants rely on.
+	exclusive = 1 << 30
 )
 
 // connector is one connector in memory. It outlives writes of its configuration, so that these do not forget the calls that
@@ -56,7 +56,7 @@ type connector struct {
 // refusal is the service's word that a connector's ID or secret is wrong.
 type refusal struct {
 	failure *tokenservice.Failure
-	probe   atomic.Int64 // when the next exchange is made all the same, in nanoseconds since 1970
+	probe   atomic.Int64 // when the next exchange is made in spite of the refusal, in nanoseconds since 1970
 }
 
 // loadedConnector is a connector's configuration and the client made of it.
@@ -144,14 +144,14 @@ func (cs *connectors) record(name string) *connector {
 	defer cs.mu.Unlock()
 	c := cs.byName[name]
 	if c == nil {
-		c = &connector{name: name, share: share.New(cs.storage, name), binding: semaphore.NewWeighted(everybody)}
+		c = &connector{name: name, share: share.New(cs.storage, name), binding: semaphore.NewWeighted(exclusive)}
 		cs.byName[name] = c
 	}
 	return c
 }
 
 // publish makes a configuration the connector's present one, unless something has happened to the connector since changes
-// was read, or somebody else has read the same configuration meanwhile: work that goes by that is not to be ended.
+// was read, or another request has read the same configuration meanwhile: work that goes by that is not to be ended.
 func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntry, service tokenservice.Service) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -362,7 +362,7 @@ func (l *loadedConnector) nextProbe() time.Time {
 	return time.Now().Add(probeEvery)
 }
 
-// judge takes in what an answer says about the connector, whatever becomes of the work that the request was made for.
+// judge takes in what an answer says about the connector, even where the work that the request was made for is superseded.
 func (cs *connectors) judge(ctx context.Context, via *loadedConnector, answer error) {
 	failure := (*tokenservice.Failure)(nil)
 	switch {
@@ -411,7 +411,7 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 	now := time.Now()
 	r := refusedSince(now)
 	told := *failure
-	told.RetryAfter = 0 // the connector has begun to rest: whoever is told of the refusal later does not prolong that
+	told.RetryAfter = 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
 	r.failure = &told
 	cs.mu.Lock()
 	present := via.isPresent()

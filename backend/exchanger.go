@@ -13,7 +13,7 @@ import (
 )
 
 // exchanger makes exchanges: one at a time for a tenant, on the engine's own context, each written down before it is made
-// and stored before anybody sees what it brought.
+// and stored before a reader sees what it brought.
 type exchanger struct {
 	tenants     *tenants
 	connectors  *connectors
@@ -26,7 +26,7 @@ type exchanger struct {
 	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
 
-// want is what somebody asks of an exchange.
+// want is what a request asks of an exchange.
 type want struct {
 	// force: disregard the tenant's backoff and rejection, and retire the access token that there is.
 	force bool
@@ -50,8 +50,8 @@ type granted struct {
 // errSuperseded ends an exchange whose refresh token an operator has replaced or deleted meanwhile.
 var errSuperseded = errors.New("superseded by a write or a delete")
 
-// outcome is what an exchange has brought. It is a value: it can be stored at once, or later, on top of whatever storage
-// has by then.
+// outcome is what an exchange has brought. It is a value: it can be stored at once, or later, on top of what storage has by
+// then.
 type outcome struct {
 	from      string        // the lineage that was exchanged; noLineage where the exchange makes the tenant
 	change    *tenantChange // the operator's write that it verified, or nil
@@ -72,7 +72,7 @@ type outcome struct {
 // precious says whether what the exchange has brought must not be lost.
 func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != "" }
 
-// granted says whether the refresh token is one that a person's consent has brought, which nobody else has.
+// granted says whether the refresh token is one that a person's consent has brought, which exists nowhere else.
 func (o *outcome) granted() bool { return o.change != nil && o.change.grant != nil }
 
 // changes says whether there is anything to store.
@@ -89,7 +89,7 @@ func (o *outcome) rotates(e *tenantEntry) bool {
 	return e != nil && o.refreshToken != "" && e.RefreshToken == o.sent
 }
 
-// rotationAlone is the part of the outcome that holds whatever connector the tenant uses by now.
+// rotationAlone is the part of the outcome that holds with another connector too.
 func (o *outcome) rotationAlone(e *tenantEntry) *outcome {
 	return &outcome{from: e.Lineage, connector: e.Connector, sent: o.sent, at: o.at, refreshToken: o.refreshToken, facts: o.facts, move: e.Move}
 }
@@ -260,7 +260,7 @@ func (x *exchanger) call(f *flight) error {
 		}
 	}
 	if f.want.background && !f.t.mayEnd(time.Now()) {
-		return errSuperseded // somebody has begun to use the access token that this exchange would end
+		return errSuperseded // a reader has begun to use the access token that this exchange would end
 	}
 	var lost *tokenservice.Result // of the first request, where its answer was lost
 	for {
@@ -309,7 +309,7 @@ func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit 
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
 		if err != nil && isStorages(err) && ctx.Err() == nil {
-			// A node whose storage takes no writes calls nobody: what comes back would be lost with the process.
+			// A node whose storage takes no writes makes no call: what comes back would be lost with the process.
 			err = storageTrouble(f.t.name, err)
 		}
 		return done, err
@@ -327,7 +327,7 @@ func lostAnswer(r tokenservice.Result) bool {
 	return r.RefreshToken == "" && errors.As(r.Err, &failure) && failure.Lost
 }
 
-// settle turns the service's answer into an outcome and stores it. It runs to its end whatever becomes of the callers.
+// settle turns the service's answer into an outcome and stores it. It runs to its end though the callers may have gone.
 func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
 	if o.access == nil && f.want.change != nil && o.refreshToken == "" {
@@ -432,7 +432,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
 	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced):
-		return err // nobody has failed
+		return err // the service has not failed
 	}
 	now := time.Now()
 	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff()), lost: f.lost}

@@ -17,7 +17,7 @@ import (
 
 // A person grants access by one of the paths authorize, device and pin. Each start of one is an attempt, which is in storage
 // until it has ended, so that any node goes on with it. An attempt notes the lineage that its tenant had when it began and the
-// one that the tenant will have by it. So whatever else becomes of an attempt's entry, the tenant's own entry says whether the
+// one that the tenant will have by it. So even where an attempt's entry is lost or out of date, the tenant's own entry says whether the
 // attempt was granted, or whether a write or a delete has ended it.
 
 const (
@@ -347,7 +347,7 @@ func (b *backend) endAttempts(ctx context.Context, tenant string) error {
 		return changed, nil
 	})
 	if errors.Is(err, context.DeadlineExceeded) {
-		return nil // somebody is storing what an attempt has brought, and finds that it is superseded
+		return nil // what an attempt has brought is being stored, and is found to be superseded
 	}
 	return ignoreUnusable(err)
 }
@@ -423,7 +423,7 @@ func (b *backend) settle(a *attempt, via *loadedConnector, r tokenservice.Result
 	return attemptFailed, text
 }
 
-// abandon gives up an access token that nobody keeps.
+// abandon gives up an access token that is not stored.
 func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Result) {
 	if r.AccessToken == nil {
 		return
@@ -547,7 +547,7 @@ func (b *backend) tryGrant(a *attempt, w want) error {
 		via.binding.Release(1)
 		switch {
 		case errors.Is(err, errSuperseded):
-			continue // somebody else has changed something about the tenant: look again
+			continue // a write, a delete or an exchange has changed the tenant: look again
 		case err != nil:
 			return err
 		}

@@ -106,7 +106,7 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	v.derive()
 	t.planning.Lock()
 	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && !t.isDropped() {
-		b.index.atMost(name, due) // whoever has read the tenant meanwhile has planned it too
+		b.index.atMost(name, due) // a request that has read the tenant meanwhile has planned it too
 	}
 	t.planning.Unlock()
 	if e.Unleased != nil && b.node.WriteSafeReplicationState() {

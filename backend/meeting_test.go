@@ -299,7 +299,7 @@ func TestUnverifiedWriteIsCheckedForTheConnectorThatItGets(t *testing.T) {
 		e.tenants.loaded.Purge()
 		held := make(chan struct{})
 		binding := e.connectors.record(defaultConnector).binding
-		require.NoError(t, binding.Acquire(t.Context(), everybody)) // the write has been checked, and waits
+		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // the write has been checked, and waits
 		go func() {
 			defer close(held)
 			_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": mine, "verify": false})
@@ -307,7 +307,7 @@ func TestUnverifiedWriteIsCheckedForTheConnectorThatItGets(t *testing.T) {
 		}()
 		synctest.Wait()
 		e.write("tenants/acme", map[string]any{"refresh_token": theirs, "connector": "other", "verify": false})
-		binding.Release(everybody)
+		binding.Release(exclusive)
 		<-held
 		assert.Equal(t, theirs, e.stored("acme").RefreshToken)
 	})

@@ -66,7 +66,7 @@ var pageTexts = map[string]pageText{
 	endUnknown: {"This link is not known",
 		"Nothing was connected: the link is incomplete, is not from this Vault, or is too old. Start again in Vault."},
 	endMisplaced: {"This link is for another connector",
-		"Nothing was connected: the service's answer came to the callback of another connector. If somebody has sent you the link, tell your Vault operator."},
+		"Nothing was connected: the service's answer came to the callback of another connector. If another person has sent you the link, tell your Vault operator."},
 	endEmpty: {"Something is missing",
 		"Nothing was connected: the service has sent neither a code nor an error that can be used. Open the authorization again."},
 	endLater: {"Not now",

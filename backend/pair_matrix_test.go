@@ -710,7 +710,7 @@ func (p *meeting) check(initial pairState) {
 		p.assertf(!t.storing.busy() && t.underway() == nil, "a lock is held")
 	}
 	binding := p.connectors.record(defaultConnector).binding
-	p.assertf(binding.TryAcquire(everybody), "the connector is held")
+	p.assertf(binding.TryAcquire(exclusive), "the connector is held")
 }
 
 // expected returns what may be stored by what was answered, and whether B has superseded A's exchange.

@@ -87,11 +87,11 @@ const (
 	endLater     = "later"
 )
 
-// callback takes what the service's redirect brings. Nobody needs a Vault token for it, so all that it does before it has found
+// callback takes what the service's redirect brings. It needs no Vault token, so all that it does before it has found
 // the state is one read.
 func (b *backend) callback(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	if req.WrapInfo != nil && req.WrapInfo.TTL > 0 {
-		// Vault would store the answer, for anybody who asks.
+		// Vault would store the answer, on a request without a token.
 		return nil, badValue("callback does not wrap its answer: send the request again without a wrapping TTL")
 	}
 	if !b.node.WriteSafeReplicationState() {
@@ -339,7 +339,7 @@ func (b *backend) notSent(end *verdict, err error) error {
 	return nil
 }
 
-// useUp makes sure, before a code is sent, that nobody sends it again, not after a restart either.
+// useUp makes sure, before a code is sent, that it is not sent again, not after a restart either.
 func (b *backend) useUp(ctx context.Context, a *attempt) error {
 	claimed := false
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {

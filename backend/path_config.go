@@ -96,10 +96,10 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 		return answer(err)
 	}
 	binding := b.connectors.record(name).binding
-	if err := binding.Acquire(ctx, everybody); err != nil {
+	if err := binding.Acquire(ctx, exclusive); err != nil {
 		return answer(err)
 	}
-	defer binding.Release(everybody)
+	defer binding.Release(exclusive)
 
 	was, next, err := b.changedConnector(ctx, name, d, patch)
 	if err != nil {
@@ -337,10 +337,10 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	binding := b.connectors.record(name).binding
-	if err := binding.Acquire(ctx, everybody); err != nil {
+	if err := binding.Acquire(ctx, exclusive); err != nil {
 		return answer(err)
 	}
-	defer binding.Release(everybody)
+	defer binding.Release(exclusive)
 	entry, err := getConnector(ctx, b.storage, name)
 	switch {
 	case entry == nil && err == nil:

@@ -118,7 +118,7 @@ func newReader(d *framework.FieldData, least time.Duration, take func(*accessTok
 
 // accessToken returns an access token that fits the reader.
 //
-// While there is a usable one this waits for nobody. Otherwise it starts the tenant's one exchange, or joins it, and waits no
+// While there is a usable one this does not wait. Otherwise it starts the tenant's one exchange, or joins it, and waits no
 // longer than answerWithin; the exchange goes on without its readers.
 func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantView, *accessToken, error) {
 	if t, v := b.tenants.cached(r.tenant); v != nil {
@@ -255,7 +255,7 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 		defer timer.Stop()
 		select {
 		case <-timer.C:
-			r.waited = true // somebody may have exchanged it before this reader looks
+			r.waited = true // another reader's exchange may have replaced it before this one looks
 			return nil, false, nil
 		case <-ctx.Done():
 			return nil, false, ctx.Err()

@@ -101,7 +101,7 @@ func (b *backend) pollAfter(tenant, id string, d time.Duration) {
 	})
 }
 
-// stopPolling makes sure that nobody asks about a tenant's device code any more: of that attempt, or with "" of any.
+// stopPolling ends the questions about a tenant's device code: of that attempt, or with "" of any.
 func (b *backend) stopPolling(tenant, id string) {
 	b.grants.mu.Lock()
 	defer b.grants.mu.Unlock()

@@ -126,7 +126,7 @@ var (
 		"expire_time": timeOf("The time by which the PIN has to be written"),
 	})
 	attemptFields = merged(always(map[string]*framework.FieldSchema{
-		"status": oneOf("pending; granted: the refresh token is stored; denied: the person, or the service, has denied access; expired: nobody has decided in time; failed: see last_error; superseded: a newer attempt, a write of the tenant's refresh_token or connector, or a delete of the tenant came meanwhile.",
+		"status": oneOf("pending; granted: the refresh token is stored; denied: the person, or the service, has denied access; expired: the person has not decided in time; failed: see last_error; superseded: a newer attempt, a write of the tenant's refresh_token or connector, or a delete of the tenant came meanwhile.",
 			attemptPending, attemptGranted, attemptDenied, attemptExpired, attemptFailed, attemptSuperseded),
 		"expire_time": timeOf("End of the attempt"),
 	}), map[string]*framework.FieldSchema{

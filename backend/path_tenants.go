@@ -396,7 +396,7 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 		return errSuperseded
 	}
 	w := want{change: change}
-	// Whoever deletes the connector sees this flight, or is seen here.
+	// A delete of the connector sees this flight, or this sees the delete.
 	if err := via.binding.Acquire(ctx, 1); err != nil {
 		return err
 	}

@@ -79,7 +79,7 @@ type revocations struct {
 	ctx        context.Context
 	work       func(func()) bool
 	tenants    *tenants
-	stopping   chan struct{} // closed when the engine ends: nobody waits for a next try any more
+	stopping   chan struct{} // closed when the engine ends: no request waits for a next try any more
 	stopOnce   sync.Once
 
 	mu       sync.Mutex
@@ -190,7 +190,7 @@ func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant,
 		r.add(i)
 	}
 	if err := r.store(ctx, connector, rand.Text(), i); err != nil {
-		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have the intent all the same
+		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have the intent even so
 		return nil, err
 	}
 	return tell, nil
@@ -234,7 +234,7 @@ func (r *revocations) add(i *intent) {
 	of[i.id] = i
 }
 
-// spare takes a refresh token that somebody writes out of the intents: it is wanted again.
+// spare takes a refresh token that is being written out of the intents: it is wanted again.
 func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err
@@ -295,7 +295,7 @@ func (r *revocations) hold(ctx context.Context, connector, tenant string, a *acc
 	}
 	key := tenant + "/" + a.Generation
 	r.mu.Lock()
-	r.expiries[key] = a.Expires // storage may take the record and not say so: it is swept all the same
+	r.expiries[key] = a.Expires // storage may have the record though it says otherwise: it is swept
 	r.mu.Unlock()
 	return putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires})
 }
@@ -413,7 +413,7 @@ func (r *revocations) mayWait(connector string) bool {
 	return spent < waitsPerMinute
 }
 
-// wake makes sure that somebody works on a connector's intents.
+// wake makes sure that a worker handles a connector's intents.
 func (r *revocations) wake(connector string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -433,7 +433,7 @@ func (r *revocations) wake(connector string) {
 	}
 }
 
-// wakeAll makes sure that somebody works on every connector's intents.
+// wakeAll makes sure that a worker handles the intents of each connector.
 func (r *revocations) wakeAll() {
 	r.mu.Lock()
 	connectors := slices.Collect(maps.Keys(r.intents))

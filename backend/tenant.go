@@ -537,7 +537,7 @@ func (t *tenant) backOff() time.Duration {
 	return d
 }
 
-// forget lets what storage has leave memory, and with it the count of leases. It stays while somebody works on the
+// forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a write works on the
 // tenant, or while memory knows what storage does not.
 func (t *tenant) forget() {
 	t.mu.Lock()
@@ -654,8 +654,7 @@ func (t *tenant) ownsTokens(connector string) bool {
 		v.kept != nil && aboutTo(v.kept.change)
 }
 
-// drop marks the record as dropped where neither storage nor anybody at work has the tenant. Who has the right to change it, or
-// waits for that, may be about to store it.
+// drop marks the record as dropped where storage has no such tenant, and no flight or write works on it or waits to.
 func (t *tenant) drop() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -70,7 +70,7 @@ func (ts *tenants) record(name string) *tenant {
 	return t
 }
 
-// drop removes the record of a tenant that neither storage nor anybody at work has.
+// drop removes the record of a tenant that storage does not have and that neither a flight nor a write works on.
 func (ts *tenants) drop(t *tenant) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
@@ -178,7 +178,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 		if ended {
 			// It ended between the two writes that give an access token up.
 			e.Access = nil
-			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory knows it all the same
+			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory knows it even where that fails
 		}
 	}
 	via, err := ts.connectors.get(ctx, e.Connector)
@@ -355,14 +355,14 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
-// doubt takes in that a write or a delete has failed, which storage may have done all the same. An access token that was given up
-// is taken out of storage within a minute, though nobody tries again: a process after this one would hand it out.
+// doubt takes in that a write or a delete has failed, which storage may have done even so. An access token that was given up
+// is taken out of storage within a minute, without another request: a process after this one would hand it out.
 func (ts *tenants) doubt(t *tenant) {
 	t.doubt()
 	ts.schedule(t)
 }
 
-// withdraw makes sure that nobody gets an access token that may be revoked by now, though storage may still have it: the write
+// withdraw makes sure that no reader gets an access token that may be revoked by now, though storage may still have it: the write
 // or delete that was to end it has failed.
 func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
@@ -436,7 +436,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 	return connector, err
 }
 
-// settle stores what an exchange has brought, on top of what storage has by then, and calls issue before anybody else can change
+// settle stores what an exchange has brought, on top of what storage has by then, and calls issue before another request can change
 // the tenant. It runs to its end when the caller goes away.
 func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func()) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
@@ -495,7 +495,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	ts.stored(t, next, o.access)
 	if o.ownToken && o.access != nil && v.kept == o {
-		// Nobody waits any more for the lease that it was for. Where storage fails, the next exchange finds it in the entry.
+		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if o.refreshToken != "" {
@@ -546,13 +546,13 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 		t.keep(o)
 		return keptTrouble(t.name)
 	case next != nil:
-		// Memory knows it all the same; after a restart the service is asked once more.
+		// Memory knows it even so; after a restart the service is asked once more.
 		t.stored(next, nil)
 	}
 	return nil
 }
 
-// giveUpUnstored has the access token of a verification revoked that storage has not taken, unless it has taken it all the same.
+// giveUpUnstored has the access token of a verification revoked that storage says it has not taken, unless it has.
 func (ts *tenants) giveUpUnstored(name string, o *outcome) {
 	via := ts.connectors.present(o.connector)
 	if o.access == nil || via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {

@@ -166,7 +166,7 @@ for tenant in ${tenants[@]+"${tenants[@]}"}; do
   policy "$prefix-sidecar-$tenant" sidecar "$tenant"
 done
 
-# Anybody may ask for callback, which costs a storage read.
+# A request for callback needs no token, and costs a storage read.
 say "Limiting $mount/callback to ${KAIZALA_CALLBACKS_PER_MINUTE:-60} requests a minute of one address"
 vault write "sys/quotas/rate-limit/$prefix-callback" path="$mount/callback*" \
   rate="${KAIZALA_CALLBACKS_PER_MINUTE:-60}" interval=1m >/dev/null

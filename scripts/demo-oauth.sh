@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # An OAuth 2.0 service, a real Vault and the three people with their policies: the story of demo.sh on an authorization
-# server that others wrote, zitadel/oidc's. Nobody in it ever sees a refresh token. Ends by itself, and cleans up; a step
+# server that others wrote, zitadel/oidc's. No person in it sees a refresh token. Ends by itself, and cleans up; a step
 # that does not do what it should ends it with status 1.
 #
 # shellcheck disable=SC2016 # the commands are expanded when they are run

@@ -19,7 +19,7 @@ const (
 	maxIdentifierBytes = 256
 )
 
-// Claims is what a token says about itself. Nobody has checked its signature: only the service has the key (client), so
+// Claims is what a token says about itself. Its signature is not checked: only the service has the key (client), so
 // claims are good for planning and for telling a person of a mistake, never for a decision about trust.
 type Claims struct {
 	// IssuedAt is when the token's life began, by iat, or else nbf, or else tokenValidFrom (guess); zero when unknown.
@@ -106,7 +106,7 @@ func timeOf(o tokenservice.Object, name string, unit time.Duration) time.Time {
 	return tokenservice.Time(millis)
 }
 
-// identifier reads a string that people will be shown, and that somebody else has written.
+// identifier reads a string that people will be shown, and that the service has written.
 func identifier(o tokenservice.Object, name string) string {
 	s := o.Text(name)
 	if len(s) > maxIdentifierBytes {

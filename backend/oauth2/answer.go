@@ -203,7 +203,7 @@ func (c *Client) factsOf(f fields, newToken string, sent time.Time) *tokenservic
 	return facts
 }
 
-// lasting returns the facts about a refresh token with that much life from a time on. No life, or more than anybody plans
+// lasting returns the facts about a refresh token with that much life from a time on. No life, or more than can be planned
 // for, is none that ends.
 func lasting(from time.Time, life time.Duration, assumed bool) *tokenservice.Facts {
 	if life <= 0 || life > maxLife {

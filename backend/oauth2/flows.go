@@ -56,7 +56,7 @@ func (c *Client) Issuer() (issuer string, promised bool) {
 }
 
 // RedeemCode implements [tokenservice.CodeFlow]. Where the answer has an access token and no refresh token, the result has
-// an error of the kind Refused, and the access token beside it, which nobody should keep.
+// an error of the kind Refused, and the access token beside it, which is not to be kept.
 func (c *Client) RedeemCode(ctx context.Context, r tokenservice.CodeRedemption) tokenservice.Result {
 	return c.firstTokens(ctx, redeemingCode, r.Permit, url.Values{
 		"grant_type":    {"authorization_code"},

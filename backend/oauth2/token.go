@@ -74,7 +74,7 @@ func subjectOf(idToken string) string {
 	return sub
 }
 
-// shown returns a text that people will be shown and that somebody else has written, "" where it is too long or cannot
+// shown returns a text that people will be shown and that the service has written, "" where it is too long or cannot
 // be shown.
 func shown(s string) string {
 	if len(s) > maxSubjectBytes || strings.ContainsFunc(s, notText) {

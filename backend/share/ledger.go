@@ -46,7 +46,7 @@ type entry struct {
 	// At is when a call that begins a tenant's exchange was noted; zero where no process after this one has to ask what became
 	// of it: see [Share.Unsettled].
 	At time.Time `json:"at,omitzero"`
-	// Until is from when on the entry does not matter, at the latest; At matters all the same.
+	// Until is from when on the entry does not count, at the latest; At still does.
 	Until time.Time `json:"until"`
 }
 
@@ -70,7 +70,7 @@ func (c *Call) Note(ctx context.Context) error {
 }
 
 // Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
-// this one need not ask what became of it. Where storage does not take that, it asks all the same.
+// this one need not ask what became of it. Where storage does not take that, it still asks.
 func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
@@ -94,7 +94,7 @@ func (s *Share) Unsettled(tenant string) time.Time {
 
 // Pause permits no call before that time, a day ahead at most: at once in memory, and then in storage, with a write that
 // takes 30 seconds at most. A shorter pause does not shorten a longer one. The error is storage's as it is, the
-// context's, or [ErrRemoved]; the pause holds in this process all the same.
+// context's, or [ErrRemoved]; the pause holds in this process even so.
 func (s *Share) Pause(ctx context.Context, until time.Time) error {
 	s.mu.Lock()
 	s.pause(until)

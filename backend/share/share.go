@@ -23,17 +23,17 @@ const (
 	Reader Class = iota
 	// RevocationWait: a revocation waits for the call.
 	RevocationWait
-	// Background: an exchange that nobody waits for; or a code or a PIN, since whoever may start a grant can start another one
+	// Background: an exchange that no reader waits for; or a code or a PIN, since a client that may start a grant can start another one
 	// at once, as often as he likes. It leaves a fifth of the limit free, rounded down.
 	Background
-	// Revocation: a revocation that nobody waits for. It leaves free what Background does.
+	// Revocation: a revocation that no request waits for. It leaves free what Background does.
 	Revocation
 	// Housekeeping: polls. It leaves free what Background does, and takes no more than a fifth of the limit (but at least one
 	// call).
 	Housekeeping
 )
 
-// Want describes a call that somebody wants to make.
+// Want describes a call that is to be made.
 type Want struct {
 	// Tenant is set for a call that begins an exchange: no tenant begins more of them within a [Window] than a fifth of the
 	// limit (but at least one). It is "" for all other calls: revocations, polls, codes, PINs.
@@ -142,7 +142,7 @@ type Call struct {
 	frees        time.Time // from when on it does not count, once it has ended
 }
 
-// waiter is somebody who waits for a call.
+// waiter is a goroutine that waits for a call.
 type waiter struct {
 	Want
 	deadline time.Time

@@ -113,11 +113,11 @@ func play(t *testing.T, limit int, all []caller, dies time.Duration) ([]*fact, *
 	}
 	now := begin(true)
 	var facts []*fact
-	var everybody sync.WaitGroup
+	var exclusive sync.WaitGroup
 	for _, c := range all {
 		f := &fact{caller: c}
 		facts = append(facts, f)
-		everybody.Go(func() {
+		exclusive.Go(func() {
 			time.Sleep(c.at)
 			mu.Lock()
 			f.life = now
@@ -130,7 +130,7 @@ func play(t *testing.T, limit int, all []caller, dies time.Duration) ([]*fact, *
 	now.die()
 	now = begin(false)
 	mu.Unlock()
-	everybody.Wait()
+	exclusive.Wait()
 	idle(t, now.share)
 	now.die()
 	return facts, storage

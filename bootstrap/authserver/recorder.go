@@ -28,7 +28,7 @@ type stats struct {
 // recorder is zitadel's example storage. What it adds:
 //   - It counts, and knows which refresh tokens were replaced.
 //   - Access tokens can live shorter than the example's five minutes.
-//   - A device's grant belongs to its client and its user. In the example it belongs to nobody, so that its refresh token is
+//   - A device's grant belongs to its client and its user. In the example it belongs to no user, so that its refresh token is
 //     never taken, and the user's name stands where his ID should.
 //   - One lock around all that reads or writes refresh tokens: the example reads its map without one when a token is
 //     revoked, and a concurrent exchange would end the process.

@@ -71,7 +71,7 @@ resource "vault_generic_endpoint" "version" {
   depends_on = [vault_plugin_pinned_version.kaizala]
 }
 
-# Anybody may ask for callback, which costs a storage read.
+# A request for callback needs no token, and costs a storage read.
 resource "vault_quota_rate_limit" "callback" {
   name     = "${module.policies.prefix}-callback"
   path     = "${vault_mount.kaizala.path}/callback*"

@@ -1,6 +1,6 @@
 // Command kaizala-emulator is Kaizala's stand-in as a program: its token service and, for the people of the procedure, its
 // portal, both in memory and on a loopback address. With "serve -service oauth2" it is an OAuth 2.0 authorization server
-// instead. It is for demonstrations and acceptance tests; whoever reaches it may do everything.
+// instead. It is for demonstrations and acceptance tests; a program that reaches it may do everything.
 //
 // "kaizala-emulator serve" is the service. The other subcommands talk to one that runs, at -url or at
 // $KAIZALA_EMULATOR_URL.

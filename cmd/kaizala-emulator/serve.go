@@ -69,7 +69,7 @@ func serve(ctx context.Context, p program, args []string) error {
 	default:
 		return errors.New("-service must be kaizala or oauth2")
 	}
-	// What it does for whoever asks is for this machine alone.
+	// It obeys every request, so it is for this machine alone.
 	host, _, err := net.SplitHostPort(*listen)
 	ip, ipErr := netip.ParseAddr(host)
 	if err != nil || (host != "localhost" && (ipErr != nil || !ip.IsLoopback())) {
@@ -88,7 +88,7 @@ func serve(ctx context.Context, p program, args []string) error {
 		ErrorLog:          logger,
 		ReadHeaderTimeout: 10 * time.Second,
 	}
-	// Close, and no Shutdown: an exchange may hang because somebody wished it to.
+	// Close, and no Shutdown: an exchange may hang because a fault was set.
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	fmt.Fprintln(p.out, "listening on "+at)

@@ -7,7 +7,7 @@ import (
 
 // Fault is something that goes wrong with an exchange, or with a call of the PIN login. The zero Fault changes nothing.
 type Fault struct {
-	// User is whose exchanges it befalls; "" is anybody's.
+	// User is whose exchanges go wrong; "" is every user's.
 	User string
 	// Times is how many exchanges it befalls; 0 means all until ClearFaults.
 	Times int

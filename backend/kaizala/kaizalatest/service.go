@@ -205,7 +205,7 @@ func (s *Service) replaceRefreshToken(h holder, issued time.Time) string {
 	return s.issueRefreshToken(h, issued)
 }
 
-// user returns a user, new where nobody of that name was seen.
+// user returns a user, made where there is none of that name.
 func (s *Service) user(name string) *user {
 	u := s.users[name]
 	if u == nil {

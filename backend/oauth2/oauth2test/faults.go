@@ -22,7 +22,7 @@ const (
 type Fault struct {
 	// Endpoint is where; "" is the token endpoint.
 	Endpoint Endpoint
-	// User and ClientID are whose requests it befalls; "" is anybody's. A request is a user's if it brings a token, a
+	// User and ClientID are whose requests go wrong; "" is everyone's. A request is a user's if it brings a token, a
 	// code or a device code of that user.
 	User, ClientID string
 	// Times is how many requests it befalls; 0 means all until ClearFaults.

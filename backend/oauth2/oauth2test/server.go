@@ -361,7 +361,7 @@ func (s *Server) endGrant(g *grant, why string) {
 	s.endAccess(g, why, s.opts.JWT)
 }
 
-// loseGrant ends a grant against everybody's wish.
+// loseGrant ends a grant that its user has not withdrawn.
 func (s *Server) loseGrant(g *grant, why string) {
 	if g.ended.IsZero() {
 		s.lost = append(s.lost, Lost{ClientID: g.client.id, User: g.user, Why: why})

@@ -599,7 +599,7 @@ func TestMetadata(t *testing.T) {
 	assert.NotContains(t, f, "token_endpoint_auth_methods_supported")
 	c.granted(c.s.Grant(c.id, "ada"))
 	_, err := c.rt.RoundTrip(c.request(t.Context(), "https://other.example.com/tenant/token"))
-	assert.ErrorContains(t, err, "nobody listens")
+	assert.ErrorContains(t, err, "no server listens")
 	_, err = c.rt.RoundTrip(c.request(t.Context(), "http://as.example.com/tenant/token"))
 	assert.Error(t, err)
 }

@@ -355,7 +355,7 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	base, err := url.Parse(t.server.Issuer())
 	if err != nil || base.Scheme != r.URL.Scheme || !strings.EqualFold(base.Host, r.URL.Host) {
-		return nil, fmt.Errorf("oauth2test: nobody listens at %s://%s", r.URL.Scheme, r.URL.Host)
+		return nil, fmt.Errorf("oauth2test: no server listens at %s://%s", r.URL.Scheme, r.URL.Host)
 	}
 	a := t.server.answer(ctx, seen)
 	if a.none {

@@ -54,7 +54,7 @@ const now = () => Math.floor(Date.now() / 1000);
 // not active, and its revocation still ends its grant.
 const clockTolerance = 15;
 
-// The library's own store keeps a thousand entries or two and silently drops the oldest, a grant that nobody has used for
+// The library's own store keeps a thousand entries or two and silently drops the oldest, a grant that has not been used for
 // a while among them. This one keeps everything as long as the library asks it to.
 const entries = new Map(); // "Kind:id" to { payload, until in milliseconds }
 const byGrant = new Map(); // grant to the keys of what was issued from it
