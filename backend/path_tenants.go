@@ -98,7 +98,8 @@ type tenantChange struct {
 	lineage string             // the tenant's, once the write is stored, where it retires tokens
 	target  string             // the connector that the tenant uses then
 	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
-	facts   tokenservice.Facts // of the refresh token, once it is checked
+	checked string             // the refresh token that was checked
+	facts   tokenservice.Facts // of that
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
 }
 
@@ -356,7 +357,7 @@ func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChan
 	if err != nil {
 		return nil, badValue("refresh_token does not fit connector %q: %s", next.Connector, err)
 	}
-	change.facts = facts
+	change.checked, change.facts = next.RefreshToken, facts
 	return via, b.tenants.validate(ctx, next)
 }
 

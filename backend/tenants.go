@@ -287,8 +287,11 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			return badValue("there is no tenant %q yet: refresh_token is required, the refresh token that the service has issued", name)
 		}
 		next := c.apply(v.entry)
-		if c.target != "" && next.Connector != c.target {
+		switch {
+		case c.target != "" && next.Connector != c.target:
 			return errSuperseded
+		case c.connector != nil && c.refreshToken == nil && next.RefreshToken != c.checked:
+			return errSuperseded // the service has replaced it since
 		}
 		if err := ts.validate(ctx, next); err != nil {
 			return err
