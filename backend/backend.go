@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	// answerWithin is how long a request waits for Kaizala: Vault cannot seal
+	// answerWithin is how long a request waits for a service: Vault cannot seal
 	// or step down while requests run.
 	answerWithin = 9 * time.Second
 
