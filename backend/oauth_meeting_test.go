@@ -206,6 +206,73 @@ func TestPlannedExchangeWithoutAPlaceInTheShare(t *testing.T) {
 	}
 }
 
+// Leases that are given because the planned exchange has failed, or was not permitted, hold though it could be made before them:
+// storage is healed, the connector is written, the share has grown. A reader to whom the access token is not usable any more is
+// told so, and does not end it.
+func TestLeasesHoldOnceThePlannedExchangeCouldBeMade(t *testing.T) {
+	for name, c := range map[string]struct {
+		before, after func(*oauthEngine)
+	}{
+		"storage": {func(e *oauthEngine) { e.storage.refuse("put", callPrefix) }, func(e *oauthEngine) { e.storage.heal() }},
+		"service": {
+			func(e *oauthEngine) { e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1}) },
+			func(e *oauthEngine) { e.write("config", map[string]any{"connector_secret": e.secret}) },
+		},
+		"share": {func(e *oauthEngine) {
+			e.write("config", map[string]any{"exchanges_per_minute": 5})
+			e.crowd()
+		}, func(e *oauthEngine) { e.write("config", map[string]any{"exchanges_per_minute": 600}) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = time.Minute }, nil)
+				e.add("acme", nil)
+				old := accessTokenOf(e.lease("acme"))
+				access := e.stored("acme").Access
+				time.Sleep(time.Until(access.Planned.Add(-leaseMargin)))
+				c.before(e)
+				lease := e.lease("acme")
+				require.Equal(t, old, accessTokenOf(lease))
+				end := time.Now().Add(lease.Secret.MaxTTL)
+				c.after(e)
+				time.Sleep(time.Until(access.Expires.Add(-30*time.Second + time.Millisecond)))
+				require.Less(t, time.Until(end), lease.Secret.MaxTTL-time.Second)
+				_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+				assert.Equal(t, http.StatusServiceUnavailable, status)
+				assert.Contains(t, text, "leases on its access token last until")
+				time.Sleep(time.Until(end) - time.Millisecond)
+				assert.True(t, e.server.Alive(old))
+				time.Sleep(5 * time.Second)
+				assert.NotEqual(t, old, accessTokenOf(e.lease("acme")))
+				e.kept()
+			})
+		})
+	}
+}
+
+// A lease that is given until the next try of a failed exchange, and that Vault registers a moment later, holds though the tenant
+// leaves memory meanwhile.
+func TestTenantLeavesMemoryWhileThePlannedExchangeFails(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		old := accessTokenOf(e.lease("acme"))
+		time.Sleep(time.Until(e.stored("acme").Access.Planned.Add(-leaseMargin)))
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
+		lease := e.lease("acme")
+		require.Equal(t, old, accessTokenOf(lease))
+		end := time.Now().Add(leaseRegistered + lease.Secret.MaxTTL)
+		e.tenants.loaded.Remove("acme")
+		time.Sleep(lease.Secret.MaxTTL)
+		var reader sync.WaitGroup
+		reader.Go(func() { assert.NotEqual(t, old, accessTokenOf(e.lease("acme"))) })
+		time.Sleep(time.Until(end) - time.Millisecond)
+		assert.True(t, e.server.Alive(old))
+		reader.Wait()
+		e.kept()
+	})
+}
+
 // The process dies when the intent for a deleted tenant's refresh token is stored and the tenant is not deleted yet: the tenant
 // works on, and the next delete revokes the refresh token.
 func TestProcessDiesDuringADelete(t *testing.T) {

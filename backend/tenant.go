@@ -343,14 +343,19 @@ func (t *tenant) known(e *tenantEntry) *accessToken {
 	if e.Access == nil {
 		return nil
 	}
-	if a := t.view.Load().access; a != nil && a.Generation == e.Access.Generation {
+	v := t.view.Load()
+	if a := v.access; a != nil && a.Generation == e.Access.Generation {
 		return a
 	}
 	a := newAccessToken(t.name, e.Access)
 	a.leases.Store(leasesUnknown)
 	if !e.Access.Planned.IsZero() {
+		bound := latest(e.Access.Planned, v.postponed)
+		if v.trouble != nil {
+			bound = latest(bound, v.trouble.until)
+		}
 		// The last lease lasts a second at the least.
-		a.leasedTo.Store(e.Access.Planned.Add(leaseLeast - 2*leaseMargin + leaseRegistered).UnixNano())
+		a.leasedTo.Store(earliest(bound, e.Access.Expires).Add(leaseLeast - 2*leaseMargin + leaseRegistered).UnixNano())
 	}
 	return a
 }
@@ -747,6 +752,14 @@ func (v *tenantView) rests(now time.Time) bool {
 		until = until.Add(-leaseMargin)
 	}
 	return until.After(now)
+}
+
+// promised says whether an exchange would end the access token before the leases on it. They were given until the next try of an
+// exchange that failed or was not permitted, and hold though that could be made by now: storage is healed, or the connector
+// written.
+func (v *tenantView) promised(now time.Time) bool {
+	a := v.access
+	return a != nil && !a.Planned.IsZero() && a.current() && a.wanted() && (v.trouble == nil || !v.trouble.lost) && now.Before(v.bound.Add(-leaseMargin))
 }
 
 // postpone takes in that an exchange was due and is not permitted before then. An access token that an exchange would have ended
