@@ -51,6 +51,35 @@ type connector struct {
 	refusal atomic.Pointer[refusal] // nil: the service does not refuse the connector
 	// changes counts what makes a load in progress out of date, and ends the backoff of the connector's tenants.
 	changes atomic.Uint64
+	hops    hops
+}
+
+// hops is how many further requests exchanges have lately taken, by redirects that the service means to be passing: each
+// exchange then takes as many. Exchanges that began with no regard to that would leave each other no place for them, minute
+// after minute.
+type hops struct {
+	mu   sync.Mutex
+	most int
+	at   time.Time
+}
+
+// noted takes in that an exchange has asked for its n-th further request.
+func (h *hops) noted(n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if now := time.Now(); n >= h.most || now.Sub(h.at) > 2*share.Window {
+		h.most, h.at = n, now
+	}
+}
+
+// ahead is how many further requests an exchange is likely to take after n of its requests.
+func (h *hops) ahead(n int) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if time.Since(h.at) > 2*share.Window {
+		return 0
+	}
+	return max(0, h.most-n)
 }
 
 // refusal is the service's word that a connector's ID or secret is wrong.
@@ -268,6 +297,7 @@ type passage struct {
 	discovery bool
 	placed    func()      // called when the work has a place in the share; nil for none
 	call      *share.Call // the last that was permitted
+	made      int         // how many were
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
@@ -275,6 +305,12 @@ type passage struct {
 func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
 		return nil, err
+	}
+	if p.want.Tenant != "" {
+		if p.made > 0 {
+			p.via.hops.noted(p.made)
+		}
+		p.want.Ahead = p.via.hops.ahead(p.made)
 	}
 	take := p.via.share.Take
 	if p.joined != nil && p.want.Class != share.Reader {
@@ -302,7 +338,7 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		call.Withdraw()
 		return nil, err
 	}
-	p.call = call
+	p.call, p.made = call, p.made+1
 	p.want.Hop = true // what follows belongs to work that has begun
 	return call.End, nil
 }

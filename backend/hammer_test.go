@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 // setShare sets the default connector's share of calls a minute.
@@ -415,6 +416,55 @@ func TestTenantBehindA307IsServed(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Tenants that come at once, each behind a 307, are all served: those that have begun leave each other the places that they need.
+func TestTenantsBehindA307AreServed(t *testing.T) {
+	for _, n := range []int{2, 3, 10} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.setShare(n)
+				e.kaizala.Inject(kaizalatest.Fault{Delay: 100 * time.Millisecond})
+				tenants := 2 * n
+				tokens := make([]string, tenants)
+				for i := range tokens {
+					tokens[i] = e.newToken(fmt.Sprint("t", i))
+					e.kaizala.MoveUserTemporarily(fmt.Sprint("t", i), "https://inc-001.osi.office.net")
+				}
+				time.Sleep(inWindow)
+				for i, token := range tokens {
+					e.write(fmt.Sprint("tenants/t", i), map[string]any{"refresh_token": token, "verify": false})
+				}
+				e.pass(time.Duration(2*n+1) * time.Minute)
+				for i := range tokens {
+					assert.Equal(t, originService, e.stored(fmt.Sprint("t", i)).RefreshTokenOrigin)
+				}
+				for i := range tokens {
+					e.write(fmt.Sprint("tenants/t", i), map[string]any{"refresh_token": e.newToken(fmt.Sprint("t", i)), "verify": false})
+				}
+				assert.Equal(t, tenants, e.hammer(tenants, 7*time.Second, time.Duration(2*n+1)*time.Minute))
+				assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), n)
+			})
+		})
+	}
+}
+
+// The longest chain of the last two minutes says what an exchange is likely to take.
+func TestHopsAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h hops
+		assert.Zero(t, h.ahead(0))
+		h.noted(1)
+		h.noted(2)
+		time.Sleep(2 * share.Window)
+		h.noted(1)
+		assert.Equal(t, []int{2, 1, 0, 0}, []int{h.ahead(0), h.ahead(1), h.ahead(2), h.ahead(3)})
+		time.Sleep(1)
+		assert.Zero(t, h.ahead(0))
+		h.noted(1)
+		assert.Equal(t, 1, h.ahead(0))
+	})
 }
 
 // A reader who joins a background exchange between its two requests does not wait behind the readers' fifth.

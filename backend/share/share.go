@@ -15,6 +15,9 @@ import (
 // Window is the time over which calls are counted. No Window sees more calls than the limit.
 const Window = time.Minute
 
+// glance is how soon somebody looks again whether a place that is left to work that has begun is free.
+const glance = time.Second
+
 // Class says who waits for a call. A lower class goes first.
 type Class int
 
@@ -42,6 +45,9 @@ type Want struct {
 	// Hop: the call is a further request of work that has begun, such as a redirect that is followed. It counts against the
 	// limit alone, not against the tenant's fifth, and goes before the calls of its class that begin work.
 	Hop bool
+	// Ahead is how many further calls the same work is likely to need. While this call runs, no other work
+	// begins in their places.
+	Ahead int
 	// Wait is how long the caller waits at most; less than a [Window].
 	Wait time.Duration
 }
@@ -90,6 +96,7 @@ type Share struct {
 
 	all          tally
 	housekeeping tally
+	ahead        int               // places that are left to the work of calls that run
 	tenants      map[string]*tally // none without a call that counts
 	queue        []*waiter         // by rank, then first come, first served
 	paused       time.Time         // the service wants no call before
@@ -136,6 +143,7 @@ type Call struct {
 	share        *Share
 	tenant       string // whose fifth it counts against; "" for none
 	housekeeping bool
+	ahead        int
 	place        int // no other call that counts has it
 	running      bool
 	foreign      bool      // another process made it
@@ -252,9 +260,11 @@ func (s *Share) permit(want Want) *Call {
 		share:        s,
 		tenant:       want.beginner(),
 		housekeeping: want.Class == Housekeeping,
+		ahead:        want.Ahead,
 		place:        s.places.take(),
 		running:      true,
 	}
+	s.ahead += c.ahead
 	s.tallies(c, func(t *tally) { t.running++ })
 	return c
 }
@@ -268,6 +278,7 @@ func (c *Call) End() {
 		return
 	}
 	c.running = false
+	s.ahead -= c.ahead
 	c.frees = time.Now().Add(Window)
 	s.tallies(c, func(t *tally) {
 		t.running--
@@ -289,6 +300,7 @@ func (s *Share) withdraw(c *Call) {
 		return
 	}
 	c.running = false
+	s.ahead -= c.ahead
 	s.tallies(c, func(t *tally) { t.running-- })
 	s.places.give(c.place)
 }
@@ -354,6 +366,7 @@ type plan struct {
 	// used are calls whose end frees a place for their own tenant.
 	used         map[*Call]bool
 	housekeeping int // next among the calls of that class
+	ahead        int // places that are left to further calls of work that has begun
 }
 
 // slot is when a call is permitted, and what it takes.
@@ -377,6 +390,7 @@ func (s *Share) plan() *plan {
 		own:          make(map[string]int, len(s.queue)),
 		used:         map[*Call]bool{},
 		housekeeping: s.housekeeping.count() - Fifth(s.limit),
+		ahead:        s.ahead,
 	}
 }
 
@@ -394,6 +408,11 @@ func (p *plan) slot(want Want) slot {
 		p.next++
 	}
 	found := slot{Want: want, at: p.frees(&s.all, p.next)}
+	if left := p.frees(&s.all, p.next+p.ahead); !want.Hop && left.After(p.now.Add(glance)) {
+		found.at = latest(found.at, p.now.Add(glance)) // the work may turn out not to need the places that are left to it
+	} else if !want.Hop {
+		found.at = left
+	}
 	if want.Class == Housekeeping {
 		found.at = latest(found.at, p.frees(&s.housekeeping, p.housekeeping))
 	}
@@ -423,6 +442,7 @@ func (p *plan) hold(taken slot) {
 	if taken.Class == Housekeeping {
 		p.housekeeping++
 	}
+	p.ahead += taken.Ahead
 	if !taken.byTenant {
 		p.next++
 	} else if taken.freed != nil {

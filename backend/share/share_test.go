@@ -213,6 +213,37 @@ func TestHopsCountAgainstTheShareAlone(t *testing.T) {
 	})
 }
 
+// What work that has begun is likely to need stays free for it, and only for as long as its call runs.
+func TestPlacesAreLeftToWorkThatHasBegun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(3)
+		begun := take(t, s, Want{Tenant: "moved", Ahead: 2})
+		for class := Reader; class <= Housekeeping; class++ {
+			refused(t, s, Want{Class: class}, glance)
+		}
+		assert.Equal(t, time.Now().Add(glance), s.FreeAt(reader("other")))
+		begun.End()
+		hop := take(t, s, Want{Tenant: "moved", Hop: true, Ahead: 1})
+		refused(t, s, Want{}, glance)
+		hop.End()
+		take(t, s, Want{Tenant: "moved", Hop: true}).End()
+		refused(t, s, Want{}, Window)
+		idle(t, s)
+
+		for name, end := range map[string]func(*Call){"ended": (*Call).End, "withdrawn": (*Call).Withdraw} {
+			begun = take(t, s, Want{Tenant: "moved", Ahead: 2})
+			other := ask(t, s, t.Context(), reader("other"))
+			end(begun)
+			time.Sleep(glance)
+			synctest.Wait()
+			require.True(t, other.done.Load(), name)
+			require.NoError(t, other.err, "nothing more was needed")
+			other.End()
+			idle(t, s)
+		}
+	})
+}
+
 func TestBackgroundLeavesAFifthToReaders(t *testing.T) {
 	for limit, fifth := range map[int]int{1: 0, 4: 0, 5: 1, 9: 1, 10: 2, 50: 10} {
 		for _, hop := range []bool{false, true} {
