@@ -442,7 +442,7 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 	token := r.RefreshToken
 	change := &tenantChange{
 		refreshToken: &token, connector: &a.Connector, verify: true, lineage: a.Next,
-		grant: &grantOf{by: a.By, at: time.Now().UTC().Truncate(time.Millisecond), subject: r.Subject, from: a.Lineage, to: via.entry.ConnectorID},
+		grant: &grantOf{by: a.By, at: time.Now().UTC().Truncate(time.Millisecond), subject: r.Subject, from: a.Lineage, to: via.entry.ConnectorID, facts: r.Facts},
 	}
 	w := want{change: change}
 	if r.Err == nil && r.AccessToken != nil {

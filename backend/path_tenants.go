@@ -108,8 +108,9 @@ type grantOf struct {
 	by      string
 	at      time.Time
 	subject string
-	from    string // the lineage that the tenant must have still
-	to      string // the connector_id that it was granted to
+	from    string              // the lineage that the tenant must have still
+	to      string              // the connector_id that it was granted to
+	facts   *tokenservice.Facts // what the service has told of the refresh token beside it; nil: nothing
 }
 
 // newTenantChange reads a write. A null sets a field to its default.
@@ -356,6 +357,9 @@ func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChan
 	facts, err := via.service.Check(next.RefreshToken)
 	if err != nil {
 		return nil, badValue("refresh_token does not fit connector %q: %s", next.Connector, err)
+	}
+	if g := change.grant; g != nil && g.facts != nil {
+		facts = *g.facts
 	}
 	change.checked, change.facts = next.RefreshToken, facts
 	return via, b.tenants.validate(ctx, next)

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 const (
@@ -79,6 +81,21 @@ func TestPINLogin(t *testing.T) {
 		e.read("creds/acme")
 		assert.Equal(t, 1, e.kaizala.Exchanges("acme"))
 		assert.NotContains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"))
+	})
+}
+
+// A refresh token that does not tell its end itself ends when Kaizala says beside it.
+func TestEndOfAnOpaqueRefreshTokenOfAPIN(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		begun := time.Now().UTC()
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 200, Body: fmt.Sprintf(`{"refreshToken": "opaque", "refreshTokenExpiry": %d}`, begun.Add(100*day).UnixMilli())})
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 200, Body: fmt.Sprintf(`{"accessToken": "access", "endpointUrl": "https://inc-000.kaiza.la", "accessTokenExpiry": %d}`, begun.Add(day).UnixMilli())})
+		_, status, text := e.pin(map[string]any{"pin": e.sentPIN()})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, tokenservice.Facts{Kind: "unknown", Expires: begun.Add(100 * day), RotatesFrom: begun.Add(90 * day)}, e.stored("acme").Facts)
+		assert.Equal(t, stamp(begun.Add(100*day)), e.read("tenants/acme")["refresh_token_expire_time"])
 	})
 }
 
