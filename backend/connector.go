@@ -295,9 +295,11 @@ type passage struct {
 	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work is a write's question about the connector that it is going to replace.
 	discovery bool
-	placed    func()      // called when the work has a place in the share; nil for none
-	call      *share.Call // the last that was permitted
-	made      int         // how many were
+	// tellsNothing: an answer to the work does not tell whether the service takes a connector that it refuses.
+	tellsNothing bool
+	placed       func()      // called when the work has a place in the share; nil for none
+	call         *share.Call // the last that was permitted
+	made         int         // how many were
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
@@ -383,7 +385,7 @@ func (p *passage) mayCall() error {
 		return nil
 	}
 	probe := r.probe.Load()
-	if p.want.Hop || probe > now.UnixNano() || !r.probe.CompareAndSwap(probe, now.Add(probeEvery).UnixNano()) {
+	if p.want.Hop || p.tellsNothing || probe > now.UnixNano() || !r.probe.CompareAndSwap(probe, now.Add(probeEvery).UnixNano()) {
 		return r.failure
 	}
 	p.probes = r

@@ -8,6 +8,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
 // Two flows of a Kaizala tenant that meet, one test for each way in which that has gone wrong.
@@ -47,4 +49,39 @@ func TestConnectorIsWrittenWhileTheRefreshTokenIsReplaced(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A deactivated connector gets no new tokens, and those that it has go on: a PIN that Kaizala does not send for it is no word about
+// the connector's tenants.
+func TestPINOfADeactivatedConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("beta")
+		e.kaizala.DeactivateConnector(e.connectorID)
+		_, status, text := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "check on Kaizala's portal that it is active")
+		e.read("creds/beta")
+	})
+}
+
+// A refused connector sends no PIN, not in the place of the one exchange in ten minutes either: the answer would not tell whether
+// Kaizala takes the connector again, and the PIN could not be redeemed.
+func TestNoPINIsSentForARefusedConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("beta")
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`})
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		require.Equal(t, 400, status)
+		e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would heal it
+		time.Sleep(probeEvery)
+		_, status, text := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "refuses connector")
+		assert.Zero(t, e.pinCalls(sendPINPath))
+		e.addTenant("gamma")
+		e.read("creds/gamma")
+		e.phone()
+	})
 }

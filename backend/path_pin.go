@@ -37,7 +37,7 @@ func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framewor
 	if err != nil {
 		return answer(err)
 	}
-	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
+	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, tellsNothing: true} // no secret is sent
 	if err := via.service.(tokenservice.PINFlow).SendPIN(ctx, number, p.permit); err != nil {
 		return answer(b.notBegun(ctx, a, via, err))
 	}

@@ -70,7 +70,8 @@ func TestPINOnAnEmulator(t *testing.T) {
 		s.SetConnectorSecret(c.connectorID, "OTHER")
 		requirePINFailure(t, tokenservice.RefusedConnector, c.RedeemPIN(t.Context(), number, send(), nil).Err)
 		s.DeleteConnector(c.connectorID)
-		requirePINFailure(t, tokenservice.RefusedConnector, c.SendPIN(t.Context(), number, nil))
+		f = requirePINFailure(t, tokenservice.Refused, c.SendPIN(t.Context(), number, nil))
+		assert.Contains(t, f.Text, "check on Kaizala's portal that it is active")
 	})
 }
 
@@ -165,7 +166,7 @@ func TestPINAnswers(t *testing.T) {
 		{"InvalidToken", `{"errorCode":"InvalidToken"}`, 401, tokenservice.Refused, tokenservice.RefusedRefreshToken, false},
 		{"Unauthenticated", `{"errorCode":"Unauthenticated"}`, 200, tokenservice.Refused, tokenservice.RefusedRefreshToken, false},
 		{"an unknown code", `{"errorCode":"` + bodyCanary + `"}`, 400, tokenservice.Refused, tokenservice.RefusedRefreshToken, false},
-		{"the connector's message", wrongConnector, 401, tokenservice.RefusedConnector, tokenservice.RefusedConnector, false},
+		{"the connector's message", wrongConnector, 401, tokenservice.Refused, tokenservice.RefusedConnector, false},
 		{"a code beside a token", `{"errorCode":"x",` + token + "}", 200, tokenservice.Refused, tokenservice.RefusedRefreshToken, true},
 		{"a code with a 5xx", `{"errorCode":"InvalidToken"}`, 500, tokenservice.Unavailable, tokenservice.Unavailable, false},
 		{"an error page with a token", "{" + token + "}", 404, tokenservice.Unavailable, tokenservice.Unavailable, false},
