@@ -2,8 +2,10 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -155,6 +157,32 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 			assert.Empty(t, e.server.LostGrants())
 		})
 	})
+	t.Run("not noted", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Hour }, nil)
+			e.add("acme", nil)
+			e.lease("acme")
+			e.server.Inject(oauth2test.Fault{Process: true, Reset: true, Times: 1})
+			notes := 0
+			e.storage.failWith(func(op, key string) error {
+				if op == "put" && strings.HasPrefix(key, "calls/") {
+					notes++
+				}
+				if notes == 2 {
+					return errors.New("storage is down")
+				}
+				return nil
+			})
+			_, code, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+			assert.Equal(t, 503, code)
+			assert.Contains(t, text, "closed the connection", "the first request is what has failed")
+			_, _, _ = e.try(logical.ReadOperation, "token/acme", nil)
+			assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2, "the backoff holds")
+			e.storage.heal()
+			time.Sleep(time.Minute)
+			assert.Equal(t, statusOK, e.status("acme"))
+		})
+	})
 	t.Run("refused", func(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			e, _ := lose(t, 0)
@@ -163,6 +191,7 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 			_, code, text := e.try(logical.ReadOperation, "token/acme", nil)
 			assert.Equal(t, 400, code)
 			assert.Contains(t, text, "refuses the refresh token")
+			assert.Contains(t, text, "(tenants/acme/authorize), or get a new refresh token and write it to tenants/acme")
 			assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 3)
 		})
 	})

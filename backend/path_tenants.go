@@ -441,7 +441,7 @@ func (b *backend) startVerified(ctx context.Context, t *tenant, v *tenantView, w
 // verifyError says what a failed verification means to the writer.
 func verifyError(about tokenservice.About, tenant, connector string, err error) error {
 	if isRejection(err) {
-		return badValue("%s refuses this refresh token with connector %q: nothing was stored; %s for that connector and write it to tenants/%s", upperFirst(about.Name), connector, about.NewRefreshToken, tenant)
+		return badValue("%s refuses this refresh token with connector %q: nothing was stored; for that connector, %s", upperFirst(about.Name), connector, remedy(about, tenant))
 	}
 	var coded logical.HTTPCodedError
 	switch err = readerError(about, tenant, connector, err); {

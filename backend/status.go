@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -61,16 +62,21 @@ func (b *backend) danger(t *tenant, v *tenantView, now time.Time) string {
 		return "" // nothing has been tried yet
 	}
 	about := b.connectors.about(e.Connector)
-	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s and write it there.",
-		t.name, stamp(e.Facts.Expires), about.Name, t.name, about.NewRefreshToken)
+	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s.",
+		t.name, stamp(e.Facts.Expires), about.Name, t.name, remedy(about, t.name))
 }
 
 func rejectedText(about tokenservice.About, tenant string) string {
-	return fmt.Sprintf("%s refuses the refresh token of tenant %q: its tenant user has to %s and write it to tenants/%s", upperFirst(about.Name), tenant, about.NewRefreshToken, tenant)
+	return fmt.Sprintf("%s refuses the refresh token of tenant %q: its tenant user has to %s", upperFirst(about.Name), tenant, remedy(about, tenant))
 }
 
 func expiredText(about tokenservice.About, tenant string, e *tenantEntry) string {
-	return fmt.Sprintf("The refresh token of tenant %q expired at %s: its tenant user has to %s and write it to tenants/%s.", tenant, stamp(e.Facts.Expires), about.NewRefreshToken, tenant)
+	return fmt.Sprintf("The refresh token of tenant %q expired at %s: its tenant user has to %s.", tenant, stamp(e.Facts.Expires), remedy(about, tenant))
+}
+
+// remedy is what a person does about a refresh token that is of no use any more, as a part of a sentence.
+func remedy(about tokenservice.About, tenant string) string {
+	return strings.ReplaceAll(about.NewRefreshToken, "NAME", tenant) + " and write it to tenants/" + tenant
 }
 
 // statusResponse is all about a tenant that may be shown.

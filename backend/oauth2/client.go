@@ -20,7 +20,7 @@ var (
 )
 
 // newRefreshToken is what a person does to get one.
-const newRefreshToken = "authorize the tenant again (tenants/NAME/authorize), or write a new refresh token"
+const newRefreshToken = "authorize the tenant again (tenants/NAME/authorize), or get a new refresh token"
 
 func (c *Client) name() string { return "authorization server " + c.host }
 

@@ -198,7 +198,7 @@ func TestMissing(t *testing.T) {
 }
 
 func TestAbout(t *testing.T) {
-	const text = "authorize the tenant again (tenants/NAME/authorize), or write a new refresh token"
+	const text = "authorize the tenant again (tenants/NAME/authorize), or get a new refresh token"
 	require.Equal(t, tokenservice.About{
 		Name: "the authorization server as.example.com", NewRefreshToken: text, RetryLost: true,
 	}, client(t, nil).About())

@@ -273,7 +273,7 @@ func TestExchangeFailures(t *testing.T) {
 		text   string
 	}{
 		{"", 400, code("invalid_grant"), refusedToken, "invalid_grant", false,
-			"The authorization server as.example.com refuses the refresh token (invalid_grant). The tenant user has to authorize the tenant again (tenants/NAME/authorize), or write a new refresh token."},
+			"The authorization server as.example.com refuses the refresh token (invalid_grant). The tenant user has to authorize the tenant again (tenants/NAME/authorize), or get a new refresh token."},
 		{"", 401, code("invalid_grant"), refusedToken, "invalid_grant", false, "refuses the refresh token (invalid_grant)"},
 		{"", 403, code("invalid_grant"), refusedToken, "invalid_grant", false, ""},
 		{"", 429, code("invalid_grant"), refusedToken, "invalid_grant", false, ""},

@@ -42,7 +42,7 @@ func TestCheck(t *testing.T) {
 			{"Bearer " + refreshCanary, "without Bearer"},
 			{refreshCanary + "\n", "line break"},
 			{strings.Repeat("a", 16<<10+1), "longer than"},
-			{jwt(`{"exp":946684800}`), "it expired at 2000-01-01T00:00:00Z (its own exp); authorize the tenant again (tenants/NAME/authorize), or write a new refresh token"},
+			{jwt(`{"exp":946684800}`), "it expired at 2000-01-01T00:00:00Z (its own exp); authorize the tenant again (tenants/NAME/authorize), or get a new refresh token"},
 		} {
 			_, err := plain.Check(c.token)
 			require.ErrorContains(t, err, c.text)

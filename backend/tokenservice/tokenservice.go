@@ -41,7 +41,7 @@ type About struct {
 	Name string
 
 	// NewRefreshToken is what a person does to get a new refresh token, as a part of a sentence: "generate a new one on
-	// Kaizala's portal".
+	// Kaizala's portal". NAME in it stands for the tenant's name.
 	NewRefreshToken string
 
 	// ExchangeInvalidates: an exchange ends the access tokens before it.
