@@ -74,6 +74,22 @@ func TestOlderStateWhoseEndIsNotNoted(t *testing.T) {
 	})
 }
 
+// A state that storage has taken, and has said that it has not, is forgotten like any other.
+func TestStateThatStorageTakesAndDoesNotSaySo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.minute()
+		e.storage.unheard("put", stateKeys)
+		_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/authorize", map[string]any{"connector": "as"})
+		require.Equal(t, 500, status)
+		e.storage.heal()
+		require.Contains(t, e.storedText(), stateKeys)
+		e.pass(attemptLife + statesKnown + time.Minute)
+		assert.NotContains(t, e.storedText(), stateKeys)
+		assert.Empty(t, e.grants.due)
+	})
+}
+
 // A config write that comes while a code or a PIN waits for its call: the call goes by what the connector is then, or is not
 // made, and can be made once the connector is what it was.
 func TestConfigWriteOvertakesACodeOrAPIN(t *testing.T) {
