@@ -85,7 +85,9 @@ func (h *hops) ahead(n int) int {
 // refusal is the service's word that a connector's ID or secret is wrong.
 type refusal struct {
 	failure *tokenservice.Failure
-	probe   atomic.Int64 // when the next exchange is made in spite of the refusal, in nanoseconds since 1970
+	// noted is when the service last said so, as far as storage is told.
+	noted atomic.Int64
+	probe atomic.Int64 // when the next exchange is made in spite of the refusal, in nanoseconds since 1970
 }
 
 // loadedConnector is a connector's configuration and the client made of it.
@@ -199,9 +201,17 @@ func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntr
 	})
 }
 
+// again says, once, that the service has refused the connector anew: a process after this one waits from then on.
+func (r *refusal) again(now time.Time) bool {
+	noted := r.noted.Load()
+	return now.Sub(time.Unix(0, noted)) >= probeEvery && r.noted.CompareAndSwap(noted, now.UnixNano())
+}
+
 func refusedSince(at time.Time) *refusal {
 	r := &refusal{failure: &tokenservice.Failure{Kind: tokenservice.RefusedConnector}}
-	r.probe.Store(earliest(at, time.Now()).Add(probeEvery).UnixNano())
+	at = earliest(at, time.Now())
+	r.noted.Store(at.UnixNano())
+	r.probe.Store(at.Add(probeEvery).UnixNano())
 	return r
 }
 
@@ -334,10 +344,12 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	case errors.Is(err, share.ErrRemoved):
 		return nil, errReplaced
 	case err != nil:
+		p.leaveProbe()
 		return nil, storageError(err)
 	}
 	if err := p.mayCall(); err != nil {
 		call.Withdraw()
+		p.leaveProbe()
 		return nil, err
 	}
 	p.call, p.made = call, p.made+1
@@ -390,6 +402,14 @@ func (p *passage) mayCall() error {
 	}
 	p.probes = r
 	return nil
+}
+
+// leaveProbe leaves a refused connector's next exchange to others, where this work has made no call.
+func (p *passage) leaveProbe() {
+	if p.probes != nil && p.call == nil {
+		p.probes.probe.Store(time.Now().UnixNano())
+		p.probes = nil
+	}
 }
 
 // nextProbe is when a refused connector makes its next exchange.
@@ -452,16 +472,19 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 	told.RetryAfter = 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
 	r.failure = &told
 	cs.mu.Lock()
-	present := via.isPresent()
-	news := present && via.refusal.Load() == nil
-	if news {
+	present, known := via.isPresent(), via.refusal.Load()
+	if present && known == nil {
 		via.refusal.Store(r)
 	}
 	cs.mu.Unlock()
-	if !news {
+	switch {
+	case !present:
+		return
+	case known == nil:
+		cs.announce.connectorRefused(via)
+	case failure == known.failure || !known.again(now):
 		return
 	}
-	cs.announce.connectorRefused(via)
 	cs.noteRefusal(ctx, via, now.UTC().Truncate(time.Millisecond))
 }
 

@@ -51,6 +51,53 @@ func TestConnectorIsWrittenWhileTheRefreshTokenIsReplaced(t *testing.T) {
 	}
 }
 
+const connectorsRefusal = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`
+
+// newRefusedEngine starts an engine with the tenant acme, whose connector Kaizala has refused n times, the last time now.
+func newRefusedEngine(t *testing.T, n int) *engine {
+	e := newConfiguredEngine(t)
+	e.addTenant("acme")
+	e.kaizala.Inject(kaizalatest.Fault{Times: n, Status: 401, Body: connectorsRefusal})
+	for i := range n {
+		if i > 0 {
+			time.Sleep(probeEvery)
+		}
+		e.quiet("acme")
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 400, status)
+	}
+	require.Equal(t, n, e.kaizala.CallCount())
+	return e
+}
+
+// The exchange that shows whether Kaizala takes a refused connector again is not used up by storage that fails before it.
+func TestStorageFailsBeforeAProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRefusedEngine(t, 1)
+		e.storage.refuse("put", callPrefix)
+		time.Sleep(probeEvery)
+		e.quiet("acme")
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 503, status)
+		require.Equal(t, 1, e.kaizala.CallCount())
+		e.storage.heal()
+		e.read("creds/acme")
+	})
+}
+
+// The ten minutes between two such exchanges go on over a restart.
+func TestRestartAfterAProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRefusedEngine(t, 2)
+		e.restart()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 400, status)
+		assert.Equal(t, 2, e.kaizala.CallCount())
+		time.Sleep(probeEvery)
+		e.read("creds/acme")
+	})
+}
+
 // A deactivated connector gets no new tokens, and those that it has go on: a PIN that Kaizala does not send for it is no word about
 // the connector's tenants.
 func TestPINOfADeactivatedConnector(t *testing.T) {
@@ -71,7 +118,7 @@ func TestNoPINIsSentForARefusedConnector(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("beta")
-		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`})
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: connectorsRefusal})
 		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
 		require.Equal(t, 400, status)
 		e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would heal it
