@@ -1113,6 +1113,29 @@ func TestDeleteRevokesTheRefreshTokenThatCameMeanwhile(t *testing.T) {
 	}
 }
 
+// A refresh token that came while its tenant was deleted is not sent past its end, which came with it.
+func TestRevocationOfARefreshTokenThatCameMeanwhileEndsWithIt(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			oauth2test.ClassA(o)
+			o.RefreshTokenLife, o.RefreshTokenLifeField = time.Hour, "refresh_token_expires_in"
+		}, revokeAll)
+		e.add("acme", nil)
+		e.write("tenants/acme/refresh", nil) // now the end of the one before is known, too
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Process: true, Delay: 5 * time.Second})
+		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
+		synctest.Wait()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Hour)
+		calls := len(e.revocations())
+		assert.Greater(t, calls, 60)
+		e.pass(time.Hour)
+		assert.Len(t, e.revocations(), calls)
+		assert.Nil(t, e.read("config")["pending_revocations"])
+	})
+}
+
 // What an exchange brings beside an answer that cannot be used is stored, and so is the write that it verified. The tenant's
 // status says what is wrong.
 func TestVerificationThatBringsNoAccessToken(t *testing.T) {

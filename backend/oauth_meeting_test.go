@@ -476,6 +476,38 @@ func TestAccessTokenIsGivenUpWhileItsIntentIsSettled(t *testing.T) {
 	})
 }
 
+// departed is the context of a reader who leaves unseen: it has ended, and has not told of it yet.
+type departed struct {
+	context.Context
+	gone atomic.Bool
+}
+
+func (c *departed) Err() error {
+	if c.gone.Load() {
+		return context.Canceled
+	}
+	return nil
+}
+
+// An access token for one lease is revoked where its reader has left by the time that the lease is to be given: Vault may not
+// have registered it.
+func TestReaderLeavesBeforeHisOwnTokenIsLeased(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		ctx := &departed{Context: t.Context()}
+		e.storage.surround(func(op, key string, do func() error) error {
+			ctx.gone.Store(op == "put" && strings.HasPrefix(key, heldPrefix))
+			return do()
+		})
+		_, _, text := e.tryContext(ctx, logical.ReadOperation, "creds/acme", nil)
+		assert.Contains(t, text, context.Canceled.Error())
+		require.Len(t, e.server.Calls(oauth2test.EndpointToken), 1)
+		assert.Empty(t, e.server.AccessTokens("acme"))
+		e.kept()
+	})
+}
+
 // A reader stops waiting, or goes away, while the record of the access token for his lease is stored, or as it has been stored:
 // nobody has the token, so it is revoked, or he gets it after all.
 func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
