@@ -348,8 +348,8 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		return nil, storageError(err)
 	}
 	if err := p.mayCall(); err != nil {
-		call.Withdraw()
 		p.leaveProbe()
+		call.Cancel(ctx)
 		return nil, err
 	}
 	p.call, p.made = call, p.made+1

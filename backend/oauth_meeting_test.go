@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // Two flows that meet at a connector of service=oauth2, one test for each way in which that has gone wrong.
@@ -271,6 +272,47 @@ func TestTenantLeavesMemoryWhileThePlannedExchangeFails(t *testing.T) {
 		reader.Wait()
 		e.kept()
 	})
+}
+
+// A restart after an exchange that was noted and never made, because storage failed or the service had asked for a pause meanwhile,
+// is silent: nobody takes it for one whose answer was lost.
+func TestRestartAfterAnExchangeThatWasNotMade(t *testing.T) {
+	for name, refuse := range map[string]func(*oauthEngine){
+		"storage": func(e *oauthEngine) {
+			var failed atomic.Bool
+			e.storage.surround(func(op, key string, do func() error) error {
+				err := do()
+				if op == "put" && strings.HasPrefix(key, callPrefix) && failed.CompareAndSwap(false, true) {
+					return errStorage
+				}
+				return err
+			})
+		},
+		"pause": func(e *oauthEngine) {
+			via := e.connectors.present(defaultConnector)
+			e.storage.once("put", callPrefix, func() {
+				e.connectors.judge(e.t.Context(), via, &tokenservice.Failure{Kind: tokenservice.Limited, RetryAfter: time.Minute})
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				lease := e.lease("acme")
+				time.Sleep(2 * time.Minute) // the first call's place is free again
+				refuse(e)
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+				require.GreaterOrEqual(t, status, 429)
+				e.storage.heal()
+				require.Len(t, e.server.Calls(oauth2test.EndpointToken), 1)
+				e.restart()
+				e.pass(2 * time.Minute)
+				assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+			})
+		})
+	}
 }
 
 // The process dies when the intent for a deleted tenant's refresh token is stored and the tenant is not deleted yet: the tenant

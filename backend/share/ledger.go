@@ -64,22 +64,39 @@ func (c *Call) Note(ctx context.Context) error {
 	s.mu.Unlock()
 	err := s.put(ctx, strconv.Itoa(c.place), e)
 	if err != nil {
-		c.Withdraw()
+		c.Cancel(ctx) // storage may have it all the same
 	}
 	return err
+}
+
+// Cancel is Withdraw for a call that was noted, and is not made after all: the process after this one need not ask what became of
+// it. Where storage does not take that, it asks all the same.
+func (c *Call) Cancel(ctx context.Context) {
+	c.noteAnswered(ctx)
+	c.Withdraw()
 }
 
 // Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
 // this one need not ask what became of it. Where storage does not take that, it still asks.
 func (c *Call) Settle(ctx context.Context) {
+	c.share.mu.Lock()
+	present := c.frees.After(time.Now()) // its place is still its own
+	c.share.mu.Unlock()
+	if present {
+		c.noteAnswered(ctx)
+	}
+}
+
+// noteAnswered stores the call as one of which nobody has to ask what became of it.
+func (c *Call) noteAnswered(ctx context.Context) {
+	if c.tenant == "" {
+		return
+	}
 	s := c.share
 	s.mu.Lock()
 	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: s.noted[c.place]}
-	present := c.frees.After(time.Now()) // its place is still its own
 	s.mu.Unlock()
-	if present && c.tenant != "" {
-		_ = s.put(ctx, strconv.Itoa(c.place), e)
-	}
+	_ = s.put(ctx, strconv.Itoa(c.place), e)
 }
 
 // Unsettled returns, once, when a process before this one has noted an exchange of the tenant whose answer it may not have
