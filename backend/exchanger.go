@@ -292,7 +292,7 @@ func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tok
 		return g.result
 	}
 	x.ahead()
-	request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, via)}
+	request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
 	if m := entry.Move; m != nil && m.From == via.entry.address() {
 		request.Endpoint = m.To // the service has moved this tenant
 	}
@@ -301,9 +301,13 @@ func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tok
 
 // permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
 // work.
-func (x *exchanger) permit(f *flight, via *loadedConnector) tokenservice.Permit {
-	// One more try after a lost answer belongs to the exchange that has begun.
-	p := &passage{via: via, want: share.Want{Tenant: f.t.name, Wait: patience, Hop: f.lost}, placed: f.place}
+func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
+	stored := f.v.base()
+	p := &passage{via: via, placed: f.place, want: share.Want{
+		Tenant: f.t.name, Wait: patience,
+		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
+		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
+	}}
 	f.way = p
 	if f.want.background && !f.urgent() {
 		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined

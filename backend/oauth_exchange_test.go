@@ -238,6 +238,38 @@ func TestOAuthExchangeThatAProcessDidNotLiveToSee(t *testing.T) {
 	})
 }
 
+// The verification of another refresh token, of which no answer came, is nothing that the next process has to ask about: the leases on
+// the access token live.
+func TestOAuthRestartAfterAVerificationWithoutAnswer(t *testing.T) {
+	verify := func(e *oauthEngine, fault oauth2test.Fault) {
+		fault.User = "other"
+		e.server.Inject(fault)
+		go func() {
+			_, _, _ = e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "other")})
+		}()
+		synctest.Wait()
+	}
+	for name, meanwhile := range map[string]func(*oauthEngine){
+		"the answer to a verification is lost": func(e *oauthEngine) { verify(e, oauth2test.Fault{Reset: true}) },
+		"the process ends in a verification":   func(e *oauthEngine) { verify(e, oauth2test.Fault{Hold: true}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				lease := e.lease("acme")
+				time.Sleep(time.Minute)
+				meanwhile(e)
+				require.True(t, e.server.Alive(accessTokenOf(lease)))
+				e.crash()
+				e.pass(2 * time.Minute)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+				assert.Equal(t, statusOK, e.status("acme"))
+			})
+		})
+	}
+}
+
 func TestOAuthLives(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) {

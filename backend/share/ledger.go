@@ -43,8 +43,8 @@ type entry struct {
 	Tenant string `json:"tenant,omitempty"`
 	// Housekeeping says that a call counts against that class's fifth.
 	Housekeeping bool `json:"housekeeping,omitempty"`
-	// At is when a call that begins a tenant's exchange was noted; zero where no process after this one has to ask what became
-	// of it: see [Share.Unsettled].
+	// At is when a call that begins the exchange of a tenant's stored refresh token was noted; zero where no process after this
+	// one has to ask what became of it: see [Share.Unsettled].
 	At time.Time `json:"at,omitzero"`
 	// Until is from when on the entry does not count, at the latest; At still does.
 	Until time.Time `json:"until"`
@@ -57,7 +57,7 @@ func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
 	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: time.Now().UTC().Add(s.timeout + Window)}
-	if c.tenant != "" {
+	if c.tenant != "" && !c.unstored {
 		e.At = time.Now().UTC().Truncate(time.Millisecond)
 	}
 	s.noted[c.place] = e.Until

@@ -149,6 +149,7 @@ func TestUnsettled(t *testing.T) {
 		_ = second
 		noted(t, s, Want{Tenant: "", Class: Revocation})
 		noted(t, s, Want{Tenant: "hop", Hop: true})
+		noted(t, s, Want{Tenant: "unstored", Unstored: true})
 		answered.End()
 		answered.Settle(t.Context())
 		assert.Zero(t, s.Unsettled("cut"), "this process knows itself")
@@ -160,6 +161,7 @@ func TestUnsettled(t *testing.T) {
 		assert.Equal(t, begun.Add(-2*time.Second).UTC(), s.Unsettled("answered").UTC(), "the one before was not settled")
 		assert.Equal(t, begun.Add(-time.Second).UTC(), s.Unsettled("running").UTC())
 		assert.Zero(t, s.Unsettled("hop"))
+		assert.Zero(t, s.Unsettled("unstored"))
 		assert.Zero(t, s.Unsettled(""))
 	})
 }

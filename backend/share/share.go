@@ -42,6 +42,9 @@ type Want struct {
 	// limit (but at least one). It is "" for all other calls: revocations, polls, codes, PINs.
 	Tenant string
 	Class  Class
+	// Unstored: the exchange is of a refresh token that storage does not have, so that no process after this one has to ask what
+	// became of it. See [Share.Unsettled].
+	Unstored bool
 	// Hop: the call is a further request of work that has begun, such as a redirect that is followed. It counts against the
 	// limit alone, not against the tenant's fifth, and goes before the calls of its class that begin work.
 	Hop bool
@@ -144,6 +147,7 @@ type Call struct {
 	tenant       string // whose fifth it counts against; "" for none
 	housekeeping bool
 	ahead        int
+	unstored     bool
 	place        int // no other call that counts has it
 	running      bool
 	foreign      bool      // another process made it
@@ -261,6 +265,7 @@ func (s *Share) permit(want Want) *Call {
 		tenant:       want.beginner(),
 		housekeeping: want.Class == Housekeeping,
 		ahead:        want.Ahead,
+		unstored:     want.Unstored,
 		place:        s.places.take(),
 		running:      true,
 	}
