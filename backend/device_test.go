@@ -236,6 +236,10 @@ func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 		}
 		assert.Greater(t, len(at), 30)
 		assert.Equal(t, 2*time.Minute, e.grants.turn("t0", e.connectors.present("as")), "20 take turns at 10 a minute")
+		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": "x", "connector_secret": "y"})
+		other, err := e.connectors.of(t.Context(), "other")
+		require.NoError(t, err)
+		assert.Zero(t, e.grants.turn("none", other), "none of them waits for this connector")
 		for _, code := range codes {
 			require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		}

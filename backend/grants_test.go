@@ -387,6 +387,27 @@ func (e *grantEngine) showsNothingOf(text string, data map[string]any) {
 	assert.NotContains(e.t, text, canary)
 }
 
+// What ends attempts that are pending changes none that has ended.
+func TestAnAttemptThatHasEndedStaysSo(t *testing.T) {
+	for name, next := range map[string]func(*grantEngine){
+		"write": func(e *grantEngine) {
+			e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "connector": "as", "verify": false})
+		},
+		"delete":          func(e *grantEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+		"another attempt": func(e *grantEngine) { e.start("device", nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				back := e.authorize(nil)
+				require.Equal(t, 200, e.open(map[string]any{"state": back["state"], "error": "access_denied"}).status)
+				next(e)
+				assert.Equal(t, attemptDenied, e.attemptStatus("authorize"))
+			})
+		})
+	}
+}
+
 func TestAStateWorksOnce(t *testing.T) {
 	for name, first := range map[string]func(*grantEngine, map[string]any){
 		"granted": func(e *grantEngine, back map[string]any) { assert.Equal(e.t, 200, e.confirm(back).status) },

@@ -347,3 +347,25 @@ func TestAnswerShowsThatAConnectorIsTaken(t *testing.T) {
 		e.kept()
 	})
 }
+
+// Two answers that are under way refuse a connector: the log says so once.
+func TestOneLineForTwoRefusalsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.addTenant("beta")
+		e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Status: 401, Body: connectorsRefusal})
+		for _, tenant := range []string{"acme", "beta"} {
+			go func() { _, _, _ = e.try(logical.ReadOperation, "creds/"+tenant, nil) }()
+		}
+		time.Sleep(2 * time.Second)
+		require.Equal(t, 2, e.kaizala.CallCount())
+		refused := 0
+		for _, line := range e.lines(0) {
+			if strings.Contains(line.Message, "the service refuses a connector") {
+				refused++
+			}
+		}
+		assert.Equal(t, 1, refused)
+	})
+}
