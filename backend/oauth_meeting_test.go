@@ -35,6 +35,31 @@ func (s *storage) hold(op, prefix string) (reached chan struct{}, release func()
 	return reached, func() { close(held) }
 }
 
+// An access token that is in use is renewed ahead of its end though its tenant has left memory meanwhile; one that no reader has
+// had is not.
+func TestTokenInUseLeavesMemory(t *testing.T) {
+	for name, class := range map[string]map[string]any{"B": classB, "D": classD} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, class)
+				e.waitForIndex()
+				e.add("idle", nil)
+				e.write("tenants/idle/refresh", nil)
+				e.add("busy", nil)
+				e.read("token/busy")
+				e.tenants.loaded.Purge()
+				e.pass(30 * time.Minute)
+				e.tenants.loaded.Purge()
+				e.pass(29 * time.Minute)
+				assert.Equal(t, 2, e.server.Exchanges("busy"))
+				assert.Equal(t, 1, e.server.Exchanges("idle"))
+				e.pass(2 * time.Hour)
+				assert.Equal(t, 2, e.server.Exchanges("busy"), "the new one was not read")
+			})
+		})
+	}
+}
+
 // A delete, or a write of another refresh token, that comes while the record of an access token for one lease is stored leaves
 // the token to that lease.
 func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {

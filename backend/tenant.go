@@ -95,6 +95,8 @@ type tenant struct {
 	replaced map[string]*accessToken
 	// issued is the generation of the last access token for one lease whose own record storage has taken.
 	issued string
+	// used is the generation of the last access token that was read and has left memory.
+	used   string
 	retry  *backoff.Backoff
 	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
 	// cutShort is until when, in seconds since 1970, leases may live on an access token that a refresh or a write has ended
@@ -349,6 +351,9 @@ func (t *tenant) known(e *tenantEntry) *accessToken {
 	}
 	a := newAccessToken(t.name, e.Access)
 	a.leases.Store(leasesUnknown)
+	if a.Generation == t.used {
+		a.use.Store(read)
+	}
 	if !e.Access.Planned.IsZero() {
 		bound := latest(e.Access.Planned, v.postponed)
 		if v.trouble != nil {
@@ -577,6 +582,9 @@ func (t *tenant) invalidate() {
 // clear makes the tenant unknown, but for its summary. The caller holds mu.
 func (t *tenant) clear() {
 	t.replaced = nil
+	if a := t.view.Load().access; a != nil && a.use.Load() == read {
+		t.used = a.Generation // it is renewed ahead of its end all the same
+	}
 	t.update(func(v *tenantView) { v.knows, v.entry, v.access = unknown, nil, nil })
 }
 
