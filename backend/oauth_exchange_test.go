@@ -270,6 +270,42 @@ func TestOAuthRestartAfterAVerificationWithoutAnswer(t *testing.T) {
 	}
 }
 
+// A call that was noted while the host's clock was a day ahead, or moments ahead of the next host's, is no lost answer of an exchange
+// that was stored: the restarts after it are silent.
+func TestOAuthRestartAfterAWrongClock(t *testing.T) {
+	for _, ahead := range []time.Duration{30 * time.Second, day} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassD, nil)
+			e.add("acme", nil)
+			lease := e.lease("acme")
+			places, err := e.storage.List(t.Context(), callPrefix+"default/")
+			require.NoError(t, err)
+			require.Len(t, places, 1)
+			for key, times := range map[string][]string{
+				callPrefix + "default/" + places[0]: {"at", "until"},
+				tenantPrefix + "acme":               {"last_exchange_time", "refresh_token_set_time"},
+			} {
+				fields, err := getEntry[map[string]any](t.Context(), e.storage, key)
+				require.NoError(t, err)
+				for _, name := range times {
+					at, err := time.Parse(time.RFC3339Nano, (*fields)[name].(string))
+					require.NoError(t, err)
+					(*fields)[name] = at.Add(ahead)
+				}
+				raw, err := logical.StorageEntryJSON(key, fields)
+				require.NoError(t, err)
+				require.NoError(t, e.storage.Put(t.Context(), raw))
+			}
+			for range 2 {
+				e.crash()
+				e.pass(2 * time.Minute)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)), ahead)
+				assert.Equal(t, statusOK, e.status("acme"), ahead)
+			}
+		})
+	}
+}
+
 func TestOAuthLives(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) {

@@ -169,6 +169,7 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 
 // recover makes of an entry what the process before this one would have made of it. The caller holds the tenant's lock.
 func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error {
+	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // by the clock that exchanges were noted by
 	ts.fitClock(ctx, t.name, e)
 	if e.Access != nil {
 		ended, err := ts.revocations.isGivenUp(ctx, e.Connector, e.Access.Generation)
@@ -185,7 +186,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 	if err != nil || via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
 		return nil
 	}
-	if at := via.share.Unsettled(t.name); at.After(latest(e.LastExchange, e.RefreshTokenSet, e.Rejected)) {
+	if at := via.share.Unsettled(t.name); at.After(settled) {
 		t.cutOff(e.Connector, via)
 	}
 	return nil

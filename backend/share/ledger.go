@@ -276,7 +276,9 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 		if e == nil {
 			continue
 		}
-		if place, err := strconv.Atoi(at[i]); err == nil && !e.At.IsZero() && e.Until.After(s.noted[place]) {
+		// What lies further ahead was noted under a wrong clock, and cannot be compared with what has been stored since.
+		passed := !e.At.IsZero() && !e.At.After(now.Add(Window))
+		if place, err := strconv.Atoi(at[i]); err == nil && passed && e.Until.After(s.noted[place]) {
 			s.unsettled[e.Tenant] = latest(s.unsettled[e.Tenant], e.At)
 		}
 		if !e.Until.After(now) {

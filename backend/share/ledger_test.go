@@ -166,6 +166,20 @@ func TestUnsettled(t *testing.T) {
 	})
 }
 
+// An exchange that was noted under a clock that was far ahead cannot be compared with what was stored since.
+func TestUnsettledUnderAWrongClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for ahead, known := range map[time.Duration]bool{Window: true, Window + time.Second: false} {
+			var storage store
+			at := time.Now().Add(ahead).UTC()
+			raw, err := logical.StorageEntryJSON("calls/hr/0", map[string]any{"format": 1, "tenant": "acme", "at": at, "until": at.Add(2 * Window)})
+			require.NoError(t, err)
+			require.NoError(t, storage.Put(t.Context(), raw))
+			assert.Equal(t, known, !from(t, &storage, 1).Unsettled("acme").IsZero(), ahead)
+		}
+	})
+}
+
 func TestSettleTouchesItsOwnPlaceAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
