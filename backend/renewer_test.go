@@ -271,3 +271,28 @@ func TestWhoEndsFirstGoesFirst(t *testing.T) {
 		}
 	})
 }
+
+// A connector that is written, or accepted again, has its failed tenants tried at once, without a reader.
+func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
+	for name, right := range map[string]func(*engine){
+		"written": func(e *engine) { e.write("config", map[string]any{"connector_secret": e.secret}) },
+		"accepted": func(e *engine) {
+			e.addTenant("beta")
+			time.Sleep(probeEvery)
+			e.read("creds/beta")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: connectorsRefusal})
+				_, code, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				require.Equal(t, 400, code)
+				right(e)
+				time.Sleep(time.Second)
+				assert.Equal(t, statusOK, e.status("acme"))
+			})
+		})
+	}
+}

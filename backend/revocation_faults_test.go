@@ -592,3 +592,21 @@ func TestOAuthTenantThatHasLeftMemoryCostsOneRead(t *testing.T) {
 		assert.EqualValues(t, 1, e.storage.ops.Load()-ops)
 	})
 }
+
+// The refresh token of a deleted tenant is revoked after a restart though a tenant of that name has another one by then.
+func TestOAuthRevocationOfARefreshTokenBesideItsSuccessor(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.add("acme", nil)
+		deleted := e.stored("acme").RefreshToken
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.add("acme", nil)
+		e.crash()
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(deleted))
+		assert.True(t, e.server.RefreshTokenAlive(e.stored("acme").RefreshToken))
+		assert.Nil(t, e.read("config")["pending_revocations"])
+	})
+}
