@@ -98,6 +98,24 @@ func TestRestartAfterAProbe(t *testing.T) {
 	})
 }
 
+// Storage is told when Kaizala refused a connector, and not when the engine did so by itself.
+func TestRefusalIsNotedWithItsAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRefusedEngine(t, 1)
+		before, err := e.storedConnector(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 503})
+		time.Sleep(probeEvery + time.Second)
+		require.Equal(t, 2, e.kaizala.CallCount())
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": defaultConnector})
+		assert.Equal(t, 400, status)
+		after, err := e.storedConnector(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		assert.Equal(t, before.Refused, after.Refused)
+		require.Equal(t, 2, e.kaizala.CallCount())
+	})
+}
+
 // A deactivated connector gets no new tokens, and those that it has go on: a PIN that Kaizala does not send for it is no word about
 // the connector's tenants.
 func TestPINOfADeactivatedConnector(t *testing.T) {
