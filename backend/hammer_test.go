@@ -460,7 +460,7 @@ func TestHopsAhead(t *testing.T) {
 		time.Sleep(2 * share.Window)
 		h.noted(1)
 		assert.Equal(t, []int{2, 1, 0, 0}, []int{h.ahead(0), h.ahead(1), h.ahead(2), h.ahead(3)})
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		assert.Zero(t, h.ahead(0))
 		h.noted(1)
 		assert.Equal(t, 1, h.ahead(0))
