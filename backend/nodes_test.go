@@ -252,6 +252,43 @@ func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {
 	})
 }
 
+// What failed on one node is over once another has exchanged the refresh token, or been given another one: the first hands out what
+// came of it, without a warning, and ends it for no reader when it may write again.
+func TestTroubleOfBeforeAnotherNodesExchange(t *testing.T) {
+	for name, heal := range map[string]func(other *oauthEngine){
+		"exchange": func(other *oauthEngine) { other.read("creds/acme") },
+		"write": func(other *oauthEngine) {
+			other.write("tenants/acme", map[string]any{"refresh_token": other.server.Grant(other.clientID, "jane")})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				other := e.newStandby()
+				e.server.Inject(oauth2test.Fault{Reset: true, Times: 2})
+				_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				require.Equal(t, http.StatusServiceUnavailable, status)
+				e.swap(other)
+				time.Sleep(time.Second)
+				heal(other)
+				lease := other.lease("acme")
+				e.pass(time.Minute)
+				synctest.Wait()
+				assert.Equal(t, other.ok(logical.ListOperation, "tenants/", nil).Data, e.ok(logical.ListOperation, "tenants/", nil).Data)
+				resp, status, text := e.try(logical.ReadOperation, "token/acme", nil)
+				require.Equal(t, http.StatusOK, status, text)
+				assert.Empty(t, resp.Warnings)
+				assert.Equal(t, statusOK, e.status("acme"))
+				other.swap(e)
+				assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+				e.pass(5 * time.Minute)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+			})
+		})
+	}
+}
+
 // A node that may write again goes on with an attempt that another has begun meanwhile.
 func TestNodeGoesOnWithAnotherNodesAttempt(t *testing.T) {
 	bubble(t, func(t *testing.T) {

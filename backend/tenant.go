@@ -335,9 +335,18 @@ func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 			v.knows, v.summary, v.entry, v.access, v.postponed = absent, tenantSummary{}, nil, nil, time.Time{}
 			return
 		}
+		t.overtake(v, e)
 		v.show(e, t.known(e))
 	})
 	return true
+}
+
+// overtake ends trouble that is over in storage: another node has exchanged the refresh token since, or has been given another
+// one. The caller holds mu.
+func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
+	if v.trouble != nil && latest(e.LastExchange, e.RefreshTokenSet).After(v.trouble.at) {
+		t.retry, v.trouble = nil, nil
+	}
 }
 
 // known returns the access token of an entry, as it is in memory where it is. The caller holds mu.
@@ -373,6 +382,7 @@ func (t *tenant) summarized(e *tenantEntry) {
 		return
 	}
 	t.update(func(v *tenantView) {
+		t.overtake(v, e)
 		v.show(e, nil)
 		v.knows, v.entry = unknown, nil
 	})
