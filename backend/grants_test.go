@@ -387,6 +387,20 @@ func (e *grantEngine) showsNothingOf(text string, data map[string]any) {
 	assert.NotContains(e.t, text, canary)
 }
 
+// A connector with several redirect URIs is asked with the one that the start names.
+func TestRedirectURIThatIsAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"redirect_uris": []string{callbackTo, callbackTo + "/as"}})
+		for _, asked := range []string{callbackTo, callbackTo + "/as"} {
+			begun := e.start("authorize", map[string]any{"connector": "as", "redirect_uri": asked})
+			address, err := url.Parse(begun["authorization_url"].(string))
+			require.NoError(t, err)
+			assert.Equal(t, asked, address.Query().Get("redirect_uri"))
+		}
+	})
+}
+
 // What ends attempts that are pending changes none that has ended.
 func TestAnAttemptThatHasEndedStaysSo(t *testing.T) {
 	for name, next := range map[string]func(*grantEngine){

@@ -609,3 +609,66 @@ func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 		}
 	}
 }
+
+// A write of the connector alone stores first what storage has not taken yet: the refresh token that it goes on with.
+func TestConnectorAloneIsWrittenWhileTokensAreKept(t *testing.T) {
+	for name, verify := range map[string]any{"verified": true, "unverified": false} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.write("config/hr", map[string]any{
+					"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+				})
+				e.add("acme", nil)
+				e.failPuts()
+				_, code, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+				require.Equal(t, 503, code)
+				next := map[string]any{"connector": "hr", "verify": verify}
+				_, code, _ = e.try(logical.UpdateOperation, "tenants/acme", next)
+				assert.Equal(t, 503, code, "storage takes nothing yet")
+				e.storage.heal()
+				e.write("tenants/acme", next)
+				assert.Equal(t, "hr", e.stored("acme").Connector)
+				assert.Equal(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+				assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+				e.kept()
+			})
+		})
+	}
+}
+
+// The access token of a verification that storage has not taken is revoked, beside a tenant that has none.
+func TestAccessTokenOfAVerificationThatIsNotStored(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, classA)
+		e.add("acme", nil)
+		written := e.server.Grant(e.clientID, "new")
+		e.failPuts()
+		_, code, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": written})
+		require.Equal(t, 503, code)
+		require.Len(t, e.server.AccessTokens("new"), 1)
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.server.AccessTokens("new"))
+		assert.NotEqual(t, written, e.stored("acme").RefreshToken)
+	})
+}
+
+// A connector that is replaced while its call is noted, and that storage cannot give then, fails the exchange by name.
+func TestConnectorIsReplacedAndCannotBeRead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.storage.once("put", "calls/", func() {
+			e.InvalidateKey(t.Context(), connectorPrefix+defaultConnector)
+			e.storage.refuse("get", connectorPrefix)
+		})
+		_, code, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 500, code)
+		assert.Contains(t, text, errStorage.Error())
+		assert.Empty(t, e.server.Calls(oauth2test.EndpointToken))
+		e.storage.heal()
+		time.Sleep(time.Minute)
+		assert.Equal(t, statusOK, e.status("acme"))
+	})
+}
