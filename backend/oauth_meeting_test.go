@@ -60,6 +60,37 @@ func TestTokenInUseLeavesMemory(t *testing.T) {
 	}
 }
 
+// A last lease is revoked when memory does not have the connector, for storage has failed to take a write of it or another node has
+// written it: the exchange that ends the access token is owed even so, and made after a restart.
+func TestExchangeIsOwedAtAConnectorThatLeftMemory(t *testing.T) {
+	for name, leave := range map[string]func(*oauthEngine){
+		"failed write": func(e *oauthEngine) {
+			e.storage.refuse("put", connectorPrefix)
+			_, status, _ := e.try(logical.UpdateOperation, "config", map[string]any{"scopes": "a"})
+			require.GreaterOrEqual(e.t, status, 500)
+			e.storage.heal()
+		},
+		"another node": func(e *oauthEngine) { e.InvalidateKey(context.Background(), connectorPrefix+defaultConnector) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
+				e.add("acme", nil)
+				lease := e.lease("acme")
+				e.waitForIndex()
+				leave(e)
+				e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+				e.revoke(lease)
+				assert.Equal(t, 1, e.pending("acme"))
+				e.crash()
+				e.server.ClearFaults()
+				e.pass(2 * time.Minute)
+				assert.False(t, e.server.Alive(accessTokenOf(lease)))
+			})
+		})
+	}
+}
+
 // A delete, or a write of another refresh token, that comes while the record of an access token for one lease is stored leaves
 // the token to that lease.
 func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {

@@ -420,10 +420,10 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		}
 		next := *v.entry
 		next.Access = nil
+		err = ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access) // which has read the connector
 		if via := ts.connectors.present(next.Connector); via != nil && via.about.Revocation == tokenservice.RevokeByExchange {
 			next.EndsBy = v.entry.Access.Expires
 		}
-		err = ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access)
 		if err == nil {
 			err = putEntry(ctx, ts.storage, tenantPrefix+t.name, &next)
 		}
