@@ -272,6 +272,9 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.readLater(name)
 	}
 	b.connectors.invalidate(key)
+	if name, ok := strings.CutPrefix(key, connectorPrefix); ok {
+		b.tenants.connectorChanged(b.ctx, name, true)
+	}
 	b.revocations.invalidate(key)
 	b.grants.invalidate(key)
 }

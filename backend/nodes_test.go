@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"strings"
 	"testing"
@@ -284,6 +285,45 @@ func TestTroubleOfBeforeAnotherNodesExchange(t *testing.T) {
 				assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
 				e.pass(5 * time.Minute)
 				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+			})
+		})
+	}
+}
+
+// Access tokens get their planned ends from a write of exchange_invalidates also where another node has made it, or storage has taken
+// it and not said so: token promises no life after the exchange that ends its token.
+func TestExchangeInvalidatesIsWrittenElsewhere(t *testing.T) {
+	for name, write := range map[string]func(e, other *oauthEngine){
+		"another node": func(e, other *oauthEngine) {
+			other.write("config", map[string]any{"exchange_invalidates": true})
+		},
+		"not acknowledged": func(e, _ *oauthEngine) {
+			e.storage.surround(func(op, key string, do func() error) error {
+				err := do()
+				if op == "put" && key == connectorPrefix+defaultConnector {
+					return errors.New("the answer was lost")
+				}
+				return err
+			})
+			_, status, _ := e.try(logical.UpdateOperation, "config", map[string]any{"exchange_invalidates": true})
+			require.GreaterOrEqual(e.t, status, http.StatusInternalServerError)
+			e.storage.heal()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, classB)
+				e.add("acme", nil)
+				before := e.read("token/acme")
+				other := e.newStandby()
+				if name == "another node" {
+					e.swap(other)
+				}
+				write(e, other)
+				after := e.read("token/acme")
+				assert.Equal(t, before["access_token"], after["access_token"])
+				planned := plannedExchange("acme", e.stored("acme"), 0)
+				assert.EqualValues(t, time.Until(planned.Add(-leaseMargin))/time.Second, after["ttl"])
 			})
 		})
 	}

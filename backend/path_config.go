@@ -121,6 +121,7 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	defer cancel()
 	before, owed := b.connectors.present(name), b.owedBy(name)
 	if err := b.connectors.put(ctx, name, next, service); err != nil {
+		b.tenants.connectorChanged(ctx, name, true) // storage may have taken it
 		return answer(err)
 	}
 	anew := before == nil || before.about.ExchangeInvalidates != service.About().ExchangeInvalidates

@@ -598,10 +598,11 @@ func (ts *tenants) invalidate(name string) {
 // planned anew, too: by one that is being stored, afterwards.
 func (ts *tenants) connectorChanged(ctx context.Context, connector string, anew bool) {
 	ts.each(func(t *tenant) {
-		if t.view.Load().summary.connector != connector {
+		v := t.view.Load()
+		if v.summary.connector != connector {
 			return
 		}
-		if !anew {
+		if !anew || v.access == nil && !t.storing.busy() {
 			ts.schedule(t)
 			return
 		}
