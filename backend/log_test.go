@@ -318,6 +318,7 @@ func TestServiceTakesARefusedConnectorAgain(t *testing.T) {
 		require.NotZero(t, entry.Refused)
 		e.server.ClearFaults()
 		time.Sleep(probeEvery)
+		synctest.Wait() // the engine makes the probe itself
 		e.lease("acme")
 		e.lease("beta")
 		assert.Equal(t, 1, e.log.count("accepts a connector again"))

@@ -275,23 +275,31 @@ func TestWhoEndsFirstGoesFirst(t *testing.T) {
 // A connector that is written, or accepted again, has its failed tenants tried at once, without a reader.
 func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 	for name, right := range map[string]func(*engine){
-		"written": func(e *engine) { e.write("config", map[string]any{"connector_secret": e.secret}) },
-		"accepted": func(e *engine) {
-			e.addTenant("beta")
-			time.Sleep(probeEvery)
-			e.read("creds/beta")
-		},
+		"written":  func(e *engine) { e.write("config", map[string]any{"connector_secret": e.secret}) },
+		"accepted": func(*engine) { time.Sleep(probeEvery) }, // one of them is the probe
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newConfiguredEngine(t)
-				e.addTenant("acme")
-				e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: connectorsRefusal})
-				_, code, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-				require.Equal(t, 400, code)
+				tenants := []string{"acme", "beta"}
+				for _, tenant := range tenants {
+					e.addTenant(tenant)
+					e.lease(tenant)
+				}
+				e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Times: 2, Status: 401, Body: connectorsRefusal})
+				e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Process: true})
+				for _, tenant := range tenants {
+					go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/"+tenant+"/refresh", nil) }()
+				}
+				time.Sleep(2 * time.Second)
+				for _, tenant := range tenants {
+					require.Equal(t, statusDegraded, e.status(tenant))
+				}
 				right(e)
-				time.Sleep(time.Second)
-				assert.Equal(t, statusOK, e.status("acme"))
+				time.Sleep(5 * time.Second)
+				for _, tenant := range tenants {
+					assert.Equal(t, statusOK, e.status(tenant))
+				}
 			})
 		})
 	}
