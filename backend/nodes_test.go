@@ -211,6 +211,37 @@ func TestIntentIsStoredWhileAnotherNodeReadsThem(t *testing.T) {
 	})
 }
 
+// A refresh token is written again, and its revocation so called off, while another node reads what is to be revoked: once that node
+// may write, it does not revoke the token.
+func TestIntentIsCalledOffWhileAnotherNodeReadsThem(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+		e.add("old", nil)
+		token := e.stored("old").RefreshToken
+		other := e.newStandby()
+		read := make(chan struct{})
+		other.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "get" && strings.HasPrefix(key, intentPrefix) {
+				<-read
+			}
+			return err
+		})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		e.ok(logical.DeleteOperation, "tenants/old", nil)
+		other.minute()
+		synctest.Wait()
+		e.write("tenants/new", map[string]any{"refresh_token": token, "verify": false})
+		close(read)
+		synctest.Wait()
+		e.swap(other)
+		e.server.ClearFaults()
+		other.pass(2 * time.Minute)
+		assert.True(t, e.server.RefreshTokenAlive(token))
+		assert.Nil(t, other.read("config")["pending_revocations"])
+	})
+}
+
 // What one node could not store is of before an exchange of the other, and does not replace what that has brought.
 func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {

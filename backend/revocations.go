@@ -668,7 +668,8 @@ func (r *revocations) load(ctx context.Context) error {
 		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if r.intents[i.connector][i.id] == nil && !r.settled[key] {
+		// What was read before another node's write is announced may be of before that: the next tick reads it again.
+		if r.told == told && r.intents[i.connector][i.id] == nil && !r.settled[key] {
 			r.add(i)
 		}
 		return nil
@@ -695,7 +696,7 @@ func (r *revocations) load(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.told != told {
-		return nil // what was read may be of before: the next tick reads it again
+		return nil
 	}
 	r.loaded = true
 	clear(r.settled)
