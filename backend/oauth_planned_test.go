@@ -252,6 +252,32 @@ func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
 	})
 }
 
+// The end that a write of exchange_invalidates gives to a present access token is fixed from then on: a keep_alive that is written later
+// does not bring it forward, once the tenant has left memory or the process has ended.
+func TestOAuthEndPlannedByAWriteIsFixed(t *testing.T) {
+	for name, leave := range map[string]func(e *oauthEngine){
+		"restart":     func(e *oauthEngine) { e.restart() },
+		"left memory": func(e *oauthEngine) { e.tenants.loaded.Remove("acme") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, classB)
+				e.add("acme", nil)
+				e.lease("acme")
+				e.write("config", map[string]any{"exchange_invalidates": true})
+				lease := e.lease("acme")
+				end := time.Now().Add(lease.Secret.MaxTTL)
+				e.write("config", map[string]any{"keep_alive": "10m"})
+				leave(e)
+				assert.Equal(t, lease.Secret.MaxTTL, e.lease("acme").Secret.MaxTTL)
+				e.pass(time.Until(end) - time.Millisecond)
+				assert.True(t, e.server.Alive(accessTokenOf(lease)))
+				e.kept()
+			})
+		})
+	}
+}
+
 // A keep_alive that comes before the access token's own last moments plans the exchange.
 func TestOAuthPlannedExchangeForTheRefreshToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {

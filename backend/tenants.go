@@ -156,8 +156,13 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 			return nil, err
 		}
 		if e != nil {
+			unplanned := e.Access != nil && e.Access.Planned.IsZero()
 			if err := ts.recover(ctx, t, e); err != nil {
 				return nil, err
+			}
+			if unplanned && e.Access != nil && !e.Access.Planned.IsZero() && ts.revocations.node.WriteSafeReplicationState() {
+				// Leases are given until then: what is written later does not bring it forward, not after a restart either.
+				_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 			}
 		}
 		if t.found(before, e) && e != nil {
