@@ -271,12 +271,25 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		b.tenants.invalidate(name)
 		b.readLater(name)
 	}
+	name, isConnector := strings.CutPrefix(key, connectorPrefix)
+	before := b.connectors.present(name)
 	b.connectors.invalidate(key)
-	if name, ok := strings.CutPrefix(key, connectorPrefix); ok {
-		b.tenants.connectorChanged(b.ctx, name, true)
+	if isConnector {
+		b.goWork(func() { b.connectorWritten(name, before) }) // which reads storage
 	}
 	b.revocations.invalidate(key)
 	b.grants.invalidate(key)
+}
+
+// connectorWritten takes in that another node has written a connector. Tenants stay in memory where that changes no planned end of
+// an access token: the node that may write also notes in a connector that the service refuses it.
+func (b *backend) connectorWritten(name string, before *loadedConnector) {
+	if before != nil {
+		if now, err := b.connectors.get(b.ctx, name); err == nil && now != nil && before.plansAs(now.about) {
+			return
+		}
+	}
+	b.tenants.connectorChanged(name, true)
 }
 
 // goWork runs f in a goroutine that Clean waits for, and says whether it does.

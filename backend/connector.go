@@ -379,6 +379,12 @@ func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call,
 	return call, err
 }
 
+// plansAs says whether access tokens' ends are planned with that connector as with this one. A connector that memory does not have
+// says nothing.
+func (l *loadedConnector) plansAs(about tokenservice.About) bool {
+	return l != nil && l.about.ExchangeInvalidates == about.ExchangeInvalidates
+}
+
 // isPresent says whether the connector is still configured as it was when this was loaded.
 func (l *loadedConnector) isPresent() bool { return l.connector.loaded.Load() == l }
 

@@ -327,6 +327,7 @@ func TestExchangeInvalidatesIsWrittenElsewhere(t *testing.T) {
 	for name, write := range map[string]func(e, other *oauthEngine){
 		"another node": func(e, other *oauthEngine) {
 			other.write("config", map[string]any{"exchange_invalidates": true})
+			synctest.Wait() // this node reads it in the background
 		},
 		"not acknowledged": func(e, _ *oauthEngine) {
 			e.storage.surround(func(op, key string, do func() error) error {

@@ -120,12 +120,11 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	before, owed := b.connectors.present(name), b.owedBy(name)
-	if err := b.connectors.put(ctx, name, next, service); err != nil {
-		b.tenants.connectorChanged(ctx, name, true) // storage may have taken it
+	err = b.connectors.put(ctx, name, next, service)
+	b.tenants.connectorChanged(name, !before.plansAs(service.About())) // where the write has failed, storage may have it
+	if err != nil {
 		return answer(err)
 	}
-	anew := before == nil || before.about.ExchangeInvalidates != service.About().ExchangeInvalidates
-	b.tenants.connectorChanged(ctx, name, anew)
 	b.index.resume(name)
 	resp := done(d)
 	dropped, err := b.revocations.drop(ctx, name, service.About())

@@ -601,7 +601,7 @@ func (ts *tenants) invalidate(name string) {
 
 // connectorChanged schedules the tenants of a connector that has been written. anew says that their access tokens' ends are to be
 // planned anew, too: by one that is being stored, afterwards.
-func (ts *tenants) connectorChanged(ctx context.Context, connector string, anew bool) {
+func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
 		v := t.view.Load()
 		if v.summary.connector != connector {
@@ -620,7 +620,7 @@ func (ts *tenants) connectorChanged(ctx context.Context, connector string, anew 
 			ts.revocations.work(func() { _ = ts.locked(ts.revocations.ctx, t.name, again) })
 			return
 		}
-		_ = ts.locked(ctx, t.name, again)
+		_ = ts.locked(ts.revocations.ctx, t.name, again)
 	})
 }
 
