@@ -38,7 +38,7 @@ type accessToken struct {
 	leases atomic.Int64
 	// use says whether the token has been read.
 	use atomic.Int32
-	// leasedTo is the end of the longest lease that could not end before the planned exchange, in nanoseconds since 1970.
+	// leasedTo is the latest end of a lease on the token, and of the life that token/ has told, in nanoseconds since 1970.
 	leasedTo atomic.Int64
 }
 
@@ -150,7 +150,8 @@ func (a *accessToken) markRead() (ok, news bool) {
 // wanted says whether the token has been read, or may have been before this process started.
 func (a *accessToken) wanted() bool { return a.use.Load() == read || a.leased() }
 
-// leasedUntil notes that a lease lasts until then: the exchange that ends the token waits for it.
+// leasedUntil notes that a lease lasts until then, or that a reader without a lease was told so: the exchange that ends the token
+// waits for that.
 func (a *accessToken) leasedUntil(end time.Time) {
 	for {
 		old := a.leasedTo.Load()

@@ -72,3 +72,57 @@ func TestExchangeInvalidatesIsWrittenTooSlowly(t *testing.T) {
 		}
 	})
 }
+
+// Once a refused connector is written anew, a reader has a new access token at once, where the old one had too little life left to be
+// handed out when the last exchange failed: no lease on it lasts until the next try.
+func TestRefusedConnectorIsWrittenNearTheEndOfATokenInUse(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 2 * time.Hour }, nil)
+		e.add("acme", map[string]any{"min_ttl": "1h"})
+		old := accessTokenOf(e.lease("acme"))
+		access := e.stored("acme").Access
+		time.Sleep(time.Until(access.Planned.Add(-time.Minute)))
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient})
+		time.Sleep(time.Until(access.Expires.Add(-45 * time.Minute)))
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.server.ClearFaults()
+		e.write("config", map[string]any{"connector_secret": e.secret})
+		require.Greater(t, time.Until(e.tenants.named("acme").view.Load().bound), 10*time.Second)
+		assert.NotEqual(t, old, accessTokenOf(e.lease("acme")))
+		e.kept()
+	})
+}
+
+// A refresh that fails while leases hold until the next try of an exchange does not shorten them, nor the life that token has told.
+func TestRefreshFailsWhileLeasesHold(t *testing.T) {
+	for name, life := range map[string]func(*oauthEngine) time.Duration{
+		"lease": func(e *oauthEngine) time.Duration { return e.lease("acme").Secret.MaxTTL },
+		"token": func(e *oauthEngine) time.Duration {
+			return time.Duration(e.read("token/acme")["ttl"].(int64)) * time.Second
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				old := accessTokenOf(e.lease("acme"))
+				time.Sleep(time.Until(e.stored("acme").Access.Planned.Add(-time.Second)))
+				e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
+				time.Sleep(2 * time.Second)
+				left := life(e)
+				require.Greater(t, left, time.Minute, "until the next try at a refused connector")
+				end := time.Now().Add(left)
+				e.write("config", map[string]any{"connector_secret": e.secret})
+				e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+				require.Equal(t, http.StatusServiceUnavailable, status)
+				time.Sleep(time.Until(end) - time.Millisecond)
+				assert.True(t, e.server.Alive(old))
+				time.Sleep(10 * time.Second)
+				assert.NotEqual(t, old, accessTokenOf(e.lease("acme")))
+				e.kept()
+			})
+		})
+	}
+}

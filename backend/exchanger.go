@@ -226,8 +226,9 @@ func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w wan
 		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
 	case trouble != nil && v.rests(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
 		return trouble.err // what storage alone is to blame for is tried at once
-	case !w.background && v.promised(now):
-		return tryAgain("tenant %q: leases on its access token last until %s, and an exchange would end that before: try again then; an update of tenants/%s/refresh does not wait", t.name, stamp(v.bound.Truncate(time.Second)), t.name)
+	}
+	if until := v.promised(); !w.background && now.Before(until) {
+		return tryAgain("tenant %q: leases on its access token last until %s, and an exchange would end that before: try again then; an update of tenants/%s/refresh does not wait", t.name, stamp(until.Truncate(time.Second)), t.name)
 	}
 	return nil
 }

@@ -56,9 +56,7 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	if v.entry.MaxTTL > 0 {
 		most = min(most, v.entry.MaxTTL)
 	}
-	if end := now.Add(most + leaseRegistered); end.After(bound.Add(-leaseMargin)) {
-		token.leasedUntil(end) // the exchange waits for it
-	}
+	token.leasedUntil(now.Add(most + leaseRegistered))
 	internal := map[string]any{
 		"secret_type":   accessTokenType,
 		leaseTenant:     token.shown.tenant,

@@ -84,6 +84,7 @@ func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framewor
 		return answer(err)
 	}
 	until := v.usableUntil(r.minTTL)
+	token.leasedUntil(until)
 	data := token.response()
 	data["ttl"] = max(0, int64(time.Until(until)/time.Second))
 	data["rotation_period"] = max(1, int64(until.Sub(token.Obtained)/time.Second))

@@ -170,9 +170,9 @@ func (v *tenantView) derive() {
 	}
 	// A min_ttl that was written after the token came counts for the next one: leases live until the planned exchange.
 	v.until = latest(v.until, a.Planned.Add(-leaseMargin))
-	// An exchange ends this token. While exchanges fail, the next try does; after an answer that was lost the planned time does
-	// not hold.
-	v.bound = a.Planned
+	// An exchange ends this token. While exchanges fail, the next try does, and not before the leases that were given until an
+	// earlier one; after an answer that was lost neither the planned time holds nor do they.
+	v.bound = latest(a.Planned, v.promised())
 	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(v.bound)) {
 		v.bound = v.trouble.until
 	}
@@ -772,12 +772,15 @@ func (v *tenantView) rests(now time.Time) bool {
 	return until.After(now)
 }
 
-// promised says whether an exchange would end the access token before the leases on it. They were given until the next try of an
-// exchange that failed or was not permitted, and hold though that could be made by now: storage is healed, or the connector
-// written.
-func (v *tenantView) promised(now time.Time) bool {
+// promised is until when leases on the access token last that an exchange would end; zero: there are none. Those that were given
+// until the next try of an exchange that failed or was not permitted hold though that could be made by now: storage is healed, or
+// the connector written.
+func (v *tenantView) promised() time.Time {
 	a := v.access
-	return a != nil && !a.Planned.IsZero() && a.current() && a.wanted() && (v.trouble == nil || !v.trouble.lost) && now.Before(v.bound.Add(-leaseMargin))
+	if a == nil || a.Planned.IsZero() || !a.current() || v.trouble != nil && v.trouble.lost {
+		return time.Time{}
+	}
+	return time.Unix(0, a.leasedTo.Load())
 }
 
 // postpone takes in that an exchange was due and is not permitted before then. An access token that an exchange would have ended
