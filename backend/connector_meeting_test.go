@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,4 +128,34 @@ func TestRefreshFailsWhileLeasesHold(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A restart while storage takes the note of an exchange is silent, though storage answers only once the engine has ended its work: the
+// exchange is not made, and is not taken for one whose answer was lost.
+func TestRestartWhileAnExchangeIsNoted(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		time.Sleep(2 * time.Minute) // the first call's place is free again
+		var noted atomic.Bool
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "put" && strings.HasPrefix(key, callPrefix) && noted.CompareAndSwap(false, true) {
+				time.Sleep(stopWithin - 500*time.Millisecond)
+				return context.Canceled
+			}
+			return err
+		})
+		var refresh sync.WaitGroup
+		refresh.Go(func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) })
+		synctest.Wait()
+		require.True(t, noted.Load())
+		e.stop()
+		refresh.Wait()
+		e.start()
+		e.pass(2 * time.Minute)
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+	})
 }

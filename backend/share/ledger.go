@@ -51,8 +51,8 @@ type entry struct {
 }
 
 // Note stores the call before it is made, so that the process after this one counts it. The write takes 30 seconds at
-// most. Where it fails, the call must not be made; its place is given back, and the error is storage's as it is, the
-// context's, or [ErrRemoved].
+// most. Where it fails, the call must not be made; Note cancels it, which may take as long again, and the error is storage's as
+// it is, the context's, or [ErrRemoved].
 func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
@@ -64,20 +64,20 @@ func (c *Call) Note(ctx context.Context) error {
 	s.mu.Unlock()
 	err := s.put(ctx, strconv.Itoa(c.place), e)
 	if err != nil {
-		c.Cancel(ctx) // storage may have it all the same
+		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
 	return err
 }
 
 // Cancel is Withdraw for a call that was noted, and is not made after all: the process after this one need not ask what became of
-// it. Where storage does not take that, it asks all the same.
+// it. Where storage does not take that, within 30 seconds and whether or not the context has ended, that process asks.
 func (c *Call) Cancel(ctx context.Context) {
-	c.noteAnswered(ctx)
+	c.noteAnswered(context.WithoutCancel(ctx))
 	c.Withdraw()
 }
 
 // Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
-// this one need not ask what became of it. Where storage does not take that, it still asks.
+// this one need not ask what became of it. Where storage does not take that, that process asks.
 func (c *Call) Settle(ctx context.Context) {
 	c.share.mu.Lock()
 	present := c.frees.After(time.Now()) // its place is still its own
@@ -87,10 +87,10 @@ func (c *Call) Settle(ctx context.Context) {
 	}
 }
 
-// noteAnswered stores the call as one of which nobody has to ask what became of it.
+// noteAnswered stores the call without the time that has the process after this one ask what became of it.
 func (c *Call) noteAnswered(ctx context.Context) {
-	if c.tenant == "" {
-		return
+	if c.tenant == "" || c.unstored {
+		return // it was noted without that
 	}
 	s := c.share
 	s.mu.Lock()

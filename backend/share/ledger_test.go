@@ -663,3 +663,20 @@ func TestConnectorsKeepTheirCallsApart(t *testing.T) {
 		assert.Equal(t, "calls/a.b/0", strings.Join(storage.keys(t), " "))
 	})
 }
+
+// The exchange of a refresh token that storage does not have is noted with one write, though it is answered or not made: no process
+// after this one asks what became of it.
+func TestUnstoredExchangeIsNotedOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for name, end := range map[string]func(*Call){
+			"answered": func(c *Call) { c.End(); c.Settle(t.Context()) },
+			"not made": func(c *Call) { c.Cancel(t.Context()) },
+		} {
+			var storage store
+			puts := 0
+			storage.after = func(string, string) { puts++ }
+			end(noted(t, from(t, &storage, 100), Want{Tenant: "acme", Unstored: true}))
+			assert.Equal(t, 1, puts, name)
+		}
+	})
+}

@@ -15,7 +15,7 @@ import (
 // Window is the time over which calls are counted. No Window sees more calls than the limit.
 const Window = time.Minute
 
-// glance is how soon somebody looks again whether a place that is left to work that has begun is free.
+// glance is how soon a waiter looks again for a place that is left to work that has begun.
 const glance = time.Second
 
 // Class says who waits for a call. A lower class goes first.
@@ -26,8 +26,8 @@ const (
 	Reader Class = iota
 	// RevocationWait: a revocation waits for the call.
 	RevocationWait
-	// Background: an exchange that no reader waits for; or a code or a PIN, since a client that may start a grant can start another one
-	// at once, as often as he likes. It leaves a fifth of the limit free, rounded down.
+	// Background: an exchange that no reader waits for; or a code or a PIN, since a client that may start a grant may start one
+	// after another. It leaves a fifth of the limit free, rounded down.
 	Background
 	// Revocation: a revocation that no request waits for. It leaves free what Background does.
 	Revocation
@@ -48,8 +48,8 @@ type Want struct {
 	// Hop: the call is a further request of work that has begun, such as a redirect that is followed. It counts against the
 	// limit alone, not against the tenant's fifth, and goes before the calls of its class that begin work.
 	Hop bool
-	// Ahead is how many further calls the same work is likely to need. While this call runs, no other work
-	// begins in their places.
+	// Ahead is how many further calls the same work is likely to need. While this call runs, no other work begins in their
+	// places.
 	Ahead int
 	// Wait is how long the caller waits at most; less than a [Window].
 	Wait time.Duration
