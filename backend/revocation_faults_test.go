@@ -238,6 +238,35 @@ func TestOAuthRevocationsOnANodeThatMayNotWrite(t *testing.T) {
 	})
 }
 
+// Storage takes an intent and does not say so, and Vault does not try again: the token is revoked all the same, and the intent does not
+// stay in storage until the next start.
+func TestOAuthIntentIsStoredWithoutAWord(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.pass(50 * time.Minute)
+		current := e.read("token/acme")["access_token"].(string)
+		require.NotEqual(t, accessTokenOf(lease), current, "a newer one has replaced it")
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "put" && strings.HasPrefix(key, intentPrefix) {
+				return errStorage
+			}
+			return err
+		})
+		require.Error(t, e.revokeLease(lease))
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		synctest.Wait()
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.True(t, e.server.Alive(current))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+		assert.Len(t, e.revocations(), 1)
+		e.kept()
+	})
+}
+
 // What another node has written or settled is what counts once this one is told.
 func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -86,7 +86,7 @@ type revocations struct {
 	intents  map[string]map[string]*intent // by connector and id
 	expiries map[string]time.Time          // of what is held, by key below heldPrefix
 	loaded   bool
-	told     int                      // how often another node has changed what storage has
+	told     int                      // how often storage has changed, or may have, beside what memory knows
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
@@ -213,11 +213,14 @@ func (r *revocations) store(ctx context.Context, connector, id string, i *intent
 }
 
 func (r *revocations) put(ctx context.Context, connector, id string, i *intent) error {
-	if err := r.store(ctx, connector, id, i); err != nil {
-		return err
-	}
+	err := r.store(ctx, connector, id, i)
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err != nil {
+		r.loaded = false // storage may have it even so: the next tick looks
+		r.told++
+		return err
+	}
 	if known := r.intents[connector][id]; known == nil || known.settling { // storage may have deleted the known one before
 		r.add(i)
 	}
