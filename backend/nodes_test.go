@@ -266,6 +266,31 @@ func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	})
 }
 
+// A node that could not store what the service sent, and may not write any more, hands out what another node's exchange has brought
+// since.
+func TestStandbyWithAKeptTokenServesAnotherNodesExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Minute }, classD)
+		e.add("acme", nil)
+		other := e.newStandby()
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
+				return logical.ErrReadOnly
+			}
+			return do()
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.swap(other)
+		lease := other.lease("acme")
+		assert.Equal(t, accessTokenOf(lease), e.read("token/acme")["access_token"])
+		other.swap(e)
+		e.pass(3 * time.Minute)
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+	})
+}
+
 // Storage takes neither that an access token was given up nor its intent. Once it takes them, the token is revoked, and a process
 // after this one does not hand it out, though nobody has tried again.
 func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {

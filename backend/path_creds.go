@@ -219,8 +219,8 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 	}
 	until := v.usableUntil(minTTL)
 	if !a.Planned.IsZero() {
-		if v.kept != nil {
-			return nil // an exchange has ended it, and storage has not taken what came instead
+		if v.isEnded() {
+			return nil
 		}
 		if !waited {
 			until = until.Add(-a.guard())
@@ -233,11 +233,15 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 	return a
 }
 
+// isEnded says whether an exchange has ended the access token, and storage has not taken what came instead. Another node's exchange
+// since then has brought the access token that there is.
+func (v *tenantView) isEnded() bool { return v.kept != nil && !v.supersedes(v.kept) }
+
 // closing is until when a reader waits before the access token is exchanged: the planned exchange is near, and leases on
 // the token live until then. Zero where there is nothing to wait for.
 func (v *tenantView) closing(now time.Time) time.Time {
 	a := v.access
-	if a == nil || a.Planned.IsZero() || !a.current() || v.kept != nil {
+	if a == nil || a.Planned.IsZero() || !a.current() || v.isEnded() {
 		return time.Time{}
 	}
 	until := latest(v.bound.Add(-leaseMargin), time.Unix(0, a.leasedTo.Load()))
