@@ -528,6 +528,32 @@ func TestConfigWriteDuringAnExchangePlansItsToken(t *testing.T) {
 	})
 }
 
+// token_per_lease and revocation are switched off while a token for one lease is on its way: once they are on again, the token ends with
+// its lease, and not with the next exchange after a restart.
+func TestOwnTokenComesWhileRevocationIsSwitchedOff(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Times: 1})
+		var lease *logical.Response
+		var reads sync.WaitGroup
+		reads.Go(func() { lease = e.lease("acme") })
+		synctest.Wait()
+		e.write("tenants/acme", map[string]any{"token_per_lease": false})
+		e.write("config", map[string]any{"revocation": "none"})
+		reads.Wait()
+		require.Equal(t, "true", lease.Secret.InternalData[leaseOwn])
+		e.write("config", classA)
+		e.restart()
+		e.lease("acme")
+		synctest.Wait()
+		assert.True(t, e.server.Alive(accessTokenOf(lease)))
+		e.revoke(lease)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.kept()
+	})
+}
+
 func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)

@@ -290,11 +290,14 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 	return nil
 }
 
-// hold stores an access token that leases stand for, where its service can revoke it.
+// hold stores an access token that leases stand for, where its service can revoke it. One of a lease alone is stored in any case: the
+// connector may be written while the token comes, and written again while the lease lives.
 func (r *revocations) hold(ctx context.Context, connector, tenant string, a *accessEntry, own bool) error {
-	via, err := r.connectors.get(ctx, connector)
-	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
-		return ignoreUnusable(err)
+	if !own {
+		via, err := r.connectors.get(ctx, connector)
+		if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
+			return ignoreUnusable(err)
+		}
 	}
 	key := tenant + "/" + a.Generation
 	r.mu.Lock()
