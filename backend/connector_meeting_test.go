@@ -159,3 +159,34 @@ func TestRestartWhileAnExchangeIsNoted(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(lease)))
 	})
 }
+
+// The access token of another node's exchange is planned by that exchange, and not by the backoff of the one that failed here before.
+func TestBackoffOfBeforeAnotherNodesExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 5 * time.Minute }, nil)
+		e.add("acme", nil)
+		other := e.newStandby()
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		time.Sleep(time.Second)
+		e.swap(other)
+		other.write("config", map[string]any{"connector_secret": e.secret})
+		lease := other.lease("acme")
+		assert.Equal(t, lease.Secret.MaxTTL, e.lease("acme").Secret.MaxTTL)
+	})
+}
+
+// A reader who asks for as much life as an access token in use has left before its planned exchange has it, also of a token that lives
+// shortly.
+func TestMinTTLThatAShortAccessTokenHasLeft(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = time.Minute }, nil)
+		e.add("acme", map[string]any{"min_ttl": 0})
+		old := accessTokenOf(e.lease("acme"))
+		time.Sleep(time.Until(e.stored("acme").Access.Planned.Add(-leaseMargin - 20*time.Second)))
+		resp, status, text := e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": 20})
+		require.Equal(t, http.StatusOK, status, text)
+		assert.Equal(t, old, accessTokenOf(resp))
+	})
+}

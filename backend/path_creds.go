@@ -223,7 +223,7 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 			return nil
 		}
 		if !waited {
-			until = until.Add(-a.guard())
+			until = earliest(until, v.until.Add(-a.guard()))
 		}
 		until = until.Add(-1) // from then on a read exchanges
 	}

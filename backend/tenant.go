@@ -336,7 +336,7 @@ func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 			return
 		}
 		t.overtake(v, e)
-		v.show(e, t.known(e))
+		v.show(e, t.known(v, e))
 	})
 	return true
 }
@@ -349,12 +349,11 @@ func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 	}
 }
 
-// known returns the access token of an entry, as it is in memory where it is. The caller holds mu.
-func (t *tenant) known(e *tenantEntry) *accessToken {
+// known returns the access token of an entry, as v has it where it does. The caller holds mu.
+func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
 	if e.Access == nil {
 		return nil
 	}
-	v := t.view.Load()
 	if a := v.access; a != nil && a.Generation == e.Access.Generation {
 		return a
 	}
@@ -396,7 +395,7 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 	t.update(func(v *tenantView) {
 		a := fresh
 		if a == nil || e.Access == nil || a.Generation != e.Access.Generation {
-			a = t.known(e)
+			a = t.known(v, e)
 		}
 		if old := v.access; old != nil && old != a && old.leased() {
 			if t.replaced == nil {
