@@ -54,9 +54,8 @@ type connector struct {
 	hops    hops
 }
 
-// hops is how many further requests exchanges have lately taken, by redirects that the service means to be passing: each
-// exchange then takes as many. Exchanges that began with no regard to that would leave each other no place for them, minute
-// after minute.
+// hops is how many further requests exchanges have lately made to follow redirects: while the service redirects, each exchange
+// needs as many. Exchanges that do not leave each other places for them could each begin and never end.
 type hops struct {
 	mu   sync.Mutex
 	most int
@@ -85,7 +84,7 @@ func (h *hops) ahead(n int) int {
 // refusal is the service's word that a connector's ID or secret is wrong.
 type refusal struct {
 	failure *tokenservice.Failure
-	// noted is when the service last said so, as far as storage is told.
+	// noted is when the service last said so, as storage has it, in nanoseconds since 1970.
 	noted atomic.Int64
 	probe atomic.Int64 // when the next exchange is made in spite of the refusal, in nanoseconds since 1970
 }
@@ -201,7 +200,8 @@ func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntr
 	})
 }
 
-// again says, once, that the service has refused the connector anew: a process after this one waits from then on.
+// again says whether storage is to be told that the service has refused the connector anew: the next process counts ten minutes
+// from then. It says so to one caller.
 func (r *refusal) again(now time.Time) bool {
 	noted := r.noted.Load()
 	return now.Sub(time.Unix(0, noted)) >= probeEvery && r.noted.CompareAndSwap(noted, now.UnixNano())
@@ -309,7 +309,7 @@ type passage struct {
 	tellsNothing bool
 	placed       func()      // called when the work has a place in the share; nil for none
 	call         *share.Call // the last that was permitted
-	made         int         // how many were
+	made         int         // how many calls were permitted
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
@@ -410,7 +410,7 @@ func (p *passage) mayCall() error {
 	return nil
 }
 
-// leaveProbe leaves a refused connector's next exchange to others, where this work has made no call.
+// leaveProbe lets other work make a refused connector's next exchange, where this work has made no call.
 func (p *passage) leaveProbe() {
 	if p.probes != nil && p.call == nil {
 		p.probes.probe.Store(time.Now().UnixNano())

@@ -284,7 +284,7 @@ func (b *backend) noteState(ctx context.Context, a *attempt) {
 func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
 	var before, device *attempt
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
-		b.grants.note(a) // storage may take the state and not say so: it is forgotten all the same
+		b.grants.note(a) // before the write: storage may have the state though it says otherwise
 		if a.State != "" {
 			s := &stateEntry{Format: entryFormat, Tenant: a.Tenant, Callback: a.Callback, Expires: a.Expires, Status: attemptPending}
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)

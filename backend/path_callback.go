@@ -241,8 +241,8 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	return nil, code, false, nil
 }
 
-// authorizationErrors are the registered codes of an authorization error. Any other is the service's own text, or somebody
-// else's, which no text may hold.
+// authorizationErrors are the registered codes of an authorization error. Any other is text of the service, or of another sender,
+// which no answer of the engine may hold.
 var authorizationErrors = map[string]string{}
 
 func init() {

@@ -99,7 +99,7 @@ type tenantChange struct {
 	target  string             // the connector that the tenant uses then
 	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
 	checked string             // the refresh token that was checked
-	facts   tokenservice.Facts // of that
+	facts   tokenservice.Facts // of the refresh token that was checked
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
 }
 
@@ -401,7 +401,7 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 		return errSuperseded
 	}
 	w := want{change: change}
-	// A delete of the connector sees this flight, or this sees the delete.
+	// Either a delete of the connector finds this flight, or startVerified finds that the connector is deleted.
 	if err := via.binding.Acquire(ctx, 1); err != nil {
 		return err
 	}

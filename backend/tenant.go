@@ -341,8 +341,8 @@ func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 	return true
 }
 
-// overtake ends trouble that is over in storage: another node has exchanged the refresh token since, or has been given another
-// one. The caller holds mu.
+// overtake ends trouble that is older than what storage has: another node has exchanged the refresh token since, or a write has
+// replaced it there. The caller holds mu.
 func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 	if v.trouble != nil && latest(e.LastExchange, e.RefreshTokenSet).After(v.trouble.at) {
 		t.retry, v.trouble = nil, nil
@@ -462,7 +462,7 @@ func (t *tenant) deleted() {
 	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 
-// doubt takes in that a write has failed, and that storage may have it all the same. Readers of a usable token go on; who
+// doubt takes in that a write has failed, and that storage may have it even so. Readers of a usable token go on; who
 // needs more reads storage again.
 func (t *tenant) doubt() {
 	t.mu.Lock()
@@ -592,7 +592,7 @@ func (t *tenant) invalidate() {
 func (t *tenant) clear() {
 	t.replaced = nil
 	if a := t.view.Load().access; a != nil && a.use.Load() == read {
-		t.used = a.Generation // it is renewed ahead of its end all the same
+		t.used = a.Generation // once it is in memory again, it is renewed ahead of its end
 	}
 	t.update(func(v *tenantView) { v.knows, v.entry, v.access = unknown, nil, nil })
 }

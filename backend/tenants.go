@@ -130,7 +130,7 @@ func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) erro
 	for {
 		t := ts.record(name)
 		if err := t.storing.acquire(ctx); err != nil {
-			ts.drop(t) // the others may have left it to this one
+			ts.drop(t) // while this waited, the lock's holder has left the record in place
 			return err
 		}
 		if t.isDropped() {

@@ -99,7 +99,7 @@ type Share struct {
 
 	all          tally
 	housekeeping tally
-	ahead        int               // places that are left to the work of calls that run
+	ahead        int               // places that are left to further calls of the work whose calls run
 	tenants      map[string]*tally // none without a call that counts
 	queue        []*waiter         // by rank, then first come, first served
 	paused       time.Time         // the service wants no call before
