@@ -427,9 +427,9 @@ func reportFlooded(b *testing.B, read, outsider, floor func() error) {
 		stop := make(chan struct{})
 		var others sync.WaitGroup
 		if request := []func() error{nil, outsider, floor}[side]; request != nil {
-			for range connections / 2 { // the reader has one of the others
+			for range connections - 1 { // the reader has the other
 				others.Go(func() {
-					tick := time.NewTicker(connections / 2 * time.Second / flood)
+					tick := time.NewTicker((connections - 1) * time.Second / flood)
 					defer tick.Stop()
 					for {
 						select {
