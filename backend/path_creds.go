@@ -301,3 +301,21 @@ func (b *backend) warn(resp *logical.Response, t *tenant, v *tenantView) {
 		resp.AddWarning(danger)
 	}
 }
+
+// danger says who has to do what before a tenant's refresh token ends, or "".
+func (b *backend) danger(t *tenant, v *tenantView, now time.Time) string {
+	e := v.entry
+	switch {
+	case v.dangerFrom.IsZero() || now.Before(v.dangerFrom):
+		return ""
+	case e.expired(now):
+		return expiredText(b.connectors.about(e.Connector), t.name, e)
+	case !e.Rejected.IsZero():
+		return rejectedText(b.connectors.about(e.Connector), t.name) + "."
+	case v.trouble == nil && e.LastExchange.Before(e.Facts.RotatesFrom):
+		return "" // nothing has been tried yet
+	}
+	about := b.connectors.about(e.Connector)
+	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s.",
+		t.name, stamp(e.Facts.Expires), about.Name, t.name, remedy(about, t.name))
+}
