@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -163,12 +164,12 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 			e.add("acme", nil)
 			e.lease("acme")
 			e.server.Inject(oauth2test.Fault{Process: true, Reset: true, Times: 1})
-			notes := 0
+			var notes atomic.Int32
 			e.storage.failWith(func(op, key string) error {
 				if op == "put" && strings.HasPrefix(key, "calls/") {
-					notes++
+					notes.Add(1)
 				}
-				if notes == 2 {
+				if notes.Load() == 2 {
 					return errors.New("storage is down")
 				}
 				return nil
