@@ -153,6 +153,9 @@ func (a *accessToken) wanted() bool { return a.use.Load() == read || a.leased() 
 // leasedUntil notes that a lease lasts until then, or that a reader without a lease was told so: the exchange that ends the token
 // waits for that.
 func (a *accessToken) leasedUntil(end time.Time) {
+	if a.Planned.IsZero() {
+		return // none does
+	}
 	for {
 		old := a.leasedTo.Load()
 		if old >= end.UnixNano() || a.leasedTo.CompareAndSwap(old, end.UnixNano()) {

@@ -54,6 +54,9 @@ type connector struct {
 	hops    hops
 }
 
+// hopsKept is how long hops go by an exchange of before.
+const hopsKept = 2 * share.Window
+
 // hops is how many further requests exchanges have lately made to follow redirects: while the service redirects, each exchange
 // needs as many. Exchanges that do not leave each other places for them could each begin and never end.
 type hops struct {
@@ -66,7 +69,7 @@ type hops struct {
 func (h *hops) noted(n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if now := time.Now(); n >= h.most || now.Sub(h.at) > 2*share.Window {
+	if now := time.Now(); n >= h.most || now.Sub(h.at) > hopsKept {
 		h.most, h.at = n, now
 	}
 }
@@ -75,7 +78,7 @@ func (h *hops) noted(n int) {
 func (h *hops) ahead(n int) int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if time.Since(h.at) > 2*share.Window {
+	if time.Since(h.at) > hopsKept {
 		return 0
 	}
 	return max(0, h.most-n)

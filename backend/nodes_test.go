@@ -69,6 +69,24 @@ func (e *oauthEngine) swap(other *oauthEngine) {
 	other.tell(e)
 }
 
+// swapUnstored gives the right to write to another node, which it returns, after storage has not taken what an exchange of the tenant
+// acme has brought.
+func (e *oauthEngine) swapUnstored() (other *oauthEngine) {
+	e.t.Helper()
+	e.add("acme", nil)
+	other = e.newStandby()
+	e.storage.surround(func(op, key string, do func() error) error {
+		if op == "put" && strings.HasPrefix(key, tenantPrefix) {
+			return logical.ErrReadOnly
+		}
+		return do()
+	})
+	_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+	require.Equal(e.t, http.StatusServiceUnavailable, status)
+	e.swap(other)
+	return other
+}
+
 // What a standby lists of tenants is at most a minute old.
 func TestStandbyListsWhatTheOtherNodeWrites(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -246,17 +264,7 @@ func TestIntentIsCalledOffWhileAnotherNodeReadsThem(t *testing.T) {
 func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassC(o); o.Grace = time.Minute }, classB)
-		e.add("acme", nil)
-		other := e.newStandby()
-		e.storage.surround(func(op, key string, do func() error) error {
-			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
-				return logical.ErrReadOnly
-			}
-			return do()
-		})
-		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-		require.Equal(t, http.StatusServiceUnavailable, status)
-		e.swap(other)
+		other := e.swapUnstored()
 		other.read("creds/acme")
 		other.swap(e)
 		e.pass(3 * time.Minute)
@@ -271,17 +279,7 @@ func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 func TestStandbyWithAKeptTokenServesAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Minute }, classD)
-		e.add("acme", nil)
-		other := e.newStandby()
-		e.storage.surround(func(op, key string, do func() error) error {
-			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
-				return logical.ErrReadOnly
-			}
-			return do()
-		})
-		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-		require.Equal(t, http.StatusServiceUnavailable, status)
-		e.swap(other)
+		other := e.swapUnstored()
 		lease := other.lease("acme")
 		assert.Equal(t, accessTokenOf(lease), e.read("token/acme")["access_token"])
 		other.swap(e)

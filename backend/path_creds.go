@@ -63,11 +63,12 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 	}
 	resp := b.newLease(v, token, r.own)
 	b.warn(resp, t, v)
-	if ctx.Err() != nil && r.own {
-		return nil, errors.Join(ctx.Err(), b.endHeld(context.WithoutCancel(ctx), r.tenant, token.Generation))
-	}
-	if ctx.Err() != nil {
-		// Vault may or may not have registered a lease for a reader who has gone.
+	switch err := ctx.Err(); {
+	case err == nil:
+	// Vault may or may not register a lease for a reader who has gone.
+	case r.own:
+		return nil, errors.Join(err, b.endHeld(context.WithoutCancel(ctx), r.tenant, token.Generation))
+	default:
 		token.doubt()
 	}
 	return resp, nil

@@ -607,20 +607,21 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 		if v.summary.connector != connector {
 			return
 		}
-		if !anew || v.access == nil && !t.storing.busy() {
+		again := func() {
+			_ = ts.locked(ts.revocations.ctx, t.name, func(t *tenant) error {
+				t.replan()
+				ts.schedule(t)
+				return nil
+			})
+		}
+		switch busy := t.storing.busy(); {
+		case !anew, v.access == nil && !busy:
 			ts.schedule(t)
-			return
+		case busy:
+			ts.revocations.work(again)
+		default:
+			again()
 		}
-		again := func(t *tenant) error {
-			t.replan()
-			ts.schedule(t)
-			return nil
-		}
-		if t.storing.busy() {
-			ts.revocations.work(func() { _ = ts.locked(ts.revocations.ctx, t.name, again) })
-			return
-		}
-		_ = ts.locked(ts.revocations.ctx, t.name, again)
 	})
 }
 

@@ -413,10 +413,12 @@ func (p *plan) slot(want Want) slot {
 		p.next++
 	}
 	found := slot{Want: want, at: p.frees(&s.all, p.next)}
-	if left := p.frees(&s.all, p.next+p.ahead); !want.Hop && left.After(p.now.Add(glance)) {
-		found.at = latest(found.at, p.now.Add(glance)) // the work may turn out not to need the places that are left to it
-	} else if !want.Hop {
-		found.at = left
+	if !want.Hop {
+		left, soon := p.frees(&s.all, p.next+p.ahead), p.now.Add(glance)
+		if left.After(soon) {
+			left = soon // the work may turn out not to need the places that are left to it
+		}
+		found.at = latest(found.at, left)
 	}
 	if want.Class == Housekeeping {
 		found.at = latest(found.at, p.frees(&s.housekeeping, p.housekeeping))

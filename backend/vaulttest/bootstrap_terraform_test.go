@@ -55,6 +55,20 @@ func TestTerraformAgreesWithConfigure(t *testing.T) {
 	}
 }
 
+// secretVariables are the root module's, which Terraform does not store.
+const secretVariables = `
+variable "connector_secret" {
+  type      = string
+  default   = null
+  ephemeral = true
+}
+variable "refresh_tokens" {
+  type      = map(string)
+  default   = {}
+  ephemeral = true
+}
+`
+
 // The parts that handle secrets and policies need no provider, so they are
 // applied for real.
 func TestTerraform(t *testing.T) {
@@ -69,16 +83,6 @@ func TestTerraform(t *testing.T) {
 
 	dir := t.TempDir()
 	root := `
-variable "connector_secret" {
-  type      = string
-  default   = null
-  ephemeral = true
-}
-variable "refresh_tokens" {
-  type      = map(string)
-  default   = {}
-  ephemeral = true
-}
 variable "secret_version" {
   default = 1
 }
@@ -110,7 +114,7 @@ output "policies" {
 `
 	// Terraform copies a module from an absolute path, and its surroundings not.
 	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(root), 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(secretVariables+root), 0o600))
 	var output strings.Builder
 	terraform := func(env []string, args ...string) error { return v.terraform(dir, &output, env, args...) }
 	require.NoError(t, terraform(nil, "init", "-no-color"))
@@ -185,18 +189,9 @@ func TestTerraformModule(t *testing.T) {
 
 	dir := t.TempDir()
 	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(`
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(secretVariables+`
 variable "plugin_version" {}
 variable "plugin_pinned" {}
-variable "connector_secret" {
-  default   = null
-  ephemeral = true
-}
-variable "refresh_tokens" {
-  type      = map(string)
-  default   = {}
-  ephemeral = true
-}
 module "kaizala" {
   source                   = "./bootstrap/terraform"
   plugin_version           = var.plugin_version
@@ -216,8 +211,8 @@ module "kaizala" {
 }
 `), 0o600))
 	var output strings.Builder
-	if err := s.terraform(dir, &output, nil, "init", "-no-color"); err != nil && strings.Contains(err.Error(), "provider") {
-		t.Skip("the provider hashicorp/vault cannot be downloaded here: left out")
+	if err := s.terraform(dir, &output, nil, "init", "-no-color"); err != nil && regexp.MustCompile("Failed to (query available provider packages|install provider)").MatchString(err.Error()) {
+		t.Skip("Terraform cannot download its provider hashicorp/vault here, which no Go module has: left out; TF_CLI_CONFIG_FILE may name a copy")
 	} else if err != nil {
 		t.Fatal(err)
 	}
