@@ -52,7 +52,8 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	if !own {
 		bound = v.bound
 	}
-	most := untilBound(bound, now)
+	// Whole seconds, one at the least: Vault takes a TTL of 0 for its default, and a MaxTTL of 0 for no limit.
+	most := max(bound.Sub(now).Truncate(time.Second)-leaseMargin, time.Second)
 	if v.entry.MaxTTL > 0 {
 		most = min(most, v.entry.MaxTTL)
 	}
@@ -77,12 +78,6 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 			InternalData: internal,
 		},
 	}
-}
-
-// untilBound is how long a lease lasts at the most that must be over by then: whole seconds, one at the least. Vault takes a
-// TTL of 0 for its default, and a MaxTTL of 0 for no limit.
-func untilBound(bound, from time.Time) time.Duration {
-	return max(bound.Sub(from).Truncate(time.Second)-leaseMargin, time.Second)
 }
 
 // leaseTTL is the TTL of a lease that ends within most: the tenant's or the mount's. 0 leaves the mount's to Vault, which

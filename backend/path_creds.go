@@ -238,33 +238,22 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 // since then has brought the access token that there is.
 func (v *tenantView) isEnded() bool { return v.kept != nil && !v.supersedes(v.kept) }
 
-// closing is until when a reader waits before the access token is exchanged: the planned exchange is near, and leases on
-// the token live until then. Zero where there is nothing to wait for.
-func (v *tenantView) closing(now time.Time) time.Time {
-	a := v.access
-	if a == nil || a.Planned.IsZero() || !a.current() || v.isEnded() {
-		return time.Time{}
-	}
-	until := latest(v.bound.Add(-leaseMargin), time.Unix(0, a.leasedTo.Load()))
-	if !now.Before(until) || until.Sub(now) > a.guard()+leaseMargin {
-		return time.Time{}
-	}
-	return until
-}
-
-// nextToken waits for another access token: until the planned exchange where that is near, or else for an exchange. It
-// returns the token where that is the reader's own.
+// nextToken waits for another access token: until the planned exchange where that is near and leases on the token live until
+// then, or else for an exchange. It returns the token where that is the reader's own.
 func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *reader) (own *accessToken, exchanged bool, err error) {
 	r.own = r.leases && v.entry.TokenPerLease
-	if until := v.closing(time.Now()); !r.own && !until.IsZero() {
-		timer := time.NewTimer(time.Until(until))
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-			r.waited = true // another reader's exchange may have replaced it before this one looks
-			return nil, false, nil
-		case <-ctx.Done():
-			return nil, false, ctx.Err()
+	if a := v.access; !r.own && a != nil && !a.Planned.IsZero() && a.current() && !v.isEnded() {
+		left := time.Until(latest(v.bound.Add(-leaseMargin), time.Unix(0, a.leasedTo.Load())))
+		if left > 0 && left <= a.guard()+leaseMargin {
+			timer := time.NewTimer(left)
+			defer timer.Stop()
+			select {
+			case <-timer.C:
+				r.waited = true // another reader's exchange may have replaced it before this one looks
+				return nil, false, nil
+			case <-ctx.Done():
+				return nil, false, ctx.Err()
+			}
 		}
 	}
 	own, err = b.exchanger.exchange(ctx, t, v, want{ownToken: r.own})

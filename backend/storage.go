@@ -87,19 +87,19 @@ func (l *lock) acquire(ctx context.Context) error {
 	case held <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		l.leave()
-		return ctx.Err()
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.users--; l.users == 0 { // its holder has released it at the same moment
+		l.held = nil
+	}
+	return ctx.Err()
 }
 
 func (l *lock) release() {
-	<-l.held
-	l.leave()
-}
-
-func (l *lock) leave() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	<-l.held
 	if l.users--; l.users == 0 {
 		l.held = nil
 	}
