@@ -105,7 +105,7 @@ func (b *backend) indexTenant(ctx context.Context, name string) error {
 	}
 	v.derive()
 	t.planning.Lock()
-	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && !t.isDropped() {
+	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && b.tenants.named(name) == t {
 		b.index.atMost(name, due) // a request that has read the tenant meanwhile has planned it too
 	}
 	t.planning.Unlock()

@@ -44,7 +44,7 @@ func (b *backend) scheduleAfter(t *tenant, rest time.Time) {
 	v := t.view.Load()
 	now := time.Now()
 	switch {
-	case t.isDropped(): // the name may be another record's by now
+	case b.tenants.named(t.name) != t: // the name may be another record's by now
 	case v.kept != nil && v.trouble != nil:
 		b.index.at(t.name, v.trouble.until)
 	case v.kept != nil:
@@ -87,8 +87,9 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		return time.Time{}
 	}
 	var keepAlive time.Duration
-	trouble, owed := v.trouble, b.owes(v.summary, now)
-	if via := b.connectors.present(e.Connector); via != nil {
+	via := b.connectors.present(e.Connector)
+	trouble, owed := v.trouble, v.summary.owes(via, now)
+	if via != nil {
 		keepAlive = via.service.KeepAlive(e.Facts)
 		if trouble != nil && trouble.revision != via.revision {
 			trouble = trouble.over() // what failed with the connector as it was is tried with it as it is

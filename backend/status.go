@@ -124,7 +124,7 @@ func (b *backend) showRevocations(data map[string]any, connector string, t *tena
 		pending += b.owedBy(connector)
 	} else {
 		pending, lastError = b.revocations.pendingOfTenant(connector, t.name)
-		if b.owes(t.view.Load().summary, time.Now()) {
+		if s := t.view.Load().summary; s.owes(b.connectors.present(s.connector), time.Now()) {
 			pending++
 		}
 	}
@@ -138,20 +138,13 @@ func (b *backend) showRevocations(data map[string]any, connector string, t *tena
 
 // owedBy is how many of a connector's tenants owe an exchange.
 func (b *backend) owedBy(connector string) (owed int) {
-	now := time.Now()
+	via, now := b.connectors.present(connector), time.Now()
 	b.tenants.each(func(t *tenant) {
-		if s := t.view.Load().summary; s.connector == connector && b.owes(s, now) {
+		if s := t.view.Load().summary; s.connector == connector && s.owes(via, now) {
 			owed++
 		}
 	})
 	return owed
-}
-
-// owes says whether an exchange has to end an access token of a tenant that was given up, as its connector is now. A connector
-// that memory does not know may say so.
-func (b *backend) owes(s tenantSummary, now time.Time) bool {
-	via := b.connectors.present(s.connector)
-	return s.owes(now) && (via == nil || via.about.Revocation == tokenservice.RevokeByExchange)
 }
 
 // readerError says what the failure of a tenant's exchange means to the reader, and who has to do what.

@@ -192,8 +192,11 @@ type tenantSummary struct {
 	owesUntil int64 // the end, in seconds since 1970, of an access token that an exchange has to end before that; 0: none
 }
 
-// owes says whether an exchange has to end an access token that was given up.
-func (s tenantSummary) owes(now time.Time) bool { return s.owesUntil > now.Unix() }
+// owes says whether an exchange has to end an access token that was given up, as the tenant's connector is now. One that memory
+// does not know, nil, may say so.
+func (s tenantSummary) owes(via *loadedConnector, now time.Time) bool {
+	return s.owesUntil > now.Unix() && (via == nil || via.about.Revocation == tokenservice.RevokeByExchange)
+}
 
 // trouble is a failed exchange.
 type trouble struct {
@@ -686,12 +689,6 @@ func (t *tenant) drop() bool {
 	}
 	t.dropped = true
 	return true
-}
-
-func (t *tenant) isDropped() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.dropped
 }
 
 // warnNow notes that the log warns of the refresh token's end now.

@@ -133,7 +133,7 @@ func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) erro
 			ts.drop(t) // while this waited, the lock's holder has left the record in place
 			return err
 		}
-		if t.isDropped() {
+		if ts.named(name) != t { // which was dropped before this had its lock
 			t.storing.release()
 			continue
 		}
