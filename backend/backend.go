@@ -350,7 +350,7 @@ func (b *backend) clean(context.Context) {
 func (b *backend) saveKept(ctx context.Context) {
 	var saves sync.WaitGroup
 	b.tenants.each(func(t *tenant) {
-		f := t.underway()
+		f := t.flight.Load()
 		if f == nil && t.view.Load().kept == nil {
 			return
 		}

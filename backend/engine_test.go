@@ -242,7 +242,7 @@ func (e *engine) quiet(name string) {
 		if t == nil {
 			return
 		}
-		if t.underway() == nil {
+		if t.flight.Load() == nil {
 			return
 		}
 		time.Sleep(time.Second)

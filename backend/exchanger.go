@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -188,6 +189,7 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 		return nil, false, logical.ErrReadOnly
 	}
 	f := &flight{t: t, want: w, v: v, done: make(chan struct{}), joined: make(chan struct{}), placed: make(chan struct{})}
+	f.join, f.place = sync.OnceFunc(func() { close(f.joined) }), sync.OnceFunc(func() { close(f.placed) })
 	switch {
 	case w.change != nil:
 		f.connector = w.change.target
@@ -195,7 +197,7 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 		f.connector = v.kept.connector
 	default:
 		f.connector = v.entry.Connector
-		if busy := t.underway(); busy != nil {
+		if busy := t.flight.Load(); busy != nil {
 			return busy, false, nil
 		}
 		if err := x.blocked(ctx, t, v, w); err != nil {

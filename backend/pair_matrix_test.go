@@ -308,7 +308,7 @@ func meetingFlows() []meetingFlow {
 			op := p.begin(&pairOp{who: who, what: "background"})
 			if t, v, err := e.tenants.load(context.Background(), "acme"); err == nil && t != nil && v != nil {
 				e.exchangeUnasked(t)
-				for f := t.underway(); f != nil && who == "A"; f = t.underway() {
+				for f := t.flight.Load(); f != nil && who == "A"; f = t.flight.Load() {
 					<-f.done
 				}
 			}
@@ -707,7 +707,7 @@ func (p *meeting) check(initial pairState) {
 	p.checkIndex("in the end")
 	p.checkRestart()
 	if t := p.tenants.named("acme"); t != nil {
-		p.assertf(!t.storing.busy() && t.underway() == nil, "a lock is held")
+		p.assertf(!t.storing.busy() && t.flight.Load() == nil, "a lock is held")
 	}
 	binding := p.connectors.record(defaultConnector).binding
 	p.assertf(binding.TryAcquire(exclusive), "the connector is held")
@@ -837,7 +837,7 @@ func (p *meeting) checkIndex(when string) {
 	armed := p.index.armed
 	p.index.mu.Unlock()
 	switch {
-	case t.underway() != nil || waits:
+	case t.flight.Load() != nil || waits:
 	case at.IsZero():
 		p.assertf(false, "%s: the tenant is not in the index", when)
 	default:

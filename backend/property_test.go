@@ -263,7 +263,7 @@ func (m *model) check(*rapid.T) {
 		t := m.engine.tenants.named(name)
 		busy := false
 		if t != nil {
-			busy = t.underway() != nil
+			busy = t.flight.Load() != nil
 		}
 		entry, held := m.stored(name), m.held(name)
 		tenant.lost = tenant.lost || m.losing && held != "" && !m.kaizala.RefreshTokenAlive(held)

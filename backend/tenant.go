@@ -79,6 +79,8 @@ const noLineage = "-"
 type tenant struct {
 	name string
 	view atomic.Pointer[tenantView]
+	// flight is the tenant's one exchange under way, or nil.
+	flight atomic.Pointer[flight]
 
 	// storing is the right to change the tenant in storage. Readers of a usable token never wait for it.
 	storing lock
@@ -87,9 +89,8 @@ type tenant struct {
 	// the registry drops the record.
 	planning sync.Mutex
 
-	// mu guards the replacement of view and what follows. It is never held while something is waited for.
+	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
-	flight  *flight
 	dropped bool // the registry has dropped this record
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
@@ -227,8 +228,8 @@ type flight struct {
 	err       error        // to be read once done is closed
 	token     *accessToken // for a lease of its own; to be read once done is closed
 
-	joined   chan struct{} // closed when a reader waits for background work
-	joinOnce sync.Once
+	joined chan struct{} // join closes it: a reader waits for background work
+	join   func()
 
 	way *passage // of its last request
 	// lost: the answer to its first request was lost, and that may have been carried out.
@@ -238,8 +239,8 @@ type flight struct {
 	// parting says who has come first: the reader whom the token is for, by going away, or the flight, with the token.
 	parting atomic.Int32
 
-	placed    chan struct{} // closed when the flight has its place in the share
-	placeOnce sync.Once
+	placed chan struct{} // place closes it: the flight has its place in the share
+	place  func()
 }
 
 const (
@@ -263,12 +264,6 @@ func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) 
 	}
 	f.way.call.Settle(ctx)
 }
-
-// place notes that the flight has its place in the share.
-func (f *flight) place() { f.placeOnce.Do(func() { close(f.placed) }) }
-
-// join notes that a reader waits for this flight.
-func (f *flight) join() { f.joinOnce.Do(func() { close(f.joined) }) }
 
 // urgent says whether a reader waits for this flight.
 func (f *flight) urgent() bool {
@@ -564,7 +559,7 @@ func (t *tenant) backOff() time.Duration {
 func (t *tenant) forget() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.flight == nil && !t.storing.busy() {
+	if t.flight.Load() == nil && !t.storing.busy() {
 		t.leave()
 	}
 }
@@ -624,10 +619,10 @@ func (t *tenant) forgetReplaced(generation string) {
 func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := t.view.Load()
+	v, busy := t.view.Load(), t.flight.Load()
 	switch {
-	case t.flight != nil:
-		return t.flight, nil
+	case busy != nil:
+		return busy, nil
 	case t.dropped, f.v != nil && v != f.v, f.v == nil && v.entry != nil:
 		return nil, errSuperseded
 	}
@@ -635,36 +630,30 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	if !start() {
 		return nil, errStopping
 	}
-	t.flight = f
+	t.flight.Store(f)
 	return f, nil
 }
 
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
-	if failure := (*tokenservice.Failure)(nil); err != nil && !f.carriedOut && !f.lost && (!errors.As(err, &failure) || !failure.Lost) {
-		t.spare()
+	failure := (*tokenservice.Failure)(nil)
+	if a := t.view.Load().access; a != nil && err != nil && !f.carriedOut && !f.lost && (!errors.As(err, &failure) || !failure.Lost) {
+		a.use.CompareAndSwap(ending, unread) // readers have the access token again that the exchange was to end
 	}
 	t.mu.Lock()
-	t.flight = nil
+	t.flight.Store(nil)
 	t.mu.Unlock()
 	close(f.done)
-}
-
-// underway returns the tenant's flight, or nil.
-func (t *tenant) underway() *flight {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.flight
 }
 
 // uses says whether the tenant uses a connector, or is about to.
 func (t *tenant) uses(connector string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := t.view.Load()
+	v, f := t.view.Load(), t.flight.Load()
 	return v.summary.stored && v.summary.connector == connector ||
-		t.flight != nil && t.flight.connector == connector ||
+		f != nil && f.connector == connector ||
 		v.kept != nil && v.kept.connector == connector
 }
 
@@ -672,10 +661,10 @@ func (t *tenant) uses(connector string) bool {
 func (t *tenant) ownsTokens(connector string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := t.view.Load()
+	v, f := t.view.Load(), t.flight.Load()
 	aboutTo := func(c *tenantChange) bool { return c != nil && c.target == connector && c.apply(v.entry).TokenPerLease }
 	return v.summary.stored && v.summary.ownTokens && v.summary.connector == connector ||
-		t.flight != nil && aboutTo(t.flight.want.change) ||
+		f != nil && aboutTo(f.want.change) ||
 		v.kept != nil && aboutTo(v.kept.change)
 }
 
@@ -684,7 +673,7 @@ func (t *tenant) drop() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.view.Load()
-	if v.summary.stored || v.kept != nil || t.flight != nil || v.knows == doubted || t.storing.busy() || t.dropped {
+	if v.summary.stored || v.kept != nil || t.flight.Load() != nil || v.knows == doubted || t.storing.busy() || t.dropped {
 		return false
 	}
 	t.dropped = true
@@ -749,13 +738,6 @@ func (t *tenant) mayEnd(now time.Time) bool {
 		return true
 	}
 	return !a.leased() && (a.use.CompareAndSwap(unread, ending) || a.use.Load() == ending)
-}
-
-// spare lets readers have the access token again, where the exchange that was to end it has not.
-func (t *tenant) spare() {
-	if a := t.view.Load().access; a != nil {
-		a.use.CompareAndSwap(ending, unread)
-	}
 }
 
 // rests says whether the tenant's last exchange has failed so lately that none is made yet. Where an exchange ends older access

@@ -172,12 +172,25 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 	}
 }
 
-// recover makes of an entry what the process before this one would have made of it. The caller holds the tenant's lock.
+// recover makes of an entry what the process before this one would have made of it: it corrects times that lie further ahead
+// than they could, because the host's clock was wrong when they were written, and plans the end of its access token as the
+// connector says now. The caller holds the tenant's lock.
 func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error {
 	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // by the clock that exchanges were noted by
-	ts.fitClock(ctx, t.name, e)
-	if e.Access != nil {
-		ended, err := ts.revocations.isGivenUp(ctx, e.Connector, e.Access.Generation)
+	now := time.Now().UTC()
+	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
+		if at.After(now) {
+			*at = now.Truncate(time.Millisecond)
+		}
+	}
+	if a := e.Access; a != nil {
+		if a.Obtained.After(now) {
+			a.Obtained = now.Truncate(time.Millisecond)
+			a.Expires = earliest(a.Expires, a.Obtained.Add(e.AccessTokenLife))
+			a.Planned = earliest(a.Planned, a.Expires)
+		}
+		ts.plan(ctx, t.name, e)
+		ended, err := ts.revocations.isGivenUp(ctx, e.Connector, a.Generation)
 		if err != nil {
 			return err
 		}
@@ -195,27 +208,6 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 		t.cutOff(e.Connector, via)
 	}
 	return nil
-}
-
-// fitClock corrects times of an entry that lie further ahead than they could, because the host's clock was wrong when
-// they were written, and plans the end of its access token as the connector says now.
-func (ts *tenants) fitClock(ctx context.Context, name string, e *tenantEntry) {
-	now := time.Now()
-	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
-		if at.After(now) {
-			*at = now.UTC().Truncate(time.Millisecond)
-		}
-	}
-	a := e.Access
-	if a == nil {
-		return
-	}
-	if a.Obtained.After(now) {
-		a.Obtained = now.UTC().Truncate(time.Millisecond)
-		a.Expires = earliest(a.Expires, a.Obtained.Add(e.AccessTokenLife))
-		a.Planned = earliest(a.Planned, a.Expires)
-	}
-	ts.plan(ctx, name, e)
 }
 
 // plan says when the exchange comes that ends an entry's access token, if any does by what the connector is now. Readers have
@@ -255,13 +247,6 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 		return nil
 	})
 	return e, err
-}
-
-// stored lets readers see an entry that storage has taken.
-func (ts *tenants) stored(t *tenant, e *tenantEntry, fresh *accessToken) {
-	t.stored(e, fresh)
-	ts.loaded.Add(t.name, t)
-	ts.schedule(t)
 }
 
 // change stores an operator's write on top of what storage has by then. It runs to its end when the caller goes away: a
@@ -315,7 +300,9 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			ts.doubt(t)
 			return err
 		}
-		ts.stored(t, next, nil)
+		t.stored(next, nil)
+		ts.loaded.Add(t.name, t)
+		ts.schedule(t)
 		return nil
 	})
 }
@@ -502,7 +489,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		// A lease may have come meanwhile, and may have ended; none comes any more.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
-	ts.stored(t, next, o.access)
+	t.stored(next, o.access)
+	ts.loaded.Add(t.name, t)
 	if o.ownToken && o.access != nil && v.kept == o {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
