@@ -21,16 +21,6 @@ const (
 // no error may hold.
 var documentedCodes = []string{"InvalidToken", "Unauthenticated", "InvalidParameters"}
 
-// documentedCode returns the documented spelling of a code, or "".
-func documentedCode(code string) string {
-	for _, known := range documentedCodes {
-		if strings.EqualFold(code, known) {
-			return known
-		}
-	}
-	return ""
-}
-
 // operation is what was asked of the service, for what its refusals mean.
 type operation int
 
@@ -41,42 +31,57 @@ const (
 )
 
 // interpret says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The
-// result lacks Endpoint and Sent.
+// result lacks Endpoint and Sent. An endpointUrl or a scope that is too long is left out; what apps cannot do without must
+// be there.
 func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
 	o := tokenservice.ReadObject(a.Body)
-	r := withRefreshToken(newRefreshToken(a, o, sent))
+	r := withRefreshToken(a, o, sent)
 	if f := failure(exchanging, a, o, now); f != nil {
 		r.Err = f
 		return r
 	}
-	t, why := accessTokenOf(o, now)
-	if why != "" {
-		r.Err = unavailable(a, senseless(why))
+	fail := func(why string) tokenservice.Result {
+		r.Err = senseless(a, why)
 		return r
+	}
+	t := &tokenservice.AccessToken{Token: o.Text("accessToken"), EndpointURL: o.Text("endpointUrl"), Scope: strings.Join(o.List("scope"), ",")}
+	if tokenservice.CheckToken(t.Token) != nil {
+		return fail("its accessToken is missing, or cannot be sent in a header")
+	}
+	if len(t.EndpointURL) > tokenservice.MaxURLBytes {
+		t.EndpointURL = ""
+	} else if _, _, problem := tokenservice.ParseTarget(t.EndpointURL); problem != "" {
+		return fail("its endpointUrl is missing, or no https URL")
+	}
+	if len(t.Scope) > tokenservice.MaxScopeBytes {
+		t.Scope = ""
+	}
+	millis, ok := o.Millis("accessTokenExpiry", time.Millisecond)
+	if !ok {
+		return fail("its accessTokenExpiry is missing, or no number of milliseconds")
+	}
+	t.Expires = time.UnixMilli(millis).UTC()
+	switch {
+	case t.Expires.Before(now.Add(-clockSkew)):
+		return fail("its accessToken has long expired")
+	case !t.Expires.After(now):
+		return fail("its accessToken has expired already. Perhaps this machine's clock and Kaizala's differ: the operator has to check it")
+	case t.Expires.After(now.Add(maxAccessTokenLife)):
+		t.Expires = now.Add(maxAccessTokenLife).UTC().Truncate(time.Millisecond)
 	}
 	r.AccessToken = t
 	return r
 }
 
-// newRefreshToken returns the new refresh token in an answer, or "". An answer that is broken off may hold one, but only a
-// success can: what an error page shows in such a field must not replace a good one.
-func newRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string) (token string) {
+// withRefreshToken returns a result that holds the new refresh token of an answer alone, if there is one. An answer that is
+// broken off may hold one, but only a success can: what an error page shows in such a field must not replace a good one.
+func withRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string) (r tokenservice.Result) {
 	if a.Status/100 != 2 {
-		return ""
+		return r
 	}
-	for _, t := range o.Texts("refreshToken") {
-		if t != sent && tokenservice.CheckToken(t) == nil {
-			token = t
-		}
-	}
-	return token
-}
-
-// withRefreshToken is a result that holds a new refresh token alone, if there is one.
-func withRefreshToken(token string) (r tokenservice.Result) {
-	if token != "" {
-		facts := Inspect(token).facts()
-		r.RefreshToken, r.Facts = token, &facts
+	if r.RefreshToken = o.NewToken("refreshToken", sent); r.RefreshToken != "" {
+		facts := Inspect(r.RefreshToken).facts()
+		r.Facts = &facts
 	}
 	return r
 }
@@ -103,8 +108,8 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now tim
 	}
 	switch {
 	case a.Status >= 500:
-		f := failing(a.Status, "")
-		f.RetryAfter, f.Lost = retry, a.Lost
+		f := unavailable(a, fmt.Sprintf("Kaizala's token service is failing (HTTP status %d). Try again later.", a.Status))
+		f.RetryAfter = retry
 		return f
 	case a.Broken != "":
 		return unavailable(a, a.Broken)
@@ -114,7 +119,7 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now tim
 		f.RetryAfter = retry
 		return f
 	case !o.Whole && op != sendingPIN:
-		f := unavailable(a, senseless("it is not one JSON object"))
+		f := senseless(a, "it is not one JSON object")
 		f.Lost = true
 		return f
 	}
@@ -125,62 +130,25 @@ func unavailable(a tokenservice.Answer, text string) *tokenservice.Failure {
 	return &tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, Lost: a.Lost, Text: text}
 }
 
-func senseless(why string) string {
-	return "Kaizala's answer cannot be used: " + why + "."
-}
-
-// accessTokenOf reads the access token, or says what is wrong with it. An endpointUrl or a scope that is too long is left
-// out; what apps cannot do without must be there.
-func accessTokenOf(o tokenservice.Object, now time.Time) (t *tokenservice.AccessToken, why string) {
-	t = &tokenservice.AccessToken{Token: o.Text("accessToken"), EndpointURL: o.Text("endpointUrl")}
-	if tokenservice.CheckToken(t.Token) != nil {
-		return nil, "its accessToken is missing, or cannot be sent in a header"
-	}
-	if len(t.EndpointURL) > tokenservice.MaxURLBytes {
-		t.EndpointURL = ""
-	} else if _, _, problem := tokenservice.ParseTarget(t.EndpointURL); problem != "" {
-		return nil, "its endpointUrl is missing, or no https URL"
-	}
-	if scope := strings.Join(o.List("scope"), ","); len(scope) <= tokenservice.MaxScopeBytes {
-		t.Scope = scope
-	}
-	millis, ok := o.Millis("accessTokenExpiry", time.Millisecond)
-	if !ok {
-		return nil, "its accessTokenExpiry is missing, or no number of milliseconds"
-	}
-	t.Expires = time.UnixMilli(millis).UTC()
-	switch {
-	case t.Expires.Before(now.Add(-clockSkew)):
-		return nil, "its accessToken has long expired"
-	case !t.Expires.After(now):
-		return nil, "its accessToken has expired already. Perhaps this machine's clock and Kaizala's differ: the operator has to check it"
-	case t.Expires.After(now.Add(maxAccessTokenLife)):
-		t.Expires = now.Add(maxAccessTokenLife).UTC().Truncate(time.Millisecond)
-	}
-	return t, ""
-}
-
-// errorCode returns the code of an error body (client), "" where there is none, and something else that is no documented
-// code where it is no string.
-func errorCode(o tokenservice.Object) string {
-	code := o.Text("errorCode")
-	if v := o.Value("errorCode"); code == "" && len(v) > 0 && v[0] != '"' {
-		code = string(v)
-	}
-	if code == "0" || code == "false" {
-		return ""
-	}
-	return code
+func senseless(a tokenservice.Answer, why string) *tokenservice.Failure {
+	return unavailable(a, "Kaizala's answer cannot be used: "+why+".")
 }
 
 // refusal reads an error body (client), or returns nil. What a refused PIN looks like is not documented (guess): any
 // errorCode that does not blame the connector.
 func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Failure {
-	code := errorCode(o)
-	f := &tokenservice.Failure{Status: status, Code: documentedCode(code)}
-	named := f.Code
-	if named == "" {
-		named = "an unknown errorCode"
+	code := o.Text("errorCode")
+	if v := string(o.Value("errorCode")); code == "" && !strings.HasPrefix(v, `"`) {
+		code = v // which is no string, and so no documented code
+	}
+	if code == "0" || code == "false" {
+		code = ""
+	}
+	f, named := &tokenservice.Failure{Status: status}, "an unknown errorCode"
+	for _, known := range documentedCodes {
+		if strings.EqualFold(code, known) {
+			f.Code, named = known, known
+		}
 	}
 	message := strings.ToLower(o.Text("message"))
 	blamesConnector := strings.Contains(message, "applicationid") && strings.Contains(message, "secret")
@@ -210,19 +178,8 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 		f.Text = "Kaizala refuses the exchange (" + named + ") and says neither that the refresh token nor that the connector is wrong. " +
 			"The connector owner has to check the connector on Kaizala's portal."
 	default:
-		return failing(status, named)
+		f.Kind = tokenservice.Unavailable
+		f.Text = fmt.Sprintf("Kaizala's token service is failing (HTTP status %d, %s). Try again later.", status, named)
 	}
 	return f
-}
-
-// failing is a service that fails by its own account.
-func failing(status int, named string) *tokenservice.Failure {
-	with := fmt.Sprintf("HTTP status %d", status)
-	if named != "" {
-		with += ", " + named
-	}
-	return &tokenservice.Failure{
-		Kind: tokenservice.Unavailable, Status: status, Code: documentedCode(named),
-		Text: "Kaizala's token service is failing (" + with + "). Try again later.",
-	}
 }

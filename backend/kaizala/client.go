@@ -6,7 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
@@ -151,7 +151,7 @@ func (c *Client) Exchange(ctx context.Context, e tokenservice.Exchange) tokenser
 			Text: "The exchange was not made: " + err.Error() + ". The tenant user has to write a good one.",
 		}}
 	}
-	x := exchange{Client: c, Exchange: e, at: c.root.JoinPath(exchangePath), left: c.timeout, unbroken: true}
+	x := exchange{Client: c, Exchange: e, at: c.root.JoinPath(exchangePath), unbroken: true}
 	x.Endpoint = ""
 	if u, _, problem := tokenservice.ParseTarget(e.Endpoint); problem == "" {
 		if u = withExchangePath(u); x.permitted(c.root, u) == "" {
@@ -160,15 +160,11 @@ func (c *Client) Exchange(ctx context.Context, e tokenservice.Exchange) tokenser
 	}
 	r := x.run(ctx)
 	r.Sent, r.Endpoint = x.sent, x.Endpoint
-	if f, ok := r.Err.(*tokenservice.Failure); ok && stale(f) {
-		r.Endpoint = ""
+	gone := []int{http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone}
+	if f, ok := r.Err.(*tokenservice.Failure); ok && (f.Kind == tokenservice.Unavailable || slices.Contains(gone, f.Status)) {
+		r.Endpoint = "" // it may be at fault, and one that is given up without need costs one hop
 	}
 	return r
-}
-
-// stale says whether a failure may be the fault of the URL. A URL that is given up without need costs one hop.
-func stale(f *tokenservice.Failure) bool {
-	return f.Kind == tokenservice.Unavailable || f.Status == http.StatusNotFound || f.Status == http.StatusMethodNotAllowed || f.Status == http.StatusGone
 }
 
 // exchange is the state of one exchange from hop to hop. Its Endpoint is the URL to remember.
@@ -176,21 +172,35 @@ type exchange struct {
 	*Client
 	tokenservice.Exchange
 	at       *url.URL
-	left     time.Duration // of request_timeout
-	sent     time.Time     // when the last request began
-	unbroken bool          // all redirects so far were permanent
+	sent     time.Time // when the last request began
+	unbroken bool      // all redirects so far were permanent
 }
 
+// run makes the exchange's requests, one for each hop.
 func (x *exchange) run(ctx context.Context) tokenservice.Result {
+	left := x.timeout
 	for hops := 0; ; hops++ {
-		a, err := x.call(ctx)
-		if err != nil {
-			r := withRefreshToken(newRefreshToken(a, tokenservice.ReadObject(a.Body), x.RefreshToken))
-			r.Err = err
-			return r
+		a, err := x.do(ctx, x.Permit, left, x.nameHost(x.at.Hostname()), &http.Request{
+			Method: http.MethodGet,
+			URL:    x.at,
+			Host:   x.at.Host,
+			Header: http.Header{
+				"Applicationid":     {x.connectorID},
+				"Applicationsecret": {x.connectorSecret},
+				"Refreshtoken":      {x.RefreshToken},
+			},
+			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		})
+		if !a.Sent.IsZero() {
+			x.sent = a.Sent
+			left -= time.Since(a.Sent)
 		}
 		if a.Status != http.StatusPermanentRedirect && a.Status != http.StatusTemporaryRedirect {
-			return interpret(a, x.RefreshToken, time.Now())
+			r := interpret(a, x.RefreshToken, time.Now())
+			if err != nil {
+				r.AccessToken, r.Err = nil, err
+			}
+			return r
 		}
 		if hops == maxHops {
 			text := fmt.Sprintf("Kaizala's token service redirected the exchange more than %d times. Try again later.", maxHops)
@@ -210,7 +220,7 @@ func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
 		next = withExchangePath(next)
 	}
 	if location == "" || err != nil || len(next.String()) > tokenservice.MaxURLBytes {
-		return unavailable(a, senseless("it is a redirect without a usable Location"))
+		return senseless(a, "it is a redirect without a usable Location")
 	}
 	if why := x.permitted(x.at, next); why != "" {
 		return unavailable(a, "Kaizala's token service redirected the exchange to an address that is not allowed. "+why)
@@ -221,26 +231,6 @@ func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
 		x.Endpoint = next.String()
 	}
 	return nil
-}
-
-// call makes one HTTP request.
-func (x *exchange) call(ctx context.Context) (tokenservice.Answer, error) {
-	a, err := x.do(ctx, x.Permit, x.left, x.nameHost(strings.ToLower(x.at.Hostname())), &http.Request{
-		Method: http.MethodGet,
-		URL:    x.at,
-		Host:   x.at.Host,
-		Header: http.Header{
-			"Applicationid":     {x.connectorID},
-			"Applicationsecret": {x.connectorSecret},
-			"Refreshtoken":      {x.RefreshToken},
-		},
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	})
-	if !a.Sent.IsZero() {
-		x.sent = a.Sent
-		x.left -= time.Since(a.Sent)
-	}
-	return a, err
 }
 
 // do makes one request to a host.

@@ -35,7 +35,7 @@ func (c *Client) SendPIN(ctx context.Context, mobileNumber string, permit tokens
 		return f
 	}
 	if bytes.HasPrefix(bytes.TrimSpace(a.Body), []byte("<")) {
-		return unavailable(a, senseless("it is a web page"))
+		return senseless(a, "it is a web page")
 	}
 	return nil
 }
@@ -55,11 +55,11 @@ func (c *Client) RedeemPIN(ctx context.Context, mobileNumber, pin string, permit
 		"mobileNumber": number, "applicationId": c.connectorID, "applicationSecret": c.connectorSecret, "pin": pin,
 	})
 	o, now := tokenservice.ReadObject(a.Body), time.Now()
-	r := withRefreshToken(newRefreshToken(a, o, ""))
+	r := withRefreshToken(a, o, "")
 	r.Sent = a.Sent
 	if r.Facts != nil && r.Facts.Expires.IsZero() {
 		// A token that does not tell its end itself; its life begins now.
-		if expires := timeOf(o, "refreshTokenExpiry", time.Millisecond); expires.After(now) {
+		if expires := o.Time("refreshTokenExpiry", time.Millisecond); expires.After(now) {
 			r.Facts.Expires = expires
 			r.Facts.RotatesFrom = Claims{IssuedAt: now, Expires: expires}.RotatesFrom()
 		}
@@ -70,7 +70,7 @@ func (c *Client) RedeemPIN(ctx context.Context, mobileNumber, pin string, permit
 	case f != nil:
 		r.Err = f
 	case r.RefreshToken == "":
-		r.Err = unavailable(a, senseless("its refreshToken is missing, or cannot be sent in a header"))
+		r.Err = senseless(a, "its refreshToken is missing, or cannot be sent in a header")
 	}
 	return r
 }

@@ -72,6 +72,7 @@ func (x *exchange) permitted(from, to *url.URL) string {
 
 // nameHost returns a host for an error's text, unless it holds something that was sent.
 func (x *exchange) nameHost(name string) string {
+	name = strings.ToLower(name)
 	for _, secret := range []string{x.connectorSecret, x.RefreshToken} {
 		if strings.Contains(name, strings.ToLower(secret)) {
 			return "that host"

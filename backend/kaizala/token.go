@@ -1,6 +1,7 @@
 package kaizala
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -41,21 +42,12 @@ func Inspect(token string) Claims {
 	claims := tokenservice.Claims(token)
 	credentials := claims.Object("urn:microsoft:credentials")
 	c := Claims{
-		Expires:     timeOf(claims, "exp", time.Second),
+		Expires:     claims.Time("exp", time.Second),
 		ConnectorID: identifier(credentials, "applicationId"),
 		GroupID:     identifier(credentials.Object("data"), "GroupId"),
 		Kind:        "unknown",
 	}
-	for _, at := range []time.Time{
-		timeOf(claims, "iat", time.Second),
-		timeOf(claims, "nbf", time.Second),
-		timeOf(credentials, "tokenValidFrom", time.Millisecond),
-	} {
-		if !at.IsZero() {
-			c.IssuedAt = at
-			break
-		}
-	}
+	c.IssuedAt = cmp.Or(claims.Time("iat", time.Second), claims.Time("nbf", time.Second), credentials.Time("tokenValidFrom", time.Millisecond))
 	switch {
 	case c.GroupID != "":
 		c.Kind = "group"
@@ -99,23 +91,11 @@ func (c *Client) Check(refreshToken string) (tokenservice.Facts, error) {
 	return claims.facts(), nil
 }
 
-// timeOf reads a number of units since the epoch; zero for what is no such number or lies outside of the years 1970 to
-// 2199.
-func timeOf(o tokenservice.Object, name string, unit time.Duration) time.Time {
-	millis, _ := o.Millis(name, unit)
-	return tokenservice.Time(millis)
-}
-
 // identifier reads a string that people will be shown, and that the service has written.
 func identifier(o tokenservice.Object, name string) string {
 	s := o.Text(name)
-	if len(s) > maxIdentifierBytes {
+	if len(s) > maxIdentifierBytes || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return ""
-	}
-	for _, r := range s {
-		if !unicode.IsPrint(r) {
-			return ""
-		}
 	}
 	return s
 }

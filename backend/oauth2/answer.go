@@ -96,16 +96,6 @@ func empty(value json.RawMessage) bool {
 	return true
 }
 
-// newRefreshToken returns the refresh token that is to be used from now on, "" where it is the one that was sent.
-func (f fields) newRefreshToken(sent string) string {
-	for _, token := range slices.Backward(f.Texts("refresh_token")) {
-		if token != sent && tokenservice.CheckToken(token) == nil {
-			return token
-		}
-	}
-	return ""
-}
-
 // purpose is what a request is made for.
 type purpose int
 
@@ -117,15 +107,14 @@ const (
 	revoking
 )
 
-// readGrant says what the answer to a token request means. sent is the refresh token that the request was made with. Beside
-// an error the result holds at most a new refresh token, with its facts.
-func (c *Client) readGrant(p purpose, a tokenservice.Answer, sent string) tokenservice.Result {
+// readGrant says what the answer to a token request means. f are its fields, and sent is the refresh token that the request
+// was made with. Beside an error the result holds at most a new refresh token, with its facts.
+func (c *Client) readGrant(p purpose, a tokenservice.Answer, f fields, sent string) tokenservice.Result {
 	now := time.Now()
-	f := readFields(a)
 	result := tokenservice.Result{Sent: a.Sent}
 	// Only a success can hold a new refresh token: an error page that shows one in some field must not replace a good one.
 	if a.Status/100 == 2 {
-		result.RefreshToken = f.newRefreshToken(sent)
+		result.RefreshToken = f.NewToken("refresh_token", sent)
 		result.Facts = c.factsOf(f, result.RefreshToken, a.Sent)
 	}
 	fail := func(e *tokenservice.Failure) tokenservice.Result {

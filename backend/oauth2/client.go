@@ -63,11 +63,12 @@ func (c *Client) requestToken(ctx context.Context, p purpose, permit tokenservic
 		form.Set(name, value)
 	}
 	a, err := c.post(ctx, p, permit, form)
-	result := c.readGrant(p, a, sent)
+	f := readFields(a)
+	result := c.readGrant(p, a, f, sent)
 	if err != nil {
 		result.AccessToken, result.Err = nil, err
 	}
-	return result, readFields(a)
+	return result, f
 }
 
 // post makes one request with the client's credentials. Its error is a [*tokenservice.Failure], permit's, or one that wraps
@@ -75,7 +76,7 @@ func (c *Client) requestToken(ctx context.Context, p purpose, permit tokenservic
 func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit, form url.Values) (tokenservice.Answer, error) {
 	u := c.endpoints[p.field()]
 	if missing := c.Missing(); missing != nil {
-		return tokenservice.Answer{}, notMade(missing)
+		return tokenservice.Answer{}, &tokenservice.Failure{Kind: tokenservice.Refused, Text: "The call was not made: " + missing.Error() + "."}
 	}
 	header := http.Header{
 		"Accept":       {"application/json"},
@@ -111,10 +112,6 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 		Field:   p.field(),
 		Timeout: c.config.RequestTimeout,
 	}.Do(ctx)
-}
-
-func notMade(missing *tokenservice.FieldError) error {
-	return &tokenservice.Failure{Kind: tokenservice.Refused, Text: "The call was not made: " + missing.Error() + "."}
 }
 
 // Revoke implements [tokenservice.Revoker], by RFC 7009.

@@ -22,7 +22,7 @@ func requireFiniteText(t *testing.T, c *Client, a tokenservice.Answer, e *tokens
 	require.Equal(t, a.Status, e.Status)
 	marked := strings.ReplaceAll(string(a.Body), `"`, `"☃`)
 	a.Body = []byte(marked)
-	other := c.readGrant(exchanging, a, refreshCanary)
+	other := c.readGrant(exchanging, a, readFields(a), refreshCanary)
 	if err, ok := other.Err.(*tokenservice.Failure); ok {
 		require.NotContains(t, err.Text, "☃")
 	}
@@ -57,7 +57,7 @@ func FuzzAnswer(f *testing.F) {
 			a.Broken, a.Lost = "It broke off.", true
 		}
 		for _, p := range []purpose{exchanging, redeemingCode, pollingDevice} {
-			r := c.readGrant(p, a, refreshCanary)
+			r := c.readGrant(p, a, readFields(a), refreshCanary)
 			require.Equal(t, r.Err == nil, r.AccessToken != nil)
 			require.Equal(t, now, r.Sent)
 			if r.Err != nil {

@@ -25,16 +25,10 @@ func claimsOf(token string) tokenservice.Object {
 	return tokenservice.ReadObject(payload)
 }
 
-// timeOf reads a claim that is a number of seconds since the epoch; zero where it is none, or 0 or less.
-func timeOf(o tokenservice.Object, name string) time.Time {
-	millis, _ := o.Millis(name, time.Second)
-	return tokenservice.Time(millis)
-}
-
 // ownFacts returns what a refresh token says about itself, or else what the configuration assumes, from a time on.
 func (c *Client) ownFacts(token string, from time.Time) *tokenservice.Facts {
 	claims := claimsOf(token)
-	expires, issued := timeOf(claims, "exp"), timeOf(claims, "iat")
+	expires, issued := claims.Time("exp", time.Second), claims.Time("iat", time.Second)
 	if expires.IsZero() {
 		return lasting(from, c.config.RefreshTokenLife, true)
 	}

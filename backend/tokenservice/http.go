@@ -219,7 +219,8 @@ func (c Call) networkText(attempt context.Context, err error) string {
 // for anything else.
 func RetryAfter(h http.Header, now time.Time) time.Duration {
 	value := strings.TrimSpace(h.Get("Retry-After"))
-	if seconds, ok := digits(value); ok {
+	if strings.Trim(value, "0123456789") == "" {
+		seconds, _ := strconv.ParseInt(value, 10, 64) // of nothing this is 0, and the largest number where it is out of range
 		return time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
 	}
 	if at, err := http.ParseTime(value); err == nil {
@@ -231,18 +232,9 @@ func RetryAfter(h http.Header, now time.Time) time.Duration {
 // RateLimitReset reads X-Rate-Limit-Reset, seconds since the epoch, which some authorization servers send in place of
 // Retry-After, as a duration from now: 24 hours at most, and 0 for anything else.
 func RateLimitReset(h http.Header, now time.Time) time.Duration {
-	seconds, ok := digits(strings.TrimSpace(h.Get("X-Rate-Limit-Reset")))
-	if !ok || seconds > maxUnix {
+	seconds, err := strconv.ParseUint(strings.TrimSpace(h.Get("X-Rate-Limit-Reset")), 10, 64)
+	if err != nil || seconds > maxUnix {
 		return 0
 	}
-	return min(max(time.Unix(seconds, 0).Sub(now), 0), maxRetryAfter)
-}
-
-// digits reads a whole number, the largest one where it is too large.
-func digits(s string) (int64, bool) {
-	if s == "" || strings.Trim(s, "0123456789") != "" {
-		return 0, false
-	}
-	n, _ := strconv.ParseInt(s, 10, 64) // which returns the largest number where it is out of range
-	return n, true
+	return min(max(time.Unix(int64(seconds), 0).Sub(now), 0), maxRetryAfter)
 }

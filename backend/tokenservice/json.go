@@ -2,6 +2,7 @@ package tokenservice
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -34,98 +35,71 @@ type Object struct {
 type field struct {
 	name  string
 	value json.RawMessage
+	text  string // of a value that is a string, without white space around it
 }
 
 // Format prints no secret, whatever the verb.
 func (Object) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Object{…}") }
 
+// space is what JSON takes for white space.
+const space = " \t\r\n"
+
 // ReadObject reads an object. A text that is none has no fields.
 func ReadObject(text []byte) (o Object) {
-	text = trimSpace(bytes.TrimPrefix(text, []byte("\ufeff")))
+	text = bytes.TrimLeft(bytes.TrimPrefix(text, []byte("\ufeff")), space)
 	rest, ok := bytes.CutPrefix(text, []byte("{"))
 	if !ok {
 		return o
 	}
 	o.Whole = json.Valid(text)
 	for {
-		var name, value []byte
-		if name, rest, ok = cutString(bytes.TrimLeft(rest, space+",")); !ok {
+		var f field
+		var name []byte
+		if name, rest, ok = cutValue(bytes.TrimLeft(rest, space+",")); !ok || !bytes.HasPrefix(name, []byte(`"`)) {
 			return o
 		}
-		if rest, ok = bytes.CutPrefix(trimSpace(rest), []byte(":")); !ok {
+		if rest, ok = bytes.CutPrefix(bytes.TrimLeft(rest, space), []byte(":")); !ok {
 			return o
 		}
-		if value, rest, ok = cutValue(trimSpace(rest)); !ok {
+		if f.value, rest, ok = cutValue(bytes.TrimLeft(rest, space)); !ok {
 			return o
 		}
-		key, _ := stringOf(name)
-		o.fields = append(o.fields, field{key, value})
+		_ = json.Unmarshal(name, &f.name)    // one that cannot be read is empty
+		_ = json.Unmarshal(f.value, &f.text) // what is no string is none
+		f.text = strings.TrimSpace(f.text)
+		o.fields = append(o.fields, f)
 	}
 }
 
-// space is what JSON takes for white space.
-const space = " \t\r\n"
-
-func trimSpace(b []byte) []byte { return bytes.TrimLeft(b, space) }
-
-// cutString cuts off the string at the beginning of b, quotes included. It is not ok where there is none, or where it has
-// no end.
-func cutString(b []byte) (s, rest []byte, ok bool) {
-	if !bytes.HasPrefix(b, []byte(`"`)) {
+// cutValue cuts off the value at the beginning of b: a string, an object or a list with all that is in it, and anything else
+// up to the next sign of JSON or white space. It is not ok where the value has no end.
+func cutValue(b []byte) (v, rest []byte, ok bool) {
+	end := bytes.IndexAny(b, space+`,:"{}[]`)
+	if end == -1 {
 		return nil, nil, false
 	}
-	escaped := false
-	for i, c := range b[1:] {
+	if end > 0 || !bytes.ContainsAny(b[:1], `"{[`) {
+		return b[:end], b[end:], true
+	}
+	depth, quoted, escaped := 0, false, false
+	for i, c := range b {
 		switch {
 		case escaped:
 			escaped = false
-		case c == '\\':
-			escaped = true
+		case quoted:
+			escaped, quoted = c == '\\', c != '"'
 		case c == '"':
-			return b[:i+2], b[i+2:], true
+			quoted = true
+		case c == '{', c == '[':
+			depth++
+		case c == '}', c == ']':
+			depth--
+		}
+		if depth == 0 && !quoted {
+			return b[:i+1], b[i+1:], true
 		}
 	}
 	return nil, nil, false
-}
-
-// cutValue cuts off the value at the beginning of b, whatever it is. It is not ok where the value has no end.
-func cutValue(b []byte) (v, rest []byte, ok bool) {
-	switch {
-	case bytes.HasPrefix(b, []byte(`"`)):
-		return cutString(b)
-	case !bytes.HasPrefix(b, []byte("{")) && !bytes.HasPrefix(b, []byte("[")):
-		end := bytes.IndexAny(b, space+`,:"{}[]`)
-		if end == -1 {
-			return nil, nil, false
-		}
-		return b[:end], b[end:], true
-	}
-	depth := 0
-	for rest = b; ; {
-		i := bytes.IndexAny(rest, `"{}[]`)
-		if i == -1 {
-			return nil, nil, false
-		}
-		switch rest = rest[i:]; rest[0] {
-		case '"':
-			if _, rest, ok = cutString(rest); !ok {
-				return nil, nil, false
-			}
-			continue
-		case '{', '[':
-			depth++
-		default:
-			depth--
-		}
-		if rest = rest[1:]; depth == 0 {
-			return b[:len(b)-len(rest)], rest, true
-		}
-	}
-}
-
-func stringOf(raw []byte) (s string, ok bool) {
-	ok = len(raw) > 0 && raw[0] == '"' && json.Unmarshal(raw, &s) == nil
-	return s, ok
 }
 
 // Value returns the last value of a name that is neither null nor an empty string, as it was sent; nil where there is none.
@@ -138,35 +112,32 @@ func (o Object) Value(name string) (v json.RawMessage) {
 	return v
 }
 
-// Texts returns the values of a name that are strings, in their order and without white space around them. Empty ones are
-// left out.
-func (o Object) Texts(name string) (texts []string) {
+// Text returns the last value of a name that is a string of more than white space, without white space around it; "" where
+// there is none.
+func (o Object) Text(name string) (text string) {
 	for _, f := range o.fields {
-		if !strings.EqualFold(f.name, name) {
-			continue
-		}
-		if s, _ := stringOf(f.value); strings.TrimSpace(s) != "" {
-			texts = append(texts, strings.TrimSpace(s))
+		if strings.EqualFold(f.name, name) && f.text != "" {
+			text = f.text
 		}
 	}
-	return texts
+	return text
 }
 
-// Text returns the last of Texts, "" where there is none.
-func (o Object) Text(name string) string {
-	if texts := o.Texts(name); len(texts) > 0 {
-		return texts[len(texts)-1]
+// NewToken returns the last value of a name that is a token which can be sent, and another one than was sent; "" where there
+// is none.
+func (o Object) NewToken(name, sent string) (token string) {
+	for _, f := range o.fields {
+		if strings.EqualFold(f.name, name) && f.text != sent && CheckToken(f.text) == nil {
+			token = f.text
+		}
 	}
-	return ""
+	return token
 }
 
 // Object returns an object inside of this one, which may also be sent as a string that holds it. Where there is none it has
 // no fields.
 func (o Object) Object(name string) Object {
-	if s := o.Text(name); s != "" {
-		return ReadObject([]byte(s))
-	}
-	return ReadObject(o.Value(name))
+	return ReadObject([]byte(cmp.Or(o.Text(name), string(o.Value(name)))))
 }
 
 // List returns the strings of a list, as they were sent; one string is a list of one. What is no string in it is left
@@ -185,38 +156,24 @@ func (o Object) List(name string) (list []string) {
 	return list
 }
 
-// Millis reads a name's number of units as milliseconds, as [Millis] does. The last value that is a number counts.
+// Millis returns the last value of a name that is a number of units, whole milliseconds each, in milliseconds: a JSON
+// number, also one with a fraction or an exponent, or the same as text. It is exact; a part of a millisecond is rounded
+// down, and a number that is too large becomes the largest or smallest int64. ok is false where there is no number.
 func (o Object) Millis(name string, unit time.Duration) (millis int64, ok bool) {
+	number := ""
 	for _, f := range o.fields {
-		if !strings.EqualFold(f.name, name) {
-			continue
-		}
-		number, isText := stringOf(f.value)
-		if !isText {
-			number = string(f.value)
-		}
-		if n, good := Millis(number, unit); good {
-			millis, ok = n, true
+		n := cmp.Or(f.text, string(f.value))
+		if strings.EqualFold(f.name, name) && len(n) <= maxDigits && json.Valid([]byte(n)) && strings.Trim(n, "+-.0123456789Ee") == "" {
+			number = n
 		}
 	}
-	return millis, ok
-}
-
-// Millis turns a number of units, whole milliseconds each, into milliseconds: a JSON number, also one with a fraction or an
-// exponent, or the same as text, with white space around it. It is exact; a part of a millisecond is rounded down, and a
-// number that is too large becomes the largest or smallest int64. ok is false for what is no number.
-func Millis(number string, unit time.Duration) (millis int64, ok bool) {
-	number = strings.TrimSpace(number)
-	if len(number) > maxDigits || !json.Valid([]byte(number)) || strings.Trim(number, "+-.0123456789Ee") != "" {
+	if number == "" {
 		return 0, false
 	}
 	// With exponents of that size every number is too large or rounds to nothing, and with larger ones it fills the memory.
 	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
 	e, _ := strconv.Atoi(exponent) // of a number out of range this is the largest or smallest
-	n, ok := new(big.Rat).SetString(fmt.Sprintf("%se%d", mantissa, min(max(e, -maxExponent), maxExponent)))
-	if !ok {
-		return 0, false
-	}
+	n, _ := new(big.Rat).SetString(fmt.Sprintf("%se%d", mantissa, min(max(e, -maxExponent), maxExponent)))
 	n.Mul(n, big.NewRat(int64(unit/time.Millisecond), 1))
 	whole := new(big.Int).Div(n.Num(), n.Denom()) // which rounds down
 	switch {
@@ -228,8 +185,10 @@ func Millis(number string, unit time.Duration) (millis int64, ok bool) {
 	return math.MaxInt64, true
 }
 
-// Time turns milliseconds since the epoch into a time in UTC; zero for what lies outside of the years 1970 to 2199.
-func Time(millis int64) time.Time {
+// Time returns the time of a name's number of units since the epoch, as [Object.Millis] reads it, in UTC; zero where there is
+// no number, and for what lies outside of the years 1970 to 2199.
+func (o Object) Time(name string, unit time.Duration) time.Time {
+	millis, _ := o.Millis(name, unit)
 	if millis <= 0 || millis >= maxUnix*1000 {
 		return time.Time{}
 	}

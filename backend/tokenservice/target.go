@@ -72,7 +72,7 @@ func ParseTarget(raw string) (*url.URL, Host, string) {
 		return nil, Host{}, "is too long for a URL"
 	}
 	u, err := url.Parse(raw)
-	if err != nil || u.Opaque != "" || u.Host == "" {
+	if err != nil || u.Host == "" {
 		return nil, Host{}, "is not an absolute URL"
 	}
 	h, problem := CheckTarget(u)
@@ -89,7 +89,7 @@ func CheckTarget(u *url.URL) (Host, string) {
 		return Host{}, "must name its host in plain ASCII, or as a full IP address"
 	}
 	if port := u.Port(); port != "" || strings.HasSuffix(u.Host, ":") {
-		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return Host{}, "must name a port from 1 to 65535, or none"
 		}
 	}

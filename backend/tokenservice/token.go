@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 
 	"golang.org/x/net/http/httpguts"
 )
@@ -57,12 +58,8 @@ func PasteMistake(secret string) string {
 
 // Sendable says whether a header brings s to the other side unchanged.
 func Sendable(s string) bool {
-	for i := range len(s) {
-		if s[i] >= 0x80 {
-			return false
-		}
-	}
-	return strings.TrimSpace(s) == s && httpguts.ValidHeaderFieldValue(s)
+	notASCII := func(r rune) bool { return r > unicode.MaxASCII }
+	return strings.TrimSpace(s) == s && httpguts.ValidHeaderFieldValue(s) && !strings.ContainsFunc(s, notASCII)
 }
 
 // Claims reads the claims of a JWT (RFC 7519) without checking its signature, which only the service can: they are good for
