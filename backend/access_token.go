@@ -64,6 +64,23 @@ func newAccessToken(tenant string, e *accessEntry) *accessToken {
 // stamp is how the engine writes times: RFC 3339, in UTC.
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
+func latest(a time.Time, others ...time.Time) time.Time {
+	for _, t := range others {
+		if t.After(a) {
+			a = t
+		}
+	}
+	return a
+}
+
+// earliest returns the earlier of two times; a zero time stands for none.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
 // response is what creds and token both answer.
 func (a *accessToken) response() map[string]any {
 	data := map[string]any{

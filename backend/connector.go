@@ -47,8 +47,8 @@ type connector struct {
 	binding *semaphore.Weighted
 	// storing is the right to change the connector in storage.
 	storing lock
-	loaded  atomic.Pointer[loadedConnector]
-	refusal atomic.Pointer[refusal] // nil: the service does not refuse the connector
+	loaded  atomic.Pointer[loadedConnector] // the configuration as it is now; nil: memory has none
+	refusal atomic.Pointer[refusal]         // nil: the service does not refuse the connector
 	// changes counts what makes a load in progress out of date, and ends the backoff of the connector's tenants.
 	changes atomic.Uint64
 	hops    hops
@@ -388,13 +388,10 @@ func (l *loadedConnector) plansAs(about tokenservice.About) bool {
 	return l != nil && l.about.ExchangeInvalidates == about.ExchangeInvalidates
 }
 
-// isPresent says whether the connector is still configured as it was when this was loaded.
-func (l *loadedConnector) isPresent() bool { return l.connector.loaded.Load() == l }
-
 // mayCall says whether a call may be made now, after all that it has waited for. Of a refused connector's work one piece in
 // ten minutes is done.
 func (p *passage) mayCall() error {
-	if !p.via.isPresent() {
+	if p.via.loaded.Load() != p.via {
 		return errReplaced
 	}
 	now := time.Now()
@@ -481,7 +478,7 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 	told.RetryAfter = 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
 	r.failure = &told
 	cs.mu.Lock()
-	present, known := via.isPresent(), via.refusal.Load()
+	present, known := via.loaded.Load() == via, via.refusal.Load()
 	if present && known == nil {
 		via.refusal.Store(r)
 	}
@@ -500,12 +497,12 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 // accept notes that the service takes a connector which it refused.
 func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
 	cs.mu.Lock()
-	news := via.isPresent() && via.refusal.Swap(nil) != nil
+	news := via.loaded.Load() == via && via.refusal.Swap(nil) != nil
 	if news {
 		via.changes.Add(1)
 		next := *via
 		next.revision = via.changes.Load()
-		via.connector.loaded.Store(&next)
+		via.loaded.Store(&next)
 		via = &next
 	}
 	cs.mu.Unlock()
@@ -526,7 +523,7 @@ func (cs *connectors) noteRefusal(ctx context.Context, via *loadedConnector, sin
 		return
 	}
 	defer via.storing.release()
-	if !via.isPresent() {
+	if via.loaded.Load() != via {
 		return
 	}
 	entry := *via.entry

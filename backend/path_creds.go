@@ -84,7 +84,7 @@ func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framewor
 	if err != nil {
 		return answer(err)
 	}
-	until := v.usableUntil(r.minTTL)
+	until := earliest(v.until, token.Expires.Add(-r.minTTL)) // when the token stops being handed out to such readers
 	token.leasedUntil(until)
 	data := token.response()
 	data["ttl"] = max(0, int64(time.Until(until)/time.Second))
@@ -203,14 +203,6 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	return token, nil
 }
 
-// usableUntil is when the access token stops being handed out to readers who want minTTL of life left.
-func (v *tenantView) usableUntil(minTTL time.Duration) time.Time {
-	if until := v.access.Expires.Add(-minTTL); until.Before(v.until) {
-		return until
-	}
-	return v.until
-}
-
 // usable returns the access token if it lives long enough for a reader. One who has waited for it gets it in the moments
 // before its planned exchange too.
 func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *accessToken {
@@ -218,7 +210,7 @@ func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *a
 	if a == nil {
 		return nil
 	}
-	until := v.usableUntil(minTTL)
+	until := earliest(v.until, a.Expires.Add(-minTTL))
 	if !a.Planned.IsZero() {
 		if v.isEnded() {
 			return nil

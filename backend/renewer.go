@@ -20,7 +20,7 @@ const (
 
 	// An access token is renewed ahead of its end by a part of its life of 2 to 5 %, each tenant by its own: by more than
 	// what a few failures take, and little enough for about one exchange a day.
-	leadLeast, leadMore = 0.02, 0.03
+	leadLeast, leadMost = 0.02, 0.05
 
 	// plannedRetryLeast is how long a failed exchange waits for the next at the least, where exchanges end older access
 	// tokens: what is handed out meanwhile has to be worth something.
@@ -33,12 +33,9 @@ const (
 	patience = 5 * time.Second
 )
 
-// schedule puts a tenant where it belongs in the index of due times. Of a tenant that has left memory the entry is read
-// first, once it is due.
-func (b *backend) schedule(t *tenant) { b.scheduleAfter(t, time.Time{}) }
-
-// scheduleAfter is schedule for a tenant whose exchange is not permitted before rest.
-func (b *backend) scheduleAfter(t *tenant, rest time.Time) {
+// schedule puts a tenant where it belongs in the index of due times: not before rest, where its exchange is not permitted
+// before. Of a tenant that has left memory the entry is read first, once it is due.
+func (b *backend) schedule(t *tenant, rest ...time.Time) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
 	v := t.view.Load()
@@ -52,11 +49,11 @@ func (b *backend) scheduleAfter(t *tenant, rest time.Time) {
 	case v.entry == nil && v.summary.stored, v.knows == doubted:
 		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
-		b.index.remove(t.name)
+		b.index.at(t.name, time.Time{})
 	default:
 		due := b.due(t, v, now)
 		if !due.IsZero() {
-			due = latest(due, rest)
+			due = latest(due, rest...)
 		}
 		b.index.at(t.name, due)
 	}
@@ -121,7 +118,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	case trouble != nil:
 		return trouble.until
 	default:
-		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-part(a.life(), leadLeast+leadMore*spreadOf(t.name)))
+		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-ownPart(t.name, a.life(), leadLeast, leadMost))
 		if a.use.Load() == read || now.Before(renew) {
 			due = earliest(due, renew)
 		}
@@ -132,45 +129,41 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 // refreshDue says when a refresh token asks for an exchange by itself: near its end, until a later end is known, and as
 // often as its service says. Zero: never.
 func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.Time) {
-	spread := spreadOf(name)
 	now := time.Now()
 	if rotates := e.Facts.RotatesFrom; !rotates.IsZero() {
 		last := e.Facts.Expires.Sub(rotates) // the last tenth of its life
 		switch {
 		case now.Before(rotates):
-			due = rotates.Add(part(last/5, spread))
+			due = rotates.Add(ownPart(name, last, 0, 0.2))
 		case e.LastExchange.Before(rotates):
 			due = rotates
 		default: // it was exchanged, and no later end came
 			again := min(max(last/30, time.Second), day)
-			due = e.LastExchange.Add(again - part(again/4, spread))
+			due = e.LastExchange.Add(again - ownPart(name, again, 0, 0.25))
 		}
 	}
 	if keepAlive > 0 {
-		due = earliest(due, latest(e.LastExchange, e.RefreshTokenSet).Add(keepAlive-part(keepAlive/5, spread)))
+		due = earliest(due, latest(e.LastExchange, e.RefreshTokenSet).Add(keepAlive-ownPart(name, keepAlive, 0, 0.2)))
 	}
 	return due
 }
 
 // warnDue says when the log next warns of a tenant's end; zero: no need.
 func (b *backend) warnDue(t *tenant, v *tenantView, now time.Time) time.Time {
-	if v.dangerFrom.IsZero() || now.Before(v.dangerFrom) || b.danger(t, v, now) == "" {
+	if b.danger(t, v, now) == "" {
 		return time.Time{}
 	}
 	// A rejection has had a line of its own.
 	return latest(t.lastWarned(), v.entry.Rejected).Add(day)
 }
 
-// spreadOf is the tenant's own fraction of 1: it keeps tenants that were written together from coming due together, and stays
-// the same after a restart.
-func spreadOf(tenant string) float64 {
+// ownPart is the tenant's own part of a time, between two fractions of it: that keeps tenants that were written together from
+// coming due together, and stays the same after a restart.
+func ownPart(tenant string, of time.Duration, least, most float64) time.Duration {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(tenant))
-	return rand.New(rand.NewPCG(h.Sum64(), 0)).Float64()
-}
-
-func part(d time.Duration, fraction float64) time.Duration {
-	return time.Duration(float64(d) * fraction)
+	fraction := rand.New(rand.NewPCG(h.Sum64(), 0)).Float64()
+	return time.Duration(float64(of) * (least + fraction*(most-least)))
 }
 
 // tick hands the tenants that are due to workers, and returns at once. With nothing due it reads no storage.
@@ -340,29 +333,12 @@ func (b *backend) landed(t *tenant, connector string, err error) {
 			return
 		}
 		t.postpone(limit.Until)
-		b.scheduleAfter(t, limit.Until)
+		b.schedule(t, limit.Until)
 	case errors.Is(err, logical.ErrReadOnly):
-		b.scheduleAfter(t, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
+		b.schedule(t, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
 	default:
 		b.schedule(t)
 	}
-}
-
-func latest(a time.Time, others ...time.Time) time.Time {
-	for _, t := range others {
-		if t.After(a) {
-			a = t
-		}
-	}
-	return a
-}
-
-// earliest returns the earlier of two times; a zero time stands for none.
-func earliest(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return b
-	}
-	return a
 }
 
 // index is one index, by due time, of all tenants: when each needs attention next without a reader. Those that are due wait
@@ -425,8 +401,6 @@ func (x *index) takeOut(name string) {
 		delete(x.waitsAt, name)
 	}
 }
-
-func (x *index) remove(name string) { x.at(name, time.Time{}) }
 
 // arm makes the timer fire then, unless it fires before.
 func (x *index) arm(due time.Time) {

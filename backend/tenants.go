@@ -28,7 +28,8 @@ type tenants struct {
 	connectors  *connectors
 	revocations *revocations
 	announce    *announcer
-	schedule    func(*tenant) // puts a tenant where the index of due times has to have it
+	// schedule puts a tenant where the index of due times has to have it.
+	schedule func(t *tenant, rest ...time.Time)
 
 	loaded *lru.Cache[string, *tenant] // those whose entry is in memory
 	mu     sync.RWMutex
@@ -617,8 +618,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 // hand out another one that has min_ttl left, and no later than the refresh token asks for an exchange.
 func plannedExchange(name string, e *tenantEntry, keepAlive time.Duration) time.Time {
 	a := e.Access
-	lead := part(a.life(), leadLeast+leadMore*spreadOf(name))
-	x := a.Expires.Add(-a.margin(e.MinTTL)).Add(-lead)
+	x := a.Expires.Add(-a.margin(e.MinTTL)).Add(-ownPart(name, a.life(), leadLeast, leadMost))
 	if r := refreshDue(name, e, keepAlive); !r.IsZero() && r.After(a.Obtained) {
 		x = earliest(x, r)
 	}
