@@ -130,13 +130,10 @@ func (cs *connectors) of(ctx context.Context, name string) (*loadedConnector, er
 // configuration cannot be used.
 func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, error) {
 	for {
-		c := cs.named(name)
-		if c != nil {
-			if l := c.loaded.Load(); l != nil {
-				return l, c.share.Load(ctx)
-			}
+		if l := cs.present(name); l != nil {
+			return l, l.share.Load(ctx)
 		}
-		var changes uint64
+		c, changes := cs.named(name), uint64(0)
 		if c != nil {
 			changes = c.changes.Load()
 		}
@@ -145,7 +142,7 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 			return nil, err
 		}
 		if c == nil {
-			cs.record(name)
+			cs.record(name) // which counts what happens to the connector while storage is read again
 			continue
 		}
 		service, err := entry.service(cs.transport)
@@ -158,7 +155,9 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 
 // present returns the connector as memory has it now, or nil.
 func (cs *connectors) present(name string) *loadedConnector {
-	if c := cs.named(name); c != nil {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if c := cs.byName[name]; c != nil {
 		return c.loaded.Load()
 	}
 	return nil

@@ -273,7 +273,17 @@ func (x *exchanger) call(f *flight) error {
 		if err != nil {
 			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
 		}
-		result := x.ask(f, entry, via)
+		var result tokenservice.Result
+		if f.want.result != nil { // a grant has brought an access token already
+			result = f.want.result.result
+		} else {
+			x.ahead()
+			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
+			if m := entry.Move; m != nil && m.From == via.entry.address() {
+				request.Endpoint = m.To // the service has moved this tenant
+			}
+			result = via.service.Exchange(x.ctx, request)
+		}
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
 			continue // the connector was written meanwhile: begin anew, with what it is now
 		}
@@ -287,19 +297,6 @@ func (x *exchanger) call(f *flight) error {
 		}
 		return x.settle(f, entry, via, result)
 	}
-}
-
-// ask makes one request for an access token, unless a grant has brought one already.
-func (x *exchanger) ask(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Result {
-	if g := f.want.result; g != nil {
-		return g.result
-	}
-	x.ahead()
-	request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
-	if m := entry.Move; m != nil && m.From == via.entry.address() {
-		request.Endpoint = m.To // the service has moved this tenant
-	}
-	return via.service.Exchange(x.ctx, request)
 }
 
 // permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
