@@ -326,6 +326,7 @@ func TestRefusals(t *testing.T) {
 		{"an unknown code", object(bodyCanary, bodyCanary), []int{200, 400}, tokenservice.Refused, ""},
 		{"a code that is a number", object(bodyCanary, 7), []int{200, 400}, tokenservice.Refused, ""},
 		{"a code that is an object", object(bodyCanary, map[string]any{"a": 1}), []int{200, 400}, tokenservice.Refused, ""},
+		{"a code, then a number", `{"errorCode":"InvalidToken","errorCode":7}`, []int{401}, tokenservice.RefusedRefreshToken, "InvalidToken"},
 		{"an unknown code with a 5xx", object(bodyCanary, bodyCanary), []int{500, 503}, tokenservice.Unavailable, ""},
 		{"a documented code with a 5xx", object(bodyCanary, "InvalidParameters"), []int{500}, tokenservice.Unavailable, "InvalidParameters"},
 		{"no code", object(bodyCanary, ""), []int{200, 400, 404, 500}, tokenservice.Unavailable, ""},

@@ -114,6 +114,20 @@ func TestRedirectsThatAreNotFollowed(t *testing.T) {
 	}
 }
 
+// A host that may be asked can hold in its name what it was sent.
+func TestHostThatIsNotNamed(t *testing.T) {
+	for _, secret := range []string{secretCanary, refreshCanary} {
+		r := through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
+			if r.URL.Host != "api.kaiza.la" {
+				return nil, http.ErrServerClosed
+			}
+			header := http.Header{"Location": {"https://" + secret + ".kaiza.la"}}
+			return &http.Response{StatusCode: 307, Header: header, Body: http.NoBody}, nil
+		})).exchange(t)
+		assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "Kaizala's token service at that host closed")
+	}
+}
+
 // The same on sockets: the stranger is a server that would notice.
 func TestNothingIsSentToAStrangeHost(t *testing.T) {
 	stranger := newRecorder(t)

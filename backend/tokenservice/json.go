@@ -78,7 +78,7 @@ func cutValue(b []byte) (v, rest []byte, ok bool) {
 	if end == -1 {
 		return nil, nil, false
 	}
-	if end > 0 || !bytes.ContainsAny(b[:1], `"{[`) {
+	if !bytes.ContainsAny(b[:1], `"{[`) {
 		return b[:end], b[end:], true
 	}
 	depth, quoted, escaped := 0, false, false

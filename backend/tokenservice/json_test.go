@@ -57,6 +57,7 @@ func TestReadObject(t *testing.T) {
 		{"no comma behind an object", `{"n":{}"b":"y"}`, false, "", "y"},
 		{"a brace too many", `{"n":1},"b":"y"}`, false, "", ""},
 		{"a name without quotes", `{"a":"x",b:"y"}`, false, "x", ""},
+		{"what comes behind one", `{"a":"x",b:1,"b":"y"}`, false, "x", ""},
 		{"two colons", `{"a"::"x"}`, false, "", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -92,6 +93,7 @@ func TestValueAndList(t *testing.T) {
 		`{"a":1.50}`:                        {"1.50", nil},
 		`{"a":false,"a":null,"a":"","b":1}`: {"false", nil},
 		`{"a":null}`:                        {"", nil},
+		`{"a":,"b":1}`:                      {"", nil},
 		`{}`:                                {"", nil},
 		`{"a":{"x":[1]} }`:                  {`{"x":[1]}`, nil},
 		`{"a":"x y"}`:                       {`"x y"`, []string{"x y"}},

@@ -25,6 +25,7 @@ func TestCheckToken(t *testing.T) {
 		"NUL":                     canary + "\x00x",
 		"DEL":                     canary + "\x7fx",
 		"the first non-ASCII":     canary + "\x80",
+		"the first letter beyond": canary + "\u0080x",
 		"not ASCII":               canary + "\u200bx",
 		"not UTF-8":               canary + "\xff",
 		"space that Go trims":     canary + " ",
