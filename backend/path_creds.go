@@ -176,8 +176,8 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 	}
 }
 
-// serve gives the reader the tenant's access token where it is usable, and nil where it is not. take claims it, and fails
-// on a token that was given up meanwhile.
+// serve gives the reader the tenant's access token if that lives long enough for the reader, and nil if not. take claims it,
+// and fails on a token that was given up meanwhile.
 func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, error) {
 	now := time.Now()
 	if r.minTTL > 0 {
@@ -189,8 +189,21 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		return nil, nil
 	}
 	r.own = false // the tenant may have had token_per_lease when the reader began to wait
-	token := v.usable(now, max(r.minTTL, r.least), r.waited)
+	token := v.access
 	if token == nil {
+		return nil, nil
+	}
+	until := earliest(v.until, token.Expires.Add(-max(r.minTTL, r.least)))
+	if !token.Planned.IsZero() {
+		if v.isEnded() {
+			return nil, nil
+		}
+		if !r.waited { // who has waited for the token gets it in the moments before its planned exchange too
+			until = earliest(until, v.until.Add(-token.guard()))
+		}
+		until = until.Add(-1) // from then on a read exchanges
+	}
+	if now.After(until) {
 		return nil, nil
 	}
 	ok, news := token.markRead()
@@ -201,29 +214,6 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		b.schedule(t) // a token that is used is renewed ahead of its end
 	}
 	return token, nil
-}
-
-// usable returns the access token if it lives long enough for a reader. One who has waited for it gets it in the moments
-// before its planned exchange too.
-func (v *tenantView) usable(now time.Time, minTTL time.Duration, waited bool) *accessToken {
-	a := v.access
-	if a == nil {
-		return nil
-	}
-	until := earliest(v.until, a.Expires.Add(-minTTL))
-	if !a.Planned.IsZero() {
-		if v.isEnded() {
-			return nil
-		}
-		if !waited {
-			until = earliest(until, v.until.Add(-a.guard()))
-		}
-		until = until.Add(-1) // from then on a read exchanges
-	}
-	if now.After(until) {
-		return nil
-	}
-	return a
 }
 
 // isEnded says whether an exchange has ended the access token, and storage has not taken what came instead. Another node's exchange

@@ -33,8 +33,8 @@ const (
 	patience = 5 * time.Second
 )
 
-// schedule puts a tenant where it belongs in the index of due times: not before rest, where its exchange is not permitted
-// before. Of a tenant that has left memory the entry is read first, once it is due.
+// schedule puts a tenant where it belongs in the index of due times. Of a tenant that has left memory the entry is read
+// first, once it is due. Of one whose exchange is not permitted before some time, rest is that.
 func (b *backend) schedule(t *tenant, rest ...time.Time) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
