@@ -304,3 +304,17 @@ func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 		})
 	}
 }
+
+// A record that the registry has dropped leaves the index to the record that has its name now.
+func TestDroppedRecordLeavesTheIndexAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		dropped := e.tenants.record("acme")
+		e.tenants.drop(dropped)
+		e.addTenant("acme")
+		require.NotSame(t, dropped, e.tenants.named("acme"))
+		e.schedule(dropped)
+		names, _ := e.index.due(time.Now().Add(366 * day))
+		assert.Equal(t, []string{"acme"}, names)
+	})
+}
