@@ -425,22 +425,32 @@ func (l *loadedConnector) nextProbe() time.Time {
 	return time.Now().Add(probeEvery)
 }
 
-// judge takes in what an answer says about the connector, even where the work that the request was made for is superseded.
-func (cs *connectors) judge(ctx context.Context, via *loadedConnector, answer error) {
+// judge takes in what an answer says about the connector, even where the work that the request was made for is superseded. It
+// touches memory alone. What it returns tells storage, and is called once storage has what else the answer has brought: a new
+// refresh token is not kept waiting.
+func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
+	storePause := storesNothing
 	failure := (*tokenservice.Failure)(nil)
 	switch {
 	case answer == nil && via.refusal.Load() != nil:
-		cs.accept(ctx, via)
+		return cs.accept(via)
 	case !errors.As(answer, &failure):
 	case failure.Kind == tokenservice.Limited:
-		cs.pause(ctx, via, restOf(failure))
+		storePause = pause(via, restOf(failure))
 	case asksForRest(failure):
-		cs.pause(ctx, via, min(failure.RetryAfter, longestRest))
+		storePause = pause(via, min(failure.RetryAfter, longestRest))
 	}
-	if failure != nil && failure.Kind == tokenservice.RefusedConnector {
-		cs.refuse(ctx, via, failure)
+	if failure == nil || failure.Kind != tokenservice.RefusedConnector {
+		return storePause
+	}
+	storeRefusal := cs.refuse(via, failure)
+	return func(ctx context.Context) {
+		storePause(ctx)
+		storeRefusal(ctx)
 	}
 }
+
+func storesNothing(context.Context) {}
 
 // asksForRest says whether an answer that is not about a limit wants no call for a while: a 503 or a 403 does, whatever else it
 // says.
@@ -463,14 +473,17 @@ func restOf(failure *tokenservice.Failure) time.Duration {
 }
 
 // pause makes a connector rest as the service asked. Where storage fails, a restart forgets it.
-func (cs *connectors) pause(ctx context.Context, via *loadedConnector, rest time.Duration) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
-	defer cancel()
-	_ = via.share.Pause(ctx, time.Now().Add(rest))
+func pause(via *loadedConnector, rest time.Duration) (store func(context.Context)) {
+	via.share.Pause(time.Now().Add(rest))
+	return func(ctx context.Context) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+		defer cancel()
+		_ = via.share.StorePause(ctx)
+	}
 }
 
 // refuse notes that the service refuses a connector as it is configured.
-func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure *tokenservice.Failure) {
+func (cs *connectors) refuse(via *loadedConnector, failure *tokenservice.Failure) (store func(context.Context)) {
 	now := time.Now()
 	r := refusedSince(now)
 	told := *failure
@@ -484,17 +497,17 @@ func (cs *connectors) refuse(ctx context.Context, via *loadedConnector, failure 
 	cs.mu.Unlock()
 	switch {
 	case !present:
-		return
+		return storesNothing
 	case known == nil:
 		cs.announce.connectorRefused(via)
 	case failure == known.failure || !known.again(now):
-		return
+		return storesNothing
 	}
-	cs.noteRefusal(ctx, via, now.UTC().Truncate(time.Millisecond))
+	return func(ctx context.Context) { cs.noteRefusal(ctx, via, now.UTC().Truncate(time.Millisecond)) }
 }
 
 // accept notes that the service takes a connector which it refused.
-func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
+func (cs *connectors) accept(via *loadedConnector) (store func(context.Context)) {
 	cs.mu.Lock()
 	news := via.loaded.Load() == via && via.refusal.Swap(nil) != nil
 	if news {
@@ -506,11 +519,11 @@ func (cs *connectors) accept(ctx context.Context, via *loadedConnector) {
 	}
 	cs.mu.Unlock()
 	if !news {
-		return
+		return storesNothing
 	}
 	cs.announce.connectorAccepted(via)
 	cs.accepted(via.name)
-	cs.noteRefusal(ctx, via, time.Time{})
+	return func(ctx context.Context) { cs.noteRefusal(ctx, via, time.Time{}) }
 }
 
 // noteRefusal stores since when the service has refused a connector; zero: it does not. Where storage fails, a restart asks

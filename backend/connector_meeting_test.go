@@ -190,3 +190,57 @@ func TestMinTTLThatAShortAccessTokenHasLeft(t *testing.T) {
 		assert.Equal(t, old, accessTokenOf(resp))
 	})
 }
+
+// What an answer says about the connector holds at once, but its entry in storage does not come before the new refresh token: that
+// is stored though the other write hangs, and is not lost where the engine stops then.
+func TestRefreshTokenIsStoredBeforeTheVerdict(t *testing.T) {
+	refused := func(e *oauthEngine) {
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(e.t, http.StatusBadRequest, status)
+	}
+	for name, c := range map[string]struct {
+		before  func(*oauthEngine)
+		verdict string // where storage keeps it
+		brings  string // instead of the server's own refresh token
+		holds   func(*loadedConnector) bool
+	}{
+		"accepted": {before: refused, verdict: connectorPrefix, holds: func(via *loadedConnector) bool { return via.refusal.Load() == nil }},
+		"pause": {
+			before: func(e *oauthEngine) {
+				e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{
+					Status: http.StatusOK, Header: http.Header{"Retry-After": {"60"}}, Body: `{"error":"slow_down","refresh_token":"rotated"}`,
+				}})
+			},
+			verdict: callPrefix + "default/pause", brings: "rotated",
+			holds: func(via *loadedConnector) bool { return via.share.PausedUntil().After(time.Now()) },
+		},
+	} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", nil)
+			e.waitForIndex()
+			c.before(e)
+			reached, release := e.storage.hold("put", c.verdict)
+			var all sync.WaitGroup
+			all.Go(func() {
+				time.Sleep(probeEvery + time.Second)
+				_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+			})
+			<-reached
+			synctest.Wait()
+			brought := c.brings
+			if brought == "" {
+				brought = e.server.CurrentRefreshToken("acme")
+			}
+			assert.Equal(t, brought, e.stored("acme").RefreshToken, name)
+			assert.True(t, c.holds(e.connectors.present(defaultConnector)), name)
+			all.Go(e.stop)
+			time.Sleep(stopWithin)
+			synctest.Wait()
+			assert.Equal(t, brought, e.stored("acme").RefreshToken, name)
+			release()
+			all.Wait()
+		})
+	}
+}

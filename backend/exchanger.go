@@ -287,15 +287,18 @@ func (x *exchanger) call(f *flight) error {
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
 			continue // the connector was written meanwhile: begin anew, with what it is now
 		}
-		x.connectors.judge(x.ctx, via, result.Err)
+		storeVerdict := x.connectors.judge(via, result.Err)
 		if lost != nil && result.Sent.IsZero() {
 			result = *lost // there was no second request: the first may have been carried out
 		}
 		if result.Err != nil && lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
 			lost, f.lost = &result, true
+			storeVerdict(x.ctx)
 			continue
 		}
-		return x.settle(f, entry, via, result)
+		err = x.settle(f, entry, via, result)
+		storeVerdict(x.ctx)
+		return err
 	}
 }
 

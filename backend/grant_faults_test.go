@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -367,6 +368,30 @@ func TestGrantsShowWhetherTheConnectorIsGood(t *testing.T) {
 			assert.Equal(t, 400, status)
 			assert.Equal(t, calls, e.kaizala.CallCount())
 		})
+	})
+}
+
+// A grant that shows that a refused connector is taken again is stored though storage hangs with that.
+func TestGrantIsStoredBeforeTheVerdict(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		require.Equal(t, 400, status)
+		e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would show it
+		time.Sleep(probeEvery + time.Second)
+		back := e.authorize(nil)
+		reached, release := e.storage.hold("put", connectorPrefix)
+		var callback sync.WaitGroup
+		callback.Go(func() { e.confirm(back) })
+		<-reached
+		synctest.Wait()
+		if entry := e.stored("acme"); assert.NotNil(t, entry) {
+			assert.Equal(t, e.server.CurrentRefreshToken("jane"), entry.RefreshToken)
+		}
+		release()
+		callback.Wait()
 	})
 }
 

@@ -347,7 +347,7 @@ func TestRestartAfterAnExchangeThatWasNotMade(t *testing.T) {
 		"pause": func(e *oauthEngine) {
 			via := e.connectors.present(defaultConnector)
 			e.storage.once("put", callPrefix, func() {
-				e.connectors.judge(e.t.Context(), via, &tokenservice.Failure{Kind: tokenservice.Limited, RetryAfter: time.Minute})
+				e.connectors.judge(via, &tokenservice.Failure{Kind: tokenservice.Limited, RetryAfter: time.Minute})(e.t.Context())
 			})
 		},
 	} {

@@ -314,8 +314,9 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		})
 		switch {
 		case sent:
-			b.connectors.judge(b.ctx, via, result.Err)
+			storeVerdict := b.connectors.judge(via, result.Err)
 			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			storeVerdict(b.ctx)
 			end.subject = result.Subject
 			return nil
 		case errors.Is(result.Err, errReplaced):

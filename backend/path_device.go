@@ -47,7 +47,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	if err != nil {
 		return answer(b.notBegun(ctx, a, via, err))
 	}
-	b.connectors.judge(ctx, via, nil)
+	b.connectors.judge(via, nil)(ctx)
 	a.DeviceCode, a.Interval, a.Expires = start.DeviceCode, start.Interval, start.Expires
 	if err := b.begin(ctx, a, v); err != nil {
 		return answer(err)
@@ -66,7 +66,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 
 // notBegun says why the service has not begun an attempt. What was pending for the tenant is pending still.
 func (b *backend) notBegun(ctx context.Context, a *attempt, via *loadedConnector, err error) error {
-	b.connectors.judge(ctx, via, err)
+	b.connectors.judge(via, err)(ctx)
 	failure := (*tokenservice.Failure)(nil)
 	switch {
 	case errors.Is(err, errReplaced):
@@ -191,8 +191,9 @@ func (b *backend) pollDevice(tenant, id string) {
 		}
 		return release, err
 	})
-	b.connectors.judge(b.ctx, via, result.Err)
+	storeVerdict := b.connectors.judge(via, result.Err)
 	b.decide(a, v, via, result)
+	storeVerdict(b.ctx)
 }
 
 // decide takes in the answer to a poll.

@@ -121,11 +121,13 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
 			continue // the connector was written meanwhile: go by what it is now
 		}
-		b.connectors.judge(b.ctx, via, result.Err)
+		storeVerdict := b.connectors.judge(via, result.Err)
 		if result.RefreshToken != "" {
 			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			storeVerdict(b.ctx)
 			return nil
 		}
+		storeVerdict(b.ctx)
 		b.grants.work(a.ID, false)
 		return b.pinRefused(a, via, result.Err)
 	}

@@ -593,7 +593,7 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	case errors.Is(err, errNotWanted):
 		return nil
 	case err == nil || errors.As(err, new(*tokenservice.Failure)):
-		r.connectors.judge(r.ctx, via, err)
+		r.connectors.judge(via, err)(r.ctx)
 		r.mu.Lock()
 		r.slow[i.connector] = err != nil || time.Since(begun) > quickRevocation
 		r.mu.Unlock()

@@ -109,20 +109,19 @@ func (s *Share) Unsettled(tenant string) time.Time {
 	return at
 }
 
-// Pause permits no call before that time, a day ahead at most: at once in memory, and then in storage, with a write that
-// takes 30 seconds at most. A shorter pause does not shorten a longer one. The error is storage's as it is, the
-// context's, or [ErrRemoved]; the pause holds in this process even so.
-func (s *Share) Pause(ctx context.Context, until time.Time) error {
+// Pause permits no call before that time, a day ahead at most. A shorter pause does not shorten a longer one. It touches
+// memory alone: [Share.StorePause] comes after it.
+func (s *Share) Pause(until time.Time) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.pause(until)
 	s.arrange()
-	s.mu.Unlock()
-	return s.storePause(ctx)
 }
 
-// storePause stores the present pause, unless that has been done. One write runs at a time, so that the longest pause is
-// written last.
-func (s *Share) storePause(ctx context.Context) error {
+// StorePause stores the present pause, unless that has been done, for the process after this one. One write runs at a time, so
+// that the longest pause is written last; it takes 30 seconds at most. The error is storage's as it is, the context's, or
+// [ErrRemoved]; the pause holds in this process even so.
+func (s *Share) StorePause(ctx context.Context) error {
 	select {
 	case s.pausing <- struct{}{}:
 	case <-ctx.Done():
@@ -256,7 +255,7 @@ func (s *Share) read(ctx context.Context) error {
 	s.mu.Unlock()
 	if cut {
 		// Otherwise each restart would begin the day anew. A node that may not write goes on without.
-		_ = s.storePause(ctx)
+		_ = s.StorePause(ctx)
 	}
 	return nil
 }

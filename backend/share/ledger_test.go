@@ -124,7 +124,7 @@ func TestStoredForm(t *testing.T) {
 		noted(t, s, Want{Tenant: "acme", Class: Background})
 		noted(t, s, Want{Class: Housekeeping})
 		pause := ahead(90 * time.Second)
-		require.NoError(t, s.Pause(t.Context(), time.Now().Add(90*time.Second)))
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(90*time.Second)))
 		assert.JSONEq(t, `{"format":1,"tenant":"acme","at":"`+at+`","until":"`+until+`"}`, storage.read(t, "calls/hr/0"))
 		assert.JSONEq(t, `{"format":1,"until":"`+until+`"}`, storage.read(t, "calls/hr/1"))
 		assert.JSONEq(t, `{"format":1,"tenant":"acme","at":"`+at+`","until":"`+until+`"}`, storage.read(t, "calls/hr/2"))
@@ -259,6 +259,12 @@ func TestPlacesAfterARestart(t *testing.T) {
 	})
 }
 
+// pauseAndStore pauses as an engine does whose storage works.
+func (s *Share) pauseAndStore(ctx context.Context, until time.Time) error {
+	s.Pause(until)
+	return s.StorePause(ctx)
+}
+
 func TestPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -266,8 +272,8 @@ func TestPause(t *testing.T) {
 		assert.True(t, s.PausedUntil().IsZero())
 		begun := time.Now()
 		end := begun.Add(30 * time.Second)
-		require.NoError(t, s.Pause(t.Context(), end))
-		require.NoError(t, s.Pause(t.Context(), begun.Add(time.Second)))
+		require.NoError(t, s.pauseAndStore(t.Context(), end))
+		require.NoError(t, s.pauseAndStore(t.Context(), begun.Add(time.Second)))
 		for range 2 {
 			assert.True(t, s.PausedUntil().Equal(end))
 			_, err := s.Take(t.Context(), reader("a"))
@@ -292,7 +298,7 @@ func TestPauseIsNotTheShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(1)
 		spend(t, s, 1)
-		require.NoError(t, s.Pause(t.Context(), time.Now().Add(30*time.Second)))
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(30*time.Second)))
 		refused(t, s, Want{}, Window)
 	})
 }
@@ -308,7 +314,7 @@ func TestPauseSendsAwayWhoWaits(t *testing.T) {
 		time.Sleep(time.Second)
 		until := time.Now().Add(20 * time.Second)
 		begun := time.Now()
-		err := s.Pause(t.Context(), until) // which storage does not take
+		err := s.pauseAndStore(t.Context(), until) // which storage does not take
 		assert.Equal(t, context.DeadlineExceeded, err)
 		assert.Equal(t, storeWithin, time.Since(begun))
 		synctest.Wait()
@@ -327,12 +333,12 @@ func TestPausesAtTheSameTime(t *testing.T) {
 		begun := time.Now()
 		var pauses sync.WaitGroup
 		for _, d := range []time.Duration{1, 3, 2, 3} {
-			pauses.Go(func() { assert.NoError(t, s.Pause(t.Context(), begun.Add(d*time.Hour))) })
+			pauses.Go(func() { assert.NoError(t, s.pauseAndStore(t.Context(), begun.Add(d*time.Hour))) })
 			synctest.Wait()
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		assert.Equal(t, context.DeadlineExceeded, s.Pause(ctx, begun.Add(time.Minute)), "waits no longer than it may")
+		assert.Equal(t, context.DeadlineExceeded, s.pauseAndStore(ctx, begun.Add(time.Minute)), "waits no longer than it may")
 		pauses.Wait()
 		assert.Equal(t, 2, writes)
 		assert.Equal(t, 2*time.Second, time.Since(begun))
@@ -340,9 +346,9 @@ func TestPausesAtTheSameTime(t *testing.T) {
 
 		// A pause that storage did not take is stored with the next one.
 		storage.surround(func(context.Context, string, string) error { return errors.New("no") })
-		assert.EqualError(t, s.Pause(t.Context(), begun.Add(4*time.Hour)), "no")
+		assert.EqualError(t, s.pauseAndStore(t.Context(), begun.Add(4*time.Hour)), "no")
 		storage.surround(nil)
-		require.NoError(t, s.Pause(t.Context(), begun.Add(time.Hour)))
+		require.NoError(t, s.pauseAndStore(t.Context(), begun.Add(time.Hour)))
 		assert.True(t, from(t, &storage, 1).PausedUntil().Equal(begun.Add(4*time.Hour)))
 	})
 }
@@ -368,7 +374,7 @@ func TestWrongClockPasses(t *testing.T) {
 			time.Sleep(Window)
 			spend(t, s, 1)
 
-			require.NoError(t, s.Pause(t.Context(), time.Now().Add(wrong)))
+			require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(wrong)))
 			assert.Equal(t, time.Now().Add(24*time.Hour), s.PausedUntil())
 		})
 	}
@@ -563,7 +569,7 @@ func TestRemove(t *testing.T) {
 		storage.write(t, "calls/other/0", "{}")
 		s := from(t, &storage, 3)
 		noted(t, s, Want{}).End()
-		require.NoError(t, s.Pause(t.Context(), time.Now().Add(time.Second)))
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(time.Second)))
 		time.Sleep(time.Second)
 		late := take(t, s, Want{})
 
@@ -583,7 +589,7 @@ func TestRemove(t *testing.T) {
 		assert.Equal(t, []string{"calls/other/0"}, storage.keys(t))
 
 		assert.Equal(t, ErrRemoved, take(t, s, Want{}).Note(t.Context()))
-		assert.Equal(t, ErrRemoved, s.Pause(t.Context(), time.Now().Add(time.Second)))
+		assert.Equal(t, ErrRemoved, s.pauseAndStore(t.Context(), time.Now().Add(time.Second)))
 		assert.Equal(t, []string{"calls/other/0"}, storage.keys(t))
 		time.Sleep(time.Second)
 		late.End()
@@ -593,7 +599,7 @@ func TestRemove(t *testing.T) {
 		// The connector is written anew.
 		s.Configure(4, timeout)
 		noted(t, s, Want{})
-		require.NoError(t, s.Pause(t.Context(), time.Now().Add(time.Millisecond)))
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(time.Millisecond)))
 		assert.Len(t, storage.keys(t), 3)
 	})
 }
@@ -614,7 +620,7 @@ func TestRemoveDuringAWrite(t *testing.T) {
 		c := take(t, s, Want{})
 		var writers sync.WaitGroup
 		writers.Go(func() { assert.ErrorIs(t, c.Note(ctx), ErrRemoved) })
-		writers.Go(func() { assert.ErrorIs(t, s.Pause(ctx, time.Now().Add(time.Hour)), ErrRemoved) })
+		writers.Go(func() { assert.ErrorIs(t, s.pauseAndStore(ctx, time.Now().Add(time.Hour)), ErrRemoved) })
 		synctest.Wait()
 		require.NoError(t, s.Remove(t.Context()))
 		writers.Wait()
@@ -622,7 +628,7 @@ func TestRemoveDuringAWrite(t *testing.T) {
 
 		// The pause is stored when the connector is written anew and the service asks again.
 		s.Configure(1, timeout)
-		require.NoError(t, s.Pause(t.Context(), time.Now()))
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now()))
 		assert.Equal(t, []string{"calls/hr/pause"}, storage.keys(t))
 	})
 }
