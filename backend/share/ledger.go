@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Storage keeps under callPrefix, for each connector, the calls that count, each under its place, and under pausePlace
-// the pause. Nothing there is a secret. Version 0.1.0 reads and writes the same.
+// Storage keeps under callPrefix, for each connector, the calls that count, under the places of their notes, and under
+// pausePlace the pause. Nothing there is a secret. Version 0.1.0 wrote one call to a note.
 const (
 	callPrefix = "calls/"
 	pausePlace = "pause"
@@ -29,6 +29,12 @@ const (
 	// storageReaders is how many reads a load does at once.
 	storageReaders = 8
 
+	// gather is how long a call waits, behind a write that is under way, to be noted together with others.
+	gather = 50 * time.Millisecond
+
+	// mostCalls is how many calls one note holds at most, so that every storage takes it.
+	mostCalls = 100
+
 	// longestPause bounds a pause. What lies further ahead was asked for, or stored, under a wrong clock.
 	longestPause = 24 * time.Hour
 )
@@ -36,9 +42,17 @@ const (
 // ErrRemoved is the error of a call or pause that cannot be stored because [Share.Remove] has been called.
 var ErrRemoved = errors.New("the connector has been deleted")
 
-// entry is a call, stored before it is made, or a pause.
+// entry is calls, stored before they are made, or a pause.
 type entry struct {
 	Format int `json:"format"`
+	notedCall
+	// With are the calls that were noted together with the first. Version 0.1.0 does not count them.
+	With []notedCall `json:"with,omitempty"`
+	// Until is from when on the entry does not count, at the latest; At still does.
+	Until time.Time `json:"until"`
+}
+
+type notedCall struct {
 	// Tenant is whose fifth a call counts against.
 	Tenant string `json:"tenant,omitempty"`
 	// Housekeeping says that a call counts against that class's fifth.
@@ -46,23 +60,53 @@ type entry struct {
 	// At is when a call that begins the exchange of a tenant's stored refresh token was noted; zero where no process after this
 	// one has to ask what became of it: see [Share.Unsettled].
 	At time.Time `json:"at,omitzero"`
-	// Until is from when on the entry does not count, at the latest; At still does.
-	Until time.Time `json:"until"`
 }
 
-// Note stores the call before it is made, so that the process after this one counts it. The write takes 30 seconds at
-// most. Where it fails, the call must not be made; Note cancels it, which may take as long again, and the error is storage's as
-// it is, the context's, or [ErrRemoved].
+// note is an entry in storage: calls that came to be noted at about one time, so that one write does for all.
+type note struct {
+	place   int // no other note has it, as long as a call of this one counts or a write is under way
+	calls   []*Call
+	counted int // of them count
+	until   time.Time
+	writing *write // under way
+	next    *write // follows: it has what changes from now on
+}
+
+// write is one write of a note.
+type write struct {
+	waiting int                // callers
+	cancel  context.CancelFunc // set when it begins; for the last caller who gives up
+	done    chan struct{}
+	err     error // set before done is closed
+}
+
+// Note stores the call before it is made, so that the process after this one counts it. While a note is written, the calls that
+// come are noted together, by the next write. A write takes 30 seconds at most. Where it fails, the call must not be made; Note
+// cancels it, which may take as long again, and the error is storage's as it is, the context's, or [ErrRemoved].
 func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
-	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: time.Now().UTC().Add(s.timeout + Window)}
+	now := time.Now().UTC()
 	if c.tenant != "" && !c.unstored {
-		e.At = time.Now().UTC().Truncate(time.Millisecond)
+		c.at = now.Truncate(time.Millisecond)
 	}
-	s.noted[c.place] = e.Until
+	n := s.gathering
+	if n == nil {
+		n = &note{place: s.places.take()}
+		s.gathering = n
+		if s.writes > 0 {
+			time.AfterFunc(gather, s.writeGathered) // a write that hangs holds up no other note
+		}
+	}
+	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
+	n.until = now.Add(s.timeout + Window)
+	s.noted[n.place] = n.until
+	w := n.join()
+	if s.writes == 0 || len(n.calls) == mostCalls {
+		s.write(n)
+	}
 	s.mu.Unlock()
-	err := s.put(ctx, strconv.Itoa(c.place), e)
+	err := s.wait(ctx, w)
 	if err != nil {
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
@@ -72,31 +116,112 @@ func (c *Call) Note(ctx context.Context) error {
 // Cancel is Withdraw for a call that was noted, and is not made after all: the process after this one need not ask what became of
 // it. Where storage does not take that, within 30 seconds and whether or not the context has ended, that process asks.
 func (c *Call) Cancel(ctx context.Context) {
-	c.noteAnswered(context.WithoutCancel(ctx))
+	c.Settle(context.WithoutCancel(ctx))
 	c.Withdraw()
 }
 
 // Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
 // this one need not ask what became of it. Where storage does not take that, that process asks.
 func (c *Call) Settle(ctx context.Context) {
-	c.share.mu.Lock()
-	present := c.frees.After(time.Now()) // its place is still its own
-	c.share.mu.Unlock()
-	if present {
-		c.noteAnswered(ctx)
+	s := c.share
+	s.mu.Lock()
+	n := c.note
+	if c.at.IsZero() || n.counted == 0 {
+		s.mu.Unlock()
+		return // it was noted without that, or its place may be another note's
+	}
+	c.at = time.Time{}
+	w := n.join()
+	if n != s.gathering && n.writing == nil {
+		s.write(n)
+	}
+	s.mu.Unlock()
+	_ = s.wait(ctx, w)
+}
+
+// join has the caller wait for the note's next write.
+func (n *note) join() *write {
+	if n.next == nil {
+		n.next = &write{done: make(chan struct{})}
+	}
+	n.next.waiting++
+	return n.next
+}
+
+// wait waits for a write. Once no caller waits for it, it is given up.
+func (s *Share) wait(ctx context.Context, w *write) error {
+	select {
+	case <-w.done:
+		return w.err
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w.waiting--
+	if w.waiting == 0 && w.cancel != nil {
+		w.cancel()
+	}
+	return ctx.Err()
+}
+
+// writeGathered begins the write of the calls that have gathered, if there are any.
+func (s *Share) writeGathered() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gathering != nil {
+		s.write(s.gathering)
 	}
 }
 
-// noteAnswered stores the call without the time that has the process after this one ask what became of it.
-func (c *Call) noteAnswered(ctx context.Context) {
-	if c.tenant == "" || c.unstored {
-		return // it was noted without that
+// write begins the next write of a note, which takes in no more calls. s.mu is held.
+func (s *Share) write(n *note) {
+	if s.gathering == n {
+		s.gathering = nil
 	}
-	s := c.share
-	s.mu.Lock()
-	e := entry{Tenant: c.tenant, Housekeeping: c.housekeeping, Until: s.noted[c.place]}
-	s.mu.Unlock()
-	_ = s.put(ctx, strconv.Itoa(c.place), e)
+	w := n.next
+	n.writing, n.next = w, nil
+	s.writes++
+	e := entry{Until: n.until}
+	for i, c := range n.calls {
+		call := notedCall{Tenant: c.tenant, Housekeeping: c.housekeeping, At: c.at}
+		if i == 0 {
+			e.notedCall = call
+		} else {
+			e.With = append(e.With, call)
+		}
+	}
+	var ctx context.Context
+	ctx, w.cancel = context.WithCancel(context.Background())
+	go func() {
+		err := s.put(ctx, strconv.Itoa(n.place), e)
+		w.cancel()
+		s.mu.Lock()
+		w.err = err
+		close(w.done)
+		n.writing = nil
+		s.writes--
+		if n.next != nil {
+			s.write(n)
+		}
+		s.vacate(n)
+		s.mu.Unlock()
+		s.writeGathered()
+	}()
+}
+
+// vacate gives the note's place back, unless a call of it counts, or a write of it is under way or to come.
+func (s *Share) vacate(n *note) {
+	if n.counted == 0 && n.writing == nil && n.next == nil {
+		s.places.give(n.place)
+	}
+}
+
+// forget takes a call out of its note, once it does not count.
+func (s *Share) forget(c *Call) {
+	if c.note != nil {
+		c.note.counted--
+		s.vacate(c.note)
+	}
 }
 
 // Unsettled returns, once, when a process before this one has noted an exchange of the tenant whose answer it may not have
@@ -266,7 +391,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 	var calls []*Call
 	for _, c := range s.all.ended {
 		if c.foreign {
-			s.places.give(c.place)
+			s.forget(c)
 		} else {
 			calls = append(calls, c)
 		}
@@ -275,27 +400,29 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 		if e == nil {
 			continue
 		}
-		// What lies further ahead was noted under a wrong clock, and cannot be compared with what has been stored since.
-		passed := !e.At.IsZero() && !e.At.After(now.Add(Window))
-		if place, err := strconv.Atoi(at[i]); err == nil && passed && e.Until.After(s.noted[place]) {
-			s.unsettled[e.Tenant] = latest(s.unsettled[e.Tenant], e.At)
-		}
-		if !e.Until.After(now) {
-			continue
-		}
-		if at[i] == pausePlace {
-			cut = s.pause(e.Until)
-			continue
-		}
 		place, err := strconv.Atoi(at[i])
+		if at[i] == pausePlace && e.Until.After(now) {
+			cut = s.pause(e.Until)
+		}
 		if err != nil || !e.Until.After(s.noted[place]) {
 			continue // what this process has stored, it knows better
 		}
-		s.places.taken[place] = true
-		calls = append(calls, &Call{
-			share: s, tenant: e.Tenant, housekeeping: e.Housekeeping, place: place, foreign: true,
-			frees: bounded(e.Until, Window), // who made it has ended by now
-		})
+		n := &note{place: place}
+		for _, noted := range append(e.With, e.notedCall) {
+			// What lies further ahead was noted under a wrong clock, and cannot be compared with what has been stored since.
+			if !noted.At.IsZero() && !noted.At.After(now.Add(Window)) {
+				s.unsettled[noted.Tenant] = latest(s.unsettled[noted.Tenant], noted.At)
+			}
+			if !e.Until.After(now) {
+				continue
+			}
+			s.places.taken[place] = true
+			n.counted++
+			calls = append(calls, &Call{
+				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
+				frees: bounded(e.Until, Window), // who made it has ended by now
+			})
+		}
 	}
 	slices.SortStableFunc(calls, func(a, b *Call) int { return a.frees.Compare(b.frees) })
 	s.all.ended, s.housekeeping.ended = nil, nil

@@ -104,7 +104,9 @@ type Share struct {
 	queue        []*waiter         // by rank, then first come, first served
 	paused       time.Time         // the service wants no call before
 
-	places places
+	places    places // of notes
+	gathering *note  // takes in the calls that are noted next
+	writes    int    // of notes, that are under way
 	// noted is, for each place, the latest time that this process has stored.
 	noted   map[int]time.Time
 	stored  time.Time // the pause in storage that this process has stored
@@ -148,7 +150,8 @@ type Call struct {
 	housekeeping bool
 	ahead        int
 	unstored     bool
-	place        int // no other call that counts has it
+	note         *note     // nil until it is noted
+	at           time.Time // as its note has it
 	running      bool
 	foreign      bool      // another process made it
 	frees        time.Time // from when on it does not count, once it has ended
@@ -266,7 +269,6 @@ func (s *Share) permit(want Want) *Call {
 		housekeeping: want.Class == Housekeeping,
 		ahead:        want.Ahead,
 		unstored:     want.Unstored,
-		place:        s.places.take(),
 		running:      true,
 	}
 	s.ahead += c.ahead
@@ -307,7 +309,7 @@ func (s *Share) withdraw(c *Call) {
 	c.running = false
 	s.ahead -= c.ahead
 	s.tallies(c, func(t *tally) { t.running-- })
-	s.places.give(c.place)
+	s.forget(c)
 }
 
 // PausedUntil returns the end of the pause that the service has asked for: a time that has passed, or zero, where there
@@ -354,7 +356,7 @@ func (s *Share) prune(now time.Time) {
 			t.ended[0] = nil // frees the memory
 			t.ended = t.ended[1:]
 		})
-		s.places.give(c.place)
+		s.forget(c)
 	}
 }
 

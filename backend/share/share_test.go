@@ -668,8 +668,8 @@ func TestPlacesAreUsedAgain(t *testing.T) {
 			var calls []*Call
 			counting := map[int]bool{}
 			for range 7 {
-				c := take(t, s, Want{})
-				places[c.place], counting[c.place] = true, true
+				c := noted(t, s, Want{})
+				places[c.note.place], counting[c.note.place] = true, true
 				calls = append(calls, c)
 			}
 			assert.Len(t, counting, 7)
