@@ -138,9 +138,19 @@ func New(c Config) (*Client, error) {
 	}
 	if client.transport == nil {
 		client.own = tokenservice.NewTransport(roots)
+		keepConnections(client.own)
 		client.transport = client.own
 	}
 	return client, nil
+}
+
+// keepConnections has requests that follow one another within a second use the same connection. Go repeats none of this client's
+// requests on another: each is a POST with a body that cannot be read twice. The second is less than servers keep an idle
+// connection for (Node and Apache 5 seconds, gunicorn 2), so that no request meets a connection that its server is closing.
+func keepConnections(t *http.Transport) {
+	t.DisableKeepAlives = false
+	t.MaxIdleConnsPerHost = 32
+	t.IdleConnTimeout = time.Second
 }
 
 func (c *Client) readURLs() error {

@@ -31,7 +31,7 @@ const (
 )
 
 // NewTransport returns a transport that makes one request of one, whatever happens: with connections kept open, HTTP/1
-// repeats a request whose connection broke, and HTTP/2 one whose stream was refused; the first may have rotated the
+// repeats a GET whose connection broke, and HTTP/2 any request whose stream was refused; the first may have rotated the
 // refresh token. roots are the only certificates that are trusted; nil means the system's.
 //
 // https goes through the proxy of the environment. Plain http never does, for it is meant for this machine alone, and
