@@ -124,7 +124,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 		return err
 	}
 	b.connectors = &connectors{storage: b.storage, transport: transport, byName: map[string]*connector{}}
-	b.announce = &announcer{log: func() hclog.Logger { return b.Logger() }, events: b, about: b.serviceName}
+	b.announce = &announcer{log: func() hclog.Logger { return b.Logger() }, events: b, about: b.serviceName, ctx: b.ctx, work: b.goWork}
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
 	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, &b.node, b.ctx, b.goWork

@@ -396,9 +396,15 @@ func (s *system) ReplicationState() consts.ReplicationState {
 type events struct {
 	mu   sync.Mutex
 	sent []string
+	// hang: Vault takes no event.
+	hang atomic.Bool
 }
 
-func (s *events) SendEvent(_ context.Context, event logical.EventType, data *logical.EventData) error {
+func (s *events) SendEvent(ctx context.Context, event logical.EventType, data *logical.EventData) error {
+	if s.hang.Load() {
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sent = append(s.sent, fmt.Sprintf("%s %s", event, data.Metadata.AsMap()["tenant"]))

@@ -20,21 +20,23 @@ type announcer struct {
 	log    func() hclog.Logger
 	events logical.EventSender
 	about  func(connector string) (name string)
+	ctx    context.Context   // the engine's
+	work   func(func()) bool // runs a function in a goroutine that the engine's end waits for
 }
 
-func (a *announcer) rotated(ctx context.Context, tenant string, e *tenantEntry) {
+func (a *announcer) rotated(tenant string, e *tenantEntry) {
 	a.log().Info("the refresh token of a tenant was replaced", "tenant", tenant, "connector", e.Connector, "service", a.about(e.Connector))
-	a.send(ctx, eventRotated, tenant, e.Connector)
+	a.send(eventRotated, tenant, e.Connector)
 }
 
-func (a *announcer) rejected(ctx context.Context, tenant string, e *tenantEntry) {
+func (a *announcer) rejected(tenant string, e *tenantEntry) {
 	a.log().Error("the service refuses a tenant's refresh token: its tenant user has to write a new one", "tenant", tenant, "connector", e.Connector, "service", a.about(e.Connector))
-	a.send(ctx, eventRejected, tenant, e.Connector)
+	a.send(eventRejected, tenant, e.Connector)
 }
 
-func (a *announcer) expiring(ctx context.Context, tenant string, e *tenantEntry, reason string) {
+func (a *announcer) expiring(tenant string, e *tenantEntry, reason string) {
 	a.log().Warn("a tenant's refresh token ends soon, and the service has not replaced it", "tenant", tenant, "connector", e.Connector, "reason", reason)
-	a.send(ctx, eventExpiring, tenant, e.Connector)
+	a.send(eventExpiring, tenant, e.Connector)
 }
 
 func (a *announcer) failed(tenant, connector string, t *trouble) {
@@ -57,7 +59,12 @@ func (a *announcer) connectorAccepted(via *loadedConnector) {
 	a.log().Info("the service accepts a connector again", "connector", via.name, "service", via.about.Name)
 }
 
-// send sends an event. Where Vault has no events, or nothing listens, there is nothing to do.
-func (a *announcer) send(ctx context.Context, event, tenant, connector string) {
-	_ = logical.SendEvent(ctx, a.events, event, "tenant", tenant, "connector", connector, logical.EventMetadataPath, tenantPrefix+tenant)
+// send sends an event, which no reader and no lock waits for. Where Vault has no events, or nothing listens, there is nothing to do.
+func (a *announcer) send(event, tenant, connector string) {
+	send := func() {
+		_ = logical.SendEvent(a.ctx, a.events, event, "tenant", tenant, "connector", connector, logical.EventMetadataPath, tenantPrefix+tenant)
+	}
+	if !a.work(send) {
+		send() // the engine stops
+	}
 }

@@ -168,6 +168,7 @@ func TestRevocationLeavesKeptTokensAlone(t *testing.T) {
 		assert.Equal(t, time.Hour, e.stored("acme").TTL)
 		assert.Equal(t, statusOK, e.status("acme"))
 		assert.Equal(t, 1, e.log.count("exchanges of a tenant succeed again"))
+		synctest.Wait()
 		assert.Equal(t, []string{eventRotated + " acme"}, e.events.all())
 		e.read("creds/acme")
 		assert.Equal(t, 2, e.kaizala.CallCount())

@@ -284,7 +284,7 @@ func (b *backend) attend(name string) {
 	now := time.Now()
 	if warn := b.warnDue(t, v, now); !warn.IsZero() && !warn.After(now) {
 		t.warnNow(now)
-		b.announce.expiring(ctx, t.name, v.entry, b.danger(t, v, now))
+		b.announce.expiring(t.name, v.entry, b.danger(t, v, now))
 	}
 	if due := b.exchangeDue(t, v, now); due.IsZero() || due.After(now) {
 		b.schedule(t)

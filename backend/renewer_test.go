@@ -226,14 +226,31 @@ func TestExpiredTenant(t *testing.T) {
 	})
 }
 
+// An event that Vault does not take holds up no reader, no write and, for longer than the bound, no end of the engine.
+func TestEventHoldsUpNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newRotatingEngine(t)
+		e.events.hang.Store(true)
+		begun := time.Now()
+		e.read("creds/acme")
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		assert.Equal(t, begun, time.Now())
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.stop()
+		assert.Equal(t, stopWithin-time.Second, time.Since(begun))
+	})
+}
+
 func TestEventsAreSentOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
 		e.read("creds/acme")
+		synctest.Wait()
 		assert.Equal(t, []string{eventRotated + " acme"}, e.events.all())
 		e.newToken("acme") // kills the one that is stored
 		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		synctest.Wait()
 		assert.Equal(t, []string{eventRotated + " acme", eventRejected + " acme"}, e.events.all())
 	})
 }

@@ -497,10 +497,10 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if o.refreshToken != "" {
-		ts.announce.rotated(ctx, t.name, next)
+		ts.announce.rotated(t.name, next)
 	}
 	if o.rejected {
-		ts.announce.rejected(ctx, t.name, next)
+		ts.announce.rejected(t.name, next)
 	}
 	if t.recovered(o.access != nil) {
 		ts.announce.recovered(t.name, next.Connector)
