@@ -81,6 +81,11 @@ func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
 }
 
+// isIn says whether an entry has the access token already: storage has taken it though it said otherwise.
+func (o *outcome) isIn(e *tenantEntry) bool {
+	return o.access != nil && e != nil && e.Access != nil && e.Access.Generation == o.access.Generation
+}
+
 func (m *move) equal(other *move) bool {
 	return m == other || m != nil && other != nil && *m == *other
 }

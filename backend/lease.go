@@ -245,7 +245,7 @@ func (b *backend) giveUp(ctx context.Context, name, generation string) error {
 	switch {
 	case err != nil && !errors.Is(err, errUnreadable):
 		return err
-	case t != nil && v.access != nil && v.access.Generation == generation:
+	case t != nil && v.entry.Access != nil && v.entry.Access.Generation == generation:
 		if retires, err := b.retires(ctx, v.entry); !retires || err != nil {
 			return err
 		}

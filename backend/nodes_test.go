@@ -400,3 +400,31 @@ func TestNodeGoesOnWithAnotherNodesAttempt(t *testing.T) {
 		assert.Equal(t, attemptGranted, e.read("tenants/acme/device")["status"])
 	})
 }
+
+// A standby hands out an access token that storage has taken and said that it has not. Once its lease is revoked, the node that keeps
+// the token does not bring it back.
+func TestLeaseOnATokenThatTheOtherNodeKeeps(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.waitForIndex()
+		other := e.newStandby()
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
+				return errStorage
+			}
+			return err
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+		lease := other.lease("acme")
+		e.revoke(lease)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.pass(time.Minute)
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+		e.crash()
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+	})
+}

@@ -705,3 +705,38 @@ func TestConnectorIsReplacedAndCannotBeRead(t *testing.T) {
 		assert.Equal(t, statusOK, e.status("acme"))
 	})
 }
+
+// Storage takes what an exchange has brought and says that it has not. Nobody has the access token before the engine knows that it is
+// stored: its leases are counted from then on, and once it is given up it does not come back.
+func TestTokenThatStorageTookUnheardIsCounted(t *testing.T) {
+	for name, c := range map[string]struct {
+		class    func(*oauth2test.Options)
+		settings map[string]any
+	}{
+		"A": {oauth2test.ClassA, classA},
+		"D": {oauth2test.ClassD, map[string]any{"revocation": "exchange"}},
+	} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, c.class, c.settings)
+			e.add("acme", nil)
+			e.waitForIndex()
+			e.storage.unheard("put", tenantPrefix)
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, http.StatusServiceUnavailable, status)
+			e.storage.heal()
+			lease, other := e.lease("acme"), e.lease("acme")
+			e.revoke(lease)
+			e.pass(time.Minute)
+			assert.True(t, e.server.Alive(accessTokenOf(other)), name)
+			assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, name)
+			held, err := e.storage.List(t.Context(), heldPrefix)
+			require.NoError(t, err)
+			assert.Empty(t, held, name)
+			e.revoke(other)
+			e.pass(time.Minute)
+			assert.False(t, e.server.Alive(accessTokenOf(other)), name)
+			assert.True(t, e.server.Alive(e.read("token/acme")["access_token"].(string)), name)
+			e.kept()
+		})
+	}
+}

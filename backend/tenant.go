@@ -347,9 +347,10 @@ func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 	}
 }
 
-// known returns the access token of an entry, as v has it where it does. The caller holds mu.
+// known returns the access token of an entry, as v has it where it does. One that is kept is nobody's before [tenants.store] knows
+// that it is stored: the count of its leases begins then. The caller holds mu.
 func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
-	if e.Access == nil {
+	if e.Access == nil || v.kept != nil && v.kept.isIn(e) {
 		return nil
 	}
 	if a := v.access; a != nil && a.Generation == e.Access.Generation {

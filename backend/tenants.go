@@ -411,6 +411,13 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		if v.entry == nil || v.entry.Access == nil || v.entry.Access.Generation != generation {
 			return nil
 		}
+		if v.kept != nil && v.kept.isIn(v.entry) {
+			// Another node has handed it out. It would come back with what is kept.
+			if err := ts.store(ctx, t, v.kept); err != nil {
+				return err
+			}
+			v = t.view.Load()
+		}
 		next := *v.entry
 		next.Access = nil
 		err = ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access) // which has read the connector
@@ -516,8 +523,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 // live and the service can revoke it.
 func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
 	switch old := v.access; {
-	case o.access != nil && old != nil && old.Generation == o.access.Generation:
-		return nil // storage had taken it though it said otherwise
+	case o.isIn(v.entry):
+		return nil
 	case o.change != nil && v.kept == o:
 		return ts.giveUpAll(ctx, t, v.entry, nil)
 	case o.change != nil:
