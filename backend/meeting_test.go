@@ -806,6 +806,39 @@ func TestTokenForOneLeaseThatWasNotIssued(t *testing.T) {
 	}
 }
 
+// The process dies before an access token for one lease has its record, and a request reads the tenant before the next process
+// has looked through all tenants, as the one that starts a plugin again does: the token is revoked all the same.
+func TestTenantIsReadBeforeTheIndexLooksAtItsTokenForOneLease(t *testing.T) {
+	for _, request := range []string{"tenants/acme", "token/acme"} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", map[string]any{"token_per_lease": true})
+			shared := e.read("token/acme")["access_token"]
+			e.waitForIndex()
+			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+			dead := false
+			e.storage.surround(func(op, key string, do func() error) error {
+				if dead = dead || op == "put" && strings.HasPrefix(key, heldPrefix); dead {
+					return errStorage
+				}
+				return do()
+			})
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, 503, status)
+			require.Len(t, e.server.AccessTokens("acme"), 2)
+
+			next := &storage{InmemStorage: e.storage.InmemStorage}
+			_, look := next.hold("list", tenantPrefix)
+			e.crashOnto(next)
+			e.server.ClearFaults()
+			e.read(request)
+			look()
+			e.pass(3 * time.Minute)
+			assert.Equal(t, []string{shared.(string)}, e.server.AccessTokens("acme"))
+		})
+	}
+}
+
 // A write that is not verified has the access token of before revoked at once, and the tenant shows what is pending at the
 // connector that it has left.
 func TestTenantThatMovesShowsWhatIsPending(t *testing.T) {

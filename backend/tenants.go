@@ -232,6 +232,7 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 	err := ts.locked(ctx, name, func(t *tenant) (err error) {
 		v := t.view.Load()
 		if v.knows != unknown {
+			e = v.entry // a request has read the tenant
 			return nil
 		}
 		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil {
