@@ -252,6 +252,45 @@ func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
 	})
 }
 
+// A write of exchange_invalidates that finds the tenant at work, a write of its settings that storage holds up, or a read of it,
+// applies to the next lease even so.
+func TestOAuthExchangeInvalidatesIsWrittenDuringAWrite(t *testing.T) {
+	for name, work := range map[string]func(e *oauthEngine){
+		"a write of settings": func(e *oauthEngine) { e.write("tenants/acme", map[string]any{"max_ttl": "50m"}) },
+		"a read": func(e *oauthEngine) {
+			e.tenants.loaded.Remove("acme")
+			e.lease("acme")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, classB)
+				e.add("acme", nil)
+				first := e.lease("acme")
+				e.storage.surround(func(op, key string, do func() error) error {
+					err := do()
+					if key == "tenants/acme" {
+						time.Sleep(2 * time.Second)
+					}
+					return err
+				})
+				go work(e)
+				time.Sleep(time.Second)
+				e.write("config", map[string]any{"exchange_invalidates": true})
+				lease := e.lease("acme")
+				assert.Equal(t, accessTokenOf(first), accessTokenOf(lease))
+				assert.Less(t, lease.Secret.MaxTTL, 45*time.Minute)
+				e.storage.heal()
+				synctest.Wait()
+				assert.Less(t, e.lease("acme").Secret.MaxTTL, 45*time.Minute)
+				e.write("tenants/acme", map[string]any{"max_ttl": "40m"})
+				assert.NotNil(t, e.tenants.named("acme").view.Load().entry, "it is in memory from then on")
+				e.kept()
+			})
+		})
+	}
+}
+
 // The end that a write of exchange_invalidates gives to a present access token is fixed from then on: a keep_alive that is written later
 // does not bring it forward, once the tenant has left memory or the process has ended.
 func TestOAuthEndPlannedByAWriteIsFixed(t *testing.T) {

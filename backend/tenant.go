@@ -92,6 +92,9 @@ type tenant struct {
 	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
 	dropped bool // the registry has dropped this record
+	// outdated: the connector was written while another flow held storing. What that flow publishes was planned by the connector as
+	// it was.
+	outdated bool
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
 	// issued is the generation of the last access token for one lease whose own record storage has taken.
@@ -417,6 +420,9 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 		v.show(e, a)
 		v.kept = nil
 	})
+	if t.outdated {
+		t.leave() // readers read storage again
+	}
 }
 
 // retired takes in that storage has an entry whose access token is given up. What is kept stays so.
@@ -570,6 +576,15 @@ func (t *tenant) forget() {
 func (t *tenant) replan() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.outdated = false
+	t.leave()
+}
+
+// outdate is replan while another flow holds storing: what that flow stores is read again. replan follows.
+func (t *tenant) outdate() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.outdated = true
 	t.leave()
 }
 

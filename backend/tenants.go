@@ -615,6 +615,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 		case !anew, v.access == nil && !busy:
 			ts.schedule(t)
 		case busy:
+			t.outdate() // no reader gets a lease by the connector as it was
 			ts.revocations.work(again)
 		default:
 			again()
