@@ -143,7 +143,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 		}
 	}
 	secret.TTL, _ = b.leaseTTL(v.entry, left)
-	secret.InternalData[leaseRenewed] = strconv.FormatInt(now.UnixNano(), 10)
+	// Vault counts from its answer, which storage may have kept waiting.
+	secret.InternalData[leaseRenewed] = strconv.FormatInt(time.Now().UnixNano(), 10)
 	return &logical.Response{Secret: secret}, nil
 }
 

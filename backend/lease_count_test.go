@@ -215,6 +215,28 @@ func TestRenewedLeaseEndsEarly(t *testing.T) {
 	})
 }
 
+// A renewal that storage has kept waiting lasts from its answer on: a revocation in the last moments is early, and the lease's own end
+// is not.
+func TestLeaseWhoseRenewalHasWaitedEndsEarly(t *testing.T) {
+	for before, early := range map[time.Duration]bool{time.Second: true, 0: false} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEngine(t)
+			e.addTenant("acme")
+			e.write("tenants/acme", map[string]any{"ttl": "1m"})
+			lease := e.lease("acme")
+			synctest.Wait()
+			e.tenants.loaded.Purge()
+			e.storage.once("get", tenantPrefix, func() { time.Sleep(8 * time.Second) })
+			end, renewed := e.renewLease(lease, time.Minute)
+			require.True(t, renewed)
+			require.Equal(t, time.Now().Add(time.Minute), end)
+			time.Sleep(time.Until(end) - before)
+			require.NoError(t, e.revokeLease(lease))
+			assert.Equal(t, early, accessTokenOf(lease) != accessTokenOf(e.lease("acme")))
+		})
+	}
+}
+
 // The first lease after a start is like any other, though the start has not asked Vault for the mount's TTLs yet.
 func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
