@@ -740,3 +740,40 @@ func TestTokenThatStorageTookUnheardIsCounted(t *testing.T) {
 		})
 	}
 }
+
+// Storage takes a renewal and says that it has not. The leases on the access token before it keep their count, and those that come
+// before the engine knows are part of it.
+func TestCountOfLeasesOutlivesARenewalThatStorageTookUnheard(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		leases := []*logical.Response{e.lease("acme"), e.lease("acme")}
+		old := accessTokenOf(leases[0])
+		e.waitForIndex()
+		heard := false
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			switch {
+			case op != "put" || !strings.HasPrefix(key, tenantPrefix):
+			case !heard:
+				heard = true
+				return errStorage
+			default:
+				leases = append(leases, e.lease("acme")) // storage has been read, and is told again
+			}
+			return err
+		})
+		e.pass(50 * time.Minute)
+		e.storage.heal()
+		require.Len(t, leases, 3)
+		require.Equal(t, old, accessTokenOf(leases[2]))
+		current := e.read("token/acme")["access_token"].(string)
+		require.NotEqual(t, old, current)
+		e.revoke(leases[0], leases[2])
+		assert.True(t, e.server.Alive(old))
+		e.revoke(leases[1])
+		assert.False(t, e.server.Alive(old))
+		assert.True(t, e.server.Alive(current))
+		e.kept()
+	})
+}

@@ -351,10 +351,13 @@ func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 }
 
 // known returns the access token of an entry, as v has it where it does. One that is kept is nobody's before [tenants.store] knows
-// that it is stored: the count of its leases begins then. The caller holds mu.
+// that it is stored: the count of its leases begins then, and the one before it stays until then. The caller holds mu.
 func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
-	if e.Access == nil || v.kept != nil && v.kept.isIn(e) {
+	if e.Access == nil {
 		return nil
+	}
+	if v.kept != nil && v.kept.isIn(e) {
+		return v.access
 	}
 	if a := v.access; a != nil && a.Generation == e.Access.Generation {
 		return a
