@@ -675,11 +675,10 @@ func (b *backend) goOn(name string, all *attempts) {
 		}
 		b.grants.mu.Lock()
 		b.grants.due[name] = earliest(b.grants.due[name], earliest(a.Expires, time.Now().Add(longestAttempt)))
-		polled := b.grants.polls[name] != nil
-		b.grants.mu.Unlock()
-		if a.Path == byDevice && a.Status == attemptPending && !polled {
-			b.pollAfter(name, a.ID, a.Interval) // the process before may have polled a moment ago
+		if a.Path == byDevice && a.Status == attemptPending && b.grants.polls[name] == nil {
+			b.planPoll(name, a.ID, a.Interval) // the process before may have polled a moment ago
 		}
+		b.grants.mu.Unlock()
 	}
 }
 

@@ -83,9 +83,14 @@ func (b *backend) notBegun(ctx context.Context, a *attempt, via *loadedConnector
 
 // pollAfter has the service asked about a device code some time from now.
 func (b *backend) pollAfter(tenant, id string, d time.Duration) {
+	b.grants.mu.Lock()
+	defer b.grants.mu.Unlock()
+	b.planPoll(tenant, id, d)
+}
+
+// planPoll is pollAfter for a caller that holds the grants' mu.
+func (b *backend) planPoll(tenant, id string, d time.Duration) {
 	g := b.grants
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	p := g.polls[tenant]
 	if p == nil || p.id != id {
 		if p != nil {
