@@ -429,6 +429,7 @@ func TestWhatALeaseIs(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("own", map[string]any{"token_per_lease": true})
 		e.add("shared", nil)
+		synctest.Wait() // the index is built, and reads what the test writes
 		e.system.DefaultLeaseTTLVal = 30 * time.Minute
 		for _, tenant := range []string{"own", "shared"} {
 			secret := e.ok(logical.ReadOperation, "creds/"+tenant, nil).Secret
@@ -444,6 +445,7 @@ func TestWhatALeaseIs(t *testing.T) {
 			assert.Equal(t, time.Hour-leaseMargin, secret.MaxTTL)
 			assert.True(t, secret.Renewable)
 		}
+		synctest.Wait()
 		e.system.DefaultLeaseTTLVal = 2 * time.Hour
 		e.askTTLs()
 		assert.Equal(t, time.Hour-leaseMargin, e.ok(logical.ReadOperation, "creds/shared", nil).Secret.TTL, "the mount's would have to be cut")
