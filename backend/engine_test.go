@@ -403,9 +403,7 @@ type events struct {
 func (s *events) SendEvent(ctx context.Context, event logical.EventType, data *logical.EventData) error {
 	if s.hang.Load() {
 		<-ctx.Done()
-	}
-	if ctx.Err() != nil {
-		return ctx.Err() // as the connection to Vault does
+		return ctx.Err()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -22,8 +22,7 @@ type exchanger struct {
 	announce    *announcer
 	node        interface{ WriteSafeReplicationState() bool }
 	ctx         context.Context
-	work        func(func()) bool // runs a function in a goroutine that the engine's end waits for
-	stopping    func() bool
+	work        func(func()) bool                            // runs a function in a goroutine that the engine's end waits for
 	ahead       func()                                       // runs at the start of each exchange
 	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
@@ -323,10 +322,6 @@ func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) 
 	}
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if err == nil && x.stopping() {
-			p.call.Cancel(ctx)
-			return nil, errStopping // the answer may come too late to be stored
-		}
 		if err != nil && isStorages(err) && ctx.Err() == nil {
 			// A node whose storage takes no writes makes no call: what comes back would be lost with the process.
 			err = storageTrouble(f.t.name, err)
@@ -450,7 +445,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 // fail notes why the tenant's exchange failed, and when it is tried again. It returns the error.
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
-	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), errors.Is(err, errStopping):
+	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced):
 		return err // the service has not failed
 	}
 	now := time.Now()

@@ -406,17 +406,18 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		v, err := ts.read(ctx, t)
-		if err == nil && v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
-			// Another node has handed it out. It would come back with what is kept.
-			if err = ts.store(ctx, t, v.kept); err == nil {
-				v, err = ts.read(ctx, t)
-			}
-		}
 		if err != nil {
 			return err
 		}
 		if v.entry == nil || v.entry.Access == nil || v.entry.Access.Generation != generation {
 			return nil
+		}
+		if v.kept != nil && v.kept.isIn(v.entry) {
+			// Another node has handed it out. It would come back with what is kept.
+			if err := ts.store(ctx, t, v.kept); err != nil {
+				return err
+			}
+			v = t.view.Load()
 		}
 		next := *v.entry
 		next.Access = nil
@@ -595,12 +596,12 @@ func (ts *tenants) invalidate(name string) {
 	}
 }
 
-// connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are
-// to be planned anew, too. Where a tenant is being read or stored, which may also give it the connector, that is done afterwards.
+// connectorChanged schedules the tenants of a connector that has been written. anew says that their access tokens' ends are to be
+// planned anew, too: by one that is being stored, afterwards.
 func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
-		busy, v := t.storing.busy(), t.view.Load() // in this order: what ends in between is in the view
-		if v.summary.connector != connector && !(busy && t.uses(connector)) {
+		v := t.view.Load()
+		if v.summary.connector != connector {
 			return
 		}
 		again := func() {
@@ -610,7 +611,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 				return nil
 			})
 		}
-		switch {
+		switch busy := t.storing.busy(); {
 		case !anew, v.access == nil && !busy:
 			ts.schedule(t)
 		case busy:
