@@ -1223,3 +1223,28 @@ func TestEntryOfAWrongClock(t *testing.T) {
 		e.kept()
 	})
 }
+
+// A tenant is deleted a second time, after storage has deleted it and said that it has not, while the engine keeps what an exchange of it
+// has brought.
+func TestDeleteIsRepeatedWhileTokensAreKept(t *testing.T) {
+	for name, class := range map[string]map[string]any{"D": classD, "A": revokeAll} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, class)
+			e.add("acme", nil)
+			e.waitForIndex()
+			e.failPuts()
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, http.StatusServiceUnavailable, status)
+			e.storage.unheard("delete", tenantPrefix)
+			_, status, _ = e.try(logical.DeleteOperation, "tenants/acme", nil)
+			require.GreaterOrEqual(t, status, 500, name)
+			e.storage.surround(nil)
+			_, _, _ = e.try(logical.ReadOperation, "tenants/acme", nil) // which finds nothing
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.storage.heal()
+			e.pass(time.Minute)
+			_, status, _ = e.try(logical.ReadOperation, "tenants/acme", nil)
+			assert.Equal(t, http.StatusNotFound, status, name)
+		})
+	}
+}

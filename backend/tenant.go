@@ -734,7 +734,7 @@ func (t *tenant) wasIssued(generation string) bool {
 
 // newest is the entry with what is kept, nil where there is no tenant.
 func (v *tenantView) newest() *tenantEntry {
-	if v.kept == nil {
+	if v.kept == nil || v.entry == nil && v.kept.change == nil {
 		return v.entry
 	}
 	return v.kept.onto(v.entry)
