@@ -406,18 +406,17 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		v, err := ts.read(ctx, t)
+		if err == nil && v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
+			// Another node has handed it out. It would come back with what is kept.
+			if err = ts.store(ctx, t, v.kept); err == nil {
+				v, err = ts.read(ctx, t)
+			}
+		}
 		if err != nil {
 			return err
 		}
 		if v.entry == nil || v.entry.Access == nil || v.entry.Access.Generation != generation {
 			return nil
-		}
-		if v.kept != nil && v.kept.isIn(v.entry) {
-			// Another node has handed it out. It would come back with what is kept.
-			if err := ts.store(ctx, t, v.kept); err != nil {
-				return err
-			}
-			v = t.view.Load()
 		}
 		next := *v.entry
 		next.Access = nil
