@@ -133,7 +133,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
-		node: &b.node, ctx: b.ctx, work: b.goWork, ahead: b.askTTLs, landed: b.landed,
+		node: &b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, ahead: b.askTTLs, landed: b.landed,
 	}
 	b.grants = newGrants()
 	b.index.init(b.tick)

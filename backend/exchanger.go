@@ -22,7 +22,8 @@ type exchanger struct {
 	announce    *announcer
 	node        interface{ WriteSafeReplicationState() bool }
 	ctx         context.Context
-	work        func(func()) bool                            // runs a function in a goroutine that the engine's end waits for
+	work        func(func()) bool // runs a function in a goroutine that the engine's end waits for
+	stopping    func() bool
 	ahead       func()                                       // runs at the start of each exchange
 	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
@@ -322,6 +323,10 @@ func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) 
 	}
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
+		if err == nil && x.stopping() {
+			p.call.Cancel(ctx)
+			return nil, errStopping // the answer may come too late to be stored
+		}
 		if err != nil && isStorages(err) && ctx.Err() == nil {
 			// A node whose storage takes no writes makes no call: what comes back would be lost with the process.
 			err = storageTrouble(f.t.name, err)
@@ -445,7 +450,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 // fail notes why the tenant's exchange failed, and when it is tried again. It returns the error.
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
-	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced):
+	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), errors.Is(err, errStopping):
 		return err // the service has not failed
 	}
 	now := time.Now()

@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 // With the service hanging, 500 tenants due and readers waiting, the engine stops
@@ -121,4 +123,48 @@ func TestStopWhileStorageHangs(t *testing.T) {
 		synctest.Wait()
 		e.start()
 	})
+}
+
+// An exchange that still waits, for its place or for its note, when the engine's stop begins is not made: the stop might cut its
+// answer off. No process after this one asks what became of it.
+func TestStopDuringAWaitBeforeTheCall(t *testing.T) {
+	for name, hold := range map[string]func(e *engine){
+		"for a place": func(e *engine) {
+			e.write("config", map[string]any{"exchanges_per_minute": 5})
+			e.write("tenants/acme/refresh", nil)
+			time.Sleep(share.Window - 2*time.Second)
+		},
+		"for its note": func(e *engine) {
+			e.storage.surround(func(op, key string, do func() error) error {
+				if op == "put" && strings.HasPrefix(key, "calls/") {
+					time.Sleep(2 * time.Second)
+				}
+				return do()
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				hold(e)
+				calls, begun := e.kaizala.CallCount(), time.Now()
+				var readers sync.WaitGroup
+				readers.Go(func() {
+					_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+					assert.Equal(t, http.StatusServiceUnavailable, status)
+					assert.Contains(t, text, "the engine is stopping")
+				})
+				time.Sleep(time.Second)
+				e.stop()
+				readers.Wait()
+				assert.Equal(t, calls, e.kaizala.CallCount())
+				e.storage.heal()
+				assert.Zero(t, e.log.count("an exchange failed"))
+				next := share.New(e.storage, defaultConnector)
+				assert.NoError(t, next.Load(t.Context()))
+				assert.True(t, next.Unsettled("acme").Before(begun))
+			})
+		})
+	}
 }
