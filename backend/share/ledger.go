@@ -192,6 +192,9 @@ func (s *Share) write(n *note) {
 	}
 	var ctx context.Context
 	ctx, w.cancel = context.WithCancel(context.Background())
+	if w.waiting == 0 {
+		w.cancel() // all callers gave up before it began: storage is not touched
+	}
 	go func() {
 		err := s.put(ctx, strconv.Itoa(n.place), e)
 		w.cancel()
@@ -288,6 +291,9 @@ func bounded(t time.Time, ahead time.Duration) time.Time {
 func (s *Share) put(ctx context.Context, place string, e entry) error {
 	if s.isRemoved() {
 		return ErrRemoved
+	}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	e.Format = entryFormat
 	raw, err := logical.StorageEntryJSON(s.prefix+place, e)

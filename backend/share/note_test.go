@@ -199,6 +199,29 @@ func TestAllGiveUp(t *testing.T) {
 	})
 }
 
+// Where all callers give up before their note's write begins, storage is not asked: the engine may have ended, and Vault may have deleted
+// what it stored.
+func TestAllGiveUpBeforeTheWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 10)
+		puts := storage.slow(time.Hour)
+		ctx, cancel := context.WithCancel(t.Context())
+		first := begin(t, s, t.Context(), Want{})
+		gone := begin(t, s, ctx, Want{Class: Revocation})
+		cancel()
+		synctest.Wait()
+		assert.Equal(t, context.Canceled, gone.err)
+		pass(gather)
+		assert.Equal(t, []string{"0"}, *puts)
+		assert.Equal(t, map[int]bool{0: true}, held(s))
+		pass(storeWithin)
+		assert.Equal(t, context.DeadlineExceeded, first.err)
+		assert.Equal(t, []string{"0"}, *puts)
+		idle(t, s)
+	})
+}
+
 // A note whose calls are not made keeps its place until it has been written: another call may join it, or storage may take it yet.
 func TestNoteWithoutCallsKeepsItsPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
