@@ -291,6 +291,40 @@ func TestOAuthExchangeInvalidatesIsWrittenDuringAWrite(t *testing.T) {
 	}
 }
 
+// A write of exchange_invalidates while a verified write of another connector's tenant, or of a new one, is stored applies to that
+// tenant's first lease.
+func TestOAuthExchangeInvalidatesIsWrittenWhileATenantComes(t *testing.T) {
+	for _, name := range []string{"acme", "new"} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, classB)
+				e.write("config/other", map[string]any{
+					"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+				})
+				e.add("acme", map[string]any{"connector": "other"})
+				e.lease("acme")
+				e.storage.surround(func(op, key string, do func() error) error {
+					err := do()
+					if op == "put" && key == "tenants/"+name {
+						time.Sleep(2 * time.Second)
+					}
+					return err
+				})
+				go e.write("tenants/"+name, map[string]any{"refresh_token": e.server.Grant(e.clientID, name), "connector": defaultConnector})
+				time.Sleep(time.Second)
+				e.write("config", map[string]any{"exchange_invalidates": true})
+				lease := e.lease(name)
+				assert.Less(t, lease.Secret.MaxTTL, 45*time.Minute)
+				e.storage.heal()
+				time.Sleep(2 * time.Second)
+				assert.Equal(t, defaultConnector, e.stored(name).Connector)
+				assert.Less(t, e.lease(name).Secret.MaxTTL, 45*time.Minute)
+				e.kept()
+			})
+		})
+	}
+}
+
 // The end that a write of exchange_invalidates gives to a present access token is fixed from then on: a keep_alive that is written later
 // does not bring it forward, once the tenant has left memory or the process has ended.
 func TestOAuthEndPlannedByAWriteIsFixed(t *testing.T) {

@@ -595,12 +595,12 @@ func (ts *tenants) invalidate(name string) {
 	}
 }
 
-// connectorChanged schedules the tenants of a connector that has been written. anew says that their access tokens' ends are to be
-// planned anew, too: by one that is being stored, afterwards.
+// connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are
+// to be planned anew, too. Where a tenant is being read or stored, which may also give it the connector, that is done afterwards.
 func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
-		v := t.view.Load()
-		if v.summary.connector != connector {
+		busy, v := t.storing.busy(), t.view.Load() // in this order: what ends in between is in the view
+		if v.summary.connector != connector && !(busy && t.uses(connector)) {
 			return
 		}
 		again := func() {
@@ -610,7 +610,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 				return nil
 			})
 		}
-		switch busy := t.storing.busy(); {
+		switch {
 		case !anew, v.access == nil && !busy:
 			ts.schedule(t)
 		case busy:
