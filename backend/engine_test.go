@@ -403,7 +403,9 @@ type events struct {
 func (s *events) SendEvent(ctx context.Context, event logical.EventType, data *logical.EventData) error {
 	if s.hang.Load() {
 		<-ctx.Done()
-		return ctx.Err()
+	}
+	if ctx.Err() != nil {
+		return ctx.Err() // as the connection to Vault does
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

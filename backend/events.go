@@ -59,12 +59,16 @@ func (a *announcer) connectorAccepted(via *loadedConnector) {
 	a.log().Info("the service accepts a connector again", "connector", via.name, "service", via.about.Name)
 }
 
-// send sends an event, which no reader and no lock waits for. Where Vault has no events, or nothing listens, there is nothing to do.
+// send sends an event. No reader and no lock waits for that, but for a second at most while the engine stops. Where Vault has no
+// events, or nothing listens, there is nothing to do.
 func (a *announcer) send(event, tenant, connector string) {
-	send := func() {
-		_ = logical.SendEvent(a.ctx, a.events, event, "tenant", tenant, "connector", connector, logical.EventMetadataPath, tenantPrefix+tenant)
+	send := func(ctx context.Context) {
+		_ = logical.SendEvent(ctx, a.events, event, "tenant", tenant, "connector", connector, logical.EventMetadataPath, tenantPrefix+tenant)
 	}
-	if !a.work(send) {
-		send() // the engine stops
+	if a.work(func() { send(a.ctx) }) {
+		return
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(a.ctx), time.Second) // the engine stops: its own context may have ended
+	defer cancel()
+	send(ctx)
 }

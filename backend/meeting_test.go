@@ -226,7 +226,7 @@ func TestStopSavesBesideAWriteThatHangs(t *testing.T) {
 	})
 }
 
-// What an exchange brings while the engine stops is stored, though storage fails at first.
+// What an exchange brings while the engine stops is stored, though storage fails at first, and its event is sent.
 func TestStopSavesWhatComesMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -245,6 +245,7 @@ func TestStopSavesWhatComesMeanwhile(t *testing.T) {
 		synctest.Wait()
 		e.stop()
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Equal(t, []string{eventRotated + " acme"}, e.events.all())
 		e.storage.heal()
 		e.start()
 	})
