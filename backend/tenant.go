@@ -92,8 +92,8 @@ type tenant struct {
 	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
 	dropped bool // the registry has dropped this record
-	// outdated: the connector was written while another flow held storing. What that flow publishes was planned by the connector as
-	// it was.
+	// outdated: the connector was written while another flow held storing. What that flow publishes may have been planned by the
+	// connector's former configuration.
 	outdated bool
 	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
 	replaced map[string]*accessToken
@@ -583,7 +583,8 @@ func (t *tenant) replan() {
 	t.leave()
 }
 
-// outdate is replan while another flow holds storing: what that flow stores is read again. replan follows.
+// outdate is for a connector's write that finds another flow holding storing: what that flow stores is read from storage again.
+// The caller calls replan once that flow has ended.
 func (t *tenant) outdate() {
 	t.mu.Lock()
 	defer t.mu.Unlock()

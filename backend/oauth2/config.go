@@ -144,9 +144,10 @@ func New(c Config) (*Client, error) {
 	return client, nil
 }
 
-// keepConnections has requests that follow one another within a second use the same connection. Go repeats none of this client's
-// requests on another: each is a POST with a body that cannot be read twice. The second is less than servers keep an idle
-// connection for (Node and Apache 5 seconds, gunicorn 2), so that no request meets a connection that its server is closing.
+// keepConnections lets requests that follow one another within a second use the same connection. Go never repeats a request of
+// this client on another connection: each is a POST with a body that cannot be read twice. Servers keep an idle connection for
+// longer than a second (Node and Apache 5 seconds, gunicorn 2), so that a request seldom meets a connection that its server is
+// closing. One that does fails, and its answer counts as lost.
 func keepConnections(t *http.Transport) {
 	t.DisableKeepAlives = false
 	t.MaxIdleConnsPerHost = 32

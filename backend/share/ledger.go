@@ -48,7 +48,7 @@ type entry struct {
 	notedCall
 	// With are the calls that were noted together with the first. Version 0.1.0 does not count them.
 	With []notedCall `json:"with,omitempty"`
-	// Until is from when on the entry does not count, at the latest; At still does.
+	// Until is when the calls stop counting, at the latest. At has its meaning after that, too.
 	Until time.Time `json:"until"`
 }
 
@@ -62,20 +62,20 @@ type notedCall struct {
 	At time.Time `json:"at,omitzero"`
 }
 
-// note is an entry in storage: calls that came to be noted at about one time, so that one write does for all.
+// note is one entry in storage. It holds calls that are noted at about the same time, so that one write stores them all.
 type note struct {
-	place   int // no other note has it, as long as a call of this one counts or a write is under way
+	place   int // no other note has it while a call of this one counts, or a write of this one is under way or to come
 	calls   []*Call
-	counted int // of them count
+	counted int // how many of calls still count
 	until   time.Time
-	writing *write // under way
-	next    *write // follows: it has what changes from now on
+	writing *write // the write that is under way, or nil
+	next    *write // the write after that, or nil: it stores what changes from now on
 }
 
 // write is one write of a note.
 type write struct {
-	waiting int                // callers
-	cancel  context.CancelFunc // set when it begins; for the last caller who gives up
+	waiting int                // how many callers wait for it
+	cancel  context.CancelFunc // set when the write begins; the last caller that gives up calls it
 	done    chan struct{}
 	err     error // set before done is closed
 }
@@ -128,7 +128,7 @@ func (c *Call) Settle(ctx context.Context) {
 	n := c.note
 	if c.at.IsZero() || n.counted == 0 {
 		s.mu.Unlock()
-		return // it was noted without that, or its place may be another note's
+		return // storage does not say that it has to be asked about, or the place may be another note's by now
 	}
 	c.at = time.Time{}
 	w := n.join()
@@ -173,7 +173,7 @@ func (s *Share) writeGathered() {
 	}
 }
 
-// write begins the next write of a note, which takes in no more calls. s.mu is held.
+// write begins the next write of a note. From then on the note takes in no more calls. The caller holds s.mu.
 func (s *Share) write(n *note) {
 	if s.gathering == n {
 		s.gathering = nil
@@ -212,7 +212,7 @@ func (s *Share) write(n *note) {
 	}()
 }
 
-// vacate gives the note's place back, unless a call of it counts, or a write of it is under way or to come.
+// vacate gives the note's place back, unless a call of it counts, or a write of it is under way or to come. The caller holds s.mu.
 func (s *Share) vacate(n *note) {
 	if n.counted == 0 && n.writing == nil && n.next == nil {
 		s.places.give(n.place)

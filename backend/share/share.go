@@ -151,7 +151,7 @@ type Call struct {
 	ahead        int
 	unstored     bool
 	note         *note     // nil until it is noted
-	at           time.Time // as its note has it
+	at           time.Time // when it was noted, as notedCall.At is
 	running      bool
 	foreign      bool      // another process made it
 	frees        time.Time // from when on it does not count, once it has ended
