@@ -47,10 +47,7 @@ func Factory(version string) logical.Factory {
 type backend struct {
 	*framework.Backend
 
-	// node is Vault's own view of itself. Each question to it is a round trip to Vault's process, so a read of a usable
-	// token asks none.
-	node framework.Backend
-
+	node        node
 	storage     logical.Storage
 	tenants     *tenants
 	connectors  *connectors
@@ -80,7 +77,7 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
-	b := &backend{storage: conf.StorageView, unread: map[string]int{}}
+	b := &backend{node: node{conf.System}, storage: conf.StorageView, unread: map[string]int{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	if err := b.assemble(transport); err != nil {
 		return nil, err
@@ -105,9 +102,6 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 		Invalidate:     b.invalidate,
 		Clean:          b.clean,
 	}
-	if err := b.node.Setup(ctx, conf); err != nil {
-		return nil, err
-	}
 	routed := *conf
 	if conf.System != nil {
 		routed.System = routingView{conf.System}
@@ -127,17 +121,29 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.announce = &announcer{log: func() hclog.Logger { return b.Logger() }, events: b, about: b.serviceName, ctx: b.ctx, work: b.goWork}
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
-	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, &b.node, b.ctx, b.goWork
+	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, b.node, b.ctx, b.goWork
 	b.revocations.tenants = b.tenants
 	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
-		node: &b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, ahead: b.askTTLs, landed: b.landed,
+		node: b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, ahead: b.askTTLs, landed: b.landed,
 	}
 	b.grants = newGrants()
 	b.index.init(b.tick)
 	return nil
+}
+
+// node is what Vault says of the node that the engine runs on. Each question is a round trip to Vault's process, so a read of a
+// usable token asks none.
+type node struct{ system logical.SystemView }
+
+// WriteSafeReplicationState says whether the engine may write here. It is [framework.Backend.WriteSafeReplicationState] with one
+// question in place of two: whether the mount is local matters on a performance secondary alone.
+func (n node) WriteSafeReplicationState() bool {
+	state := n.system.ReplicationState()
+	return !state.HasState(consts.ReplicationDRSecondary|consts.ReplicationPerformanceStandby) &&
+		(!state.HasState(consts.ReplicationPerformanceSecondary) || n.system.LocalMount())
 }
 
 // routingView is what the framework sees of Vault. Before each operation the

@@ -20,7 +20,7 @@ type exchanger struct {
 	connectors  *connectors
 	revocations *revocations
 	announce    *announcer
-	node        interface{ WriteSafeReplicationState() bool }
+	node        node
 	ctx         context.Context
 	work        func(func()) bool // runs a function in a goroutine that the engine's end waits for
 	stopping    func() bool

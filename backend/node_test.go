@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
@@ -200,4 +201,17 @@ func TestEveryKeyWritten(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Whether the engine may write is the framework's answer, in each state that Vault can be in.
+func TestMayWriteAsTheFrameworkSays(t *testing.T) {
+	for bits := range consts.ReplicationState(1 << 11) {
+		state := bits * consts.ReplicationPerformancePrimary // the first of eleven
+		for _, local := range []bool{false, true} {
+			view := &logical.StaticSystemView{ReplicationStateVal: state, LocalMountVal: local}
+			var sdk framework.Backend
+			require.NoError(t, sdk.Setup(t.Context(), &logical.BackendConfig{System: view}))
+			require.Equal(t, sdk.WriteSafeReplicationState(), node{view}.WriteSafeReplicationState(), "state %b, local %t", state, local)
+		}
+	}
 }
