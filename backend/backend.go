@@ -47,7 +47,7 @@ func Factory(version string) logical.Factory {
 type backend struct {
 	*framework.Backend
 
-	node        node
+	node        *node
 	storage     logical.Storage
 	tenants     *tenants
 	connectors  *connectors
@@ -56,9 +56,6 @@ type backend struct {
 	announce    *announcer
 	grants      *grants
 	index       index
-
-	// defaultTTL and maxTTL are the mount's, as they were when it was last asked.
-	defaultTTL, maxTTL atomic.Int64
 
 	ctx    context.Context // ends in Clean
 	cancel context.CancelFunc
@@ -77,7 +74,7 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
-	b := &backend{node: node{conf.System}, storage: conf.StorageView, unread: map[string]int{}}
+	b := &backend{node: &node{system: conf.System}, storage: conf.StorageView, unread: map[string]int{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	if err := b.assemble(transport); err != nil {
 		return nil, err
@@ -127,20 +124,68 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
-		node: b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, ahead: b.askTTLs, landed: b.landed,
+		node: b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, landed: b.landed,
 	}
 	b.grants = newGrants()
 	b.index.init(b.tick)
 	return nil
 }
 
-// node is what Vault says of the node that the engine runs on. Each question is a round trip to Vault's process, so a read of a
-// usable token asks none.
-type node struct{ system logical.SystemView }
+// node is what Vault says of the node that the engine runs on, and of the mount. Each question is a round trip to Vault's
+// process, so a read of a usable token asks none.
+type node struct {
+	system logical.SystemView
+	// defaultTTL and maxTTL are the mount's lease TTLs, as they were when Vault was last asked.
+	defaultTTL, maxTTL atomic.Int64
+
+	mu     sync.Mutex
+	next   *look         // asks once latest has its answer; an exchange that comes until then shares it. nil: there is none
+	latest chan struct{} // done of the last look
+}
+
+// look is one set of questions to Vault.
+type look struct {
+	done     chan struct{}
+	mayWrite bool // to be read once done is closed
+}
+
+// ready says whether an exchange may begin on this node, and notes the lease TTLs for the access token that the exchange brings.
+// Exchanges that come while Vault is being asked share the next answer, which is asked for after each of them has come.
+func (n *node) ready() bool {
+	n.mu.Lock()
+	l, before := n.next, n.latest
+	if l != nil {
+		n.mu.Unlock()
+		<-l.done
+		return l.mayWrite
+	}
+	l = &look{done: make(chan struct{})}
+	n.next, n.latest = l, l.done
+	n.mu.Unlock()
+	defer close(l.done)
+	if before != nil {
+		<-before
+	}
+	n.mu.Lock()
+	n.next = nil
+	n.mu.Unlock()
+	l.mayWrite = n.WriteSafeReplicationState()
+	if l.mayWrite {
+		n.askTTLs()
+	}
+	return l.mayWrite
+}
+
+// askTTLs notes the mount's lease TTLs, which decide whether a lease that lasts as long as the mount's default leaves room for a
+// renewal.
+func (n *node) askTTLs() {
+	n.defaultTTL.Store(int64(n.system.DefaultLeaseTTL()))
+	n.maxTTL.Store(int64(n.system.MaxLeaseTTL()))
+}
 
 // WriteSafeReplicationState says whether the engine may write here. It is [framework.Backend.WriteSafeReplicationState] with one
 // question in place of two: whether the mount is local matters on a performance secondary alone.
-func (n node) WriteSafeReplicationState() bool {
+func (n *node) WriteSafeReplicationState() bool {
 	state := n.system.ReplicationState()
 	return !state.HasState(consts.ReplicationDRSecondary|consts.ReplicationPerformanceStandby) &&
 		(!state.HasState(consts.ReplicationPerformanceSecondary) || n.system.LocalMount())
@@ -254,7 +299,7 @@ func (b *backend) initialize(context.Context, *logical.InitializationRequest) er
 func (b *backend) periodic(context.Context, *logical.Request) error {
 	b.buildIndex()
 	b.goWork(func() {
-		b.askTTLs()
+		b.node.askTTLs()
 		b.readUnread(b.ctx)
 		if b.revocations.load(b.ctx) == nil { // another node may have written
 			b.revocations.tick()
@@ -263,13 +308,6 @@ func (b *backend) periodic(context.Context, *logical.Request) error {
 	})
 	b.tick()
 	return nil
-}
-
-// askTTLs notes the mount's lease TTLs, which decide whether a lease that lasts
-// as long as the mount's default leaves room for a renewal.
-func (b *backend) askTTLs() {
-	b.defaultTTL.Store(int64(b.System().DefaultLeaseTTL()))
-	b.maxTTL.Store(int64(b.System().MaxLeaseTTL()))
 }
 
 func (b *backend) invalidate(_ context.Context, key string) {

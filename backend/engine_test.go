@@ -369,6 +369,8 @@ type system struct {
 	logical.StaticSystemView
 	asked       atomic.Int64
 	replication atomic.Uint32
+	// answers, where it is not nil, is received from before each answer about the replication, which holds from when Vault was asked.
+	answers chan struct{}
 }
 
 func newSystem() *system {
@@ -389,7 +391,11 @@ func (s *system) MaxLeaseTTL() time.Duration {
 
 func (s *system) ReplicationState() consts.ReplicationState {
 	s.asked.Add(1)
-	return consts.ReplicationState(s.replication.Load())
+	state := consts.ReplicationState(s.replication.Load())
+	if s.answers != nil {
+		<-s.answers
+	}
+	return state
 }
 
 // events is Vault's event sender.

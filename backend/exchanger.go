@@ -20,11 +20,10 @@ type exchanger struct {
 	connectors  *connectors
 	revocations *revocations
 	announce    *announcer
-	node        node
+	node        *node
 	ctx         context.Context
 	work        func(func()) bool // runs a function in a goroutine that the engine's end waits for
 	stopping    func() bool
-	ahead       func()                                       // runs at the start of each exchange
 	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
 }
 
@@ -191,7 +190,7 @@ func (x *exchanger) retire(ctx context.Context, t *tenant, e *tenantEntry) error
 
 // start begins the tenant's flight, or returns the one under way. own says that it is a new one, for this request.
 func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want) (_ *flight, own bool, _ error) {
-	if !x.node.WriteSafeReplicationState() {
+	if !x.node.ready() {
 		return nil, false, logical.ErrReadOnly
 	}
 	f := &flight{t: t, want: w, v: v, done: make(chan struct{}), joined: make(chan struct{}), placed: make(chan struct{})}
@@ -283,7 +282,6 @@ func (x *exchanger) call(f *flight) error {
 		if f.want.result != nil { // a grant has brought an access token already
 			result = f.want.result.result
 		} else {
-			x.ahead()
 			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
 			if m := entry.Move; m != nil && m.From == via.entry.address() {
 				request.Endpoint = m.To // the service has moved this tenant

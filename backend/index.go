@@ -26,7 +26,7 @@ func (b *backend) buildIndex() {
 		return
 	}
 	b.goWork(func() {
-		b.askTTLs()
+		b.node.askTTLs()
 		err := b.revocations.load(b.ctx)
 		if err == nil {
 			err = b.indexTenants() // which finds the access tokens that were being given up

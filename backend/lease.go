@@ -84,14 +84,14 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 // knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut. renewable says whether the
 // lease can be renewed before it has lasted for most, or for as long as the mount allows.
 func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) (ttl time.Duration, renewable bool) {
-	if b.defaultTTL.Load() == 0 {
-		b.askTTLs() // a reader has come before the start has asked
+	if b.node.defaultTTL.Load() == 0 {
+		b.node.askTTLs() // a reader has come before the start has asked
 	}
 	lasts, longest := e.TTL, most
 	if lasts == 0 {
-		lasts = time.Duration(b.defaultTTL.Load())
+		lasts = time.Duration(b.node.defaultTTL.Load())
 	}
-	if mounts := time.Duration(b.maxTTL.Load()); mounts > 0 {
+	if mounts := time.Duration(b.node.maxTTL.Load()); mounts > 0 {
 		longest = min(longest, mounts)
 	}
 	ttl = min(lasts, most)
@@ -134,9 +134,9 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	if t == nil {
 		return answer(unknownTenant(name))
 	}
-	b.askTTLs()
+	b.node.askTTLs()
 	secret.MaxTTL = end.Sub(issued)
-	for _, most := range []time.Duration{v.entry.MaxTTL, time.Duration(b.maxTTL.Load())} {
+	for _, most := range []time.Duration{v.entry.MaxTTL, time.Duration(b.node.maxTTL.Load())} {
 		if most > 0 && most < secret.MaxTTL {
 			secret.MaxTTL = most
 			left = max(min(left, issued.Add(most).Sub(now).Truncate(time.Second)), time.Second)

@@ -246,12 +246,12 @@ func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 		e.addTenant("acme")
 		e.read("creds/acme")
 		synctest.Wait()
-		e.defaultTTL.Store(0)
-		e.maxTTL.Store(0)
+		e.node.defaultTTL.Store(0)
+		e.node.maxTTL.Store(0)
 		lease := e.lease("acme")
 		assert.True(t, lease.Secret.Renewable)
 		e.system.MaxLeaseTTLVal = time.Hour
-		e.askTTLs()
+		e.node.askTTLs()
 		assert.False(t, e.lease("acme").Secret.Renewable, "the mount allows no more than the lease has")
 	})
 }
@@ -447,7 +447,7 @@ func TestWhatALeaseIs(t *testing.T) {
 		}
 		synctest.Wait()
 		e.system.DefaultLeaseTTLVal = 2 * time.Hour
-		e.askTTLs()
+		e.node.askTTLs()
 		assert.Equal(t, time.Hour-leaseMargin, e.ok(logical.ReadOperation, "creds/shared", nil).Secret.TTL, "the mount's would have to be cut")
 	})
 }

@@ -211,7 +211,41 @@ func TestMayWriteAsTheFrameworkSays(t *testing.T) {
 			view := &logical.StaticSystemView{ReplicationStateVal: state, LocalMountVal: local}
 			var sdk framework.Backend
 			require.NoError(t, sdk.Setup(t.Context(), &logical.BackendConfig{System: view}))
-			require.Equal(t, sdk.WriteSafeReplicationState(), node{view}.WriteSafeReplicationState(), "state %b, local %t", state, local)
+			require.Equal(t, sdk.WriteSafeReplicationState(), (&node{system: view}).WriteSafeReplicationState(), "state %b, local %t", state, local)
 		}
 	}
+}
+
+// Exchanges that begin while Vault is being asked share one answer, and go by none that Vault was asked for before they began.
+func TestExchangesShareWhatVaultAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		system := newSystem()
+		system.answers = make(chan struct{})
+		n := &node{system: system}
+		ready := make(chan bool, 5)
+		begin := func() { go func() { ready <- n.ready() }() }
+		begin()
+		synctest.Wait()
+		system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
+		for range 3 {
+			begin()
+		}
+		synctest.Wait()
+		assert.EqualValues(t, 1, system.asked.Load(), "the others wait for the first answer")
+		system.answers <- struct{}{}
+		synctest.Wait()
+		assert.True(t, <-ready)
+		assert.EqualValues(t, 768*time.Hour, n.defaultTTL.Load())
+		assert.EqualValues(t, 768*time.Hour, n.maxTTL.Load())
+		assert.EqualValues(t, 1+2+1, system.asked.Load(), "replication, two TTLs, and one question for the three")
+		system.replication.Store(0)
+		begin()
+		system.answers <- struct{}{}
+		for range 3 {
+			assert.False(t, <-ready)
+		}
+		system.answers <- struct{}{}
+		assert.True(t, <-ready)
+		assert.EqualValues(t, 4+3, system.asked.Load(), "a node that may not write asks for no TTLs")
+	})
 }

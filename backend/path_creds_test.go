@@ -81,10 +81,10 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 
 		synctest.Wait()
 		e.system.MaxLeaseTTLVal = time.Hour
-		e.askTTLs()
+		e.node.askTTLs()
 		assert.False(t, e.lease("acme").Secret.Renewable, "the mount's max_lease_ttl leaves no room for a renewal")
 		e.system.MaxLeaseTTLVal = time.Hour + time.Second
-		e.askTTLs()
+		e.node.askTTLs()
 		assert.True(t, e.lease("acme").Secret.Renewable)
 	})
 }

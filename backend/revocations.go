@@ -75,7 +75,7 @@ type held struct {
 type revocations struct {
 	storage    logical.Storage
 	connectors *connectors
-	node       node
+	node       *node
 	ctx        context.Context
 	work       func(func()) bool
 	tenants    *tenants
