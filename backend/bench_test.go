@@ -12,11 +12,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// sizes are the mounts, in tenants, that what grows with them is measured at.
+// sizes are the numbers of tenants at which the costs that grow with them are measured.
 var sizes = []int{1_000, 10_000, 100_000}
 
 // fill stores n tenants as they are after an exchange, with tokens of Kaizala's
-// size: storage holds them and memory knows nothing of them.
+// size, in storage and not in memory.
 func (e *engine) fill(n int) {
 	e.t.Helper()
 	via, err := e.connectors.get(context.Background(), defaultConnector)
@@ -24,7 +24,7 @@ func (e *engine) fill(n int) {
 	refreshToken := e.newToken("asha")
 	facts, err := via.service.Check(refreshToken)
 	require.NoError(e.t, err)
-	now := time.Now().Add(-time.Hour).UTC().Truncate(time.Millisecond) // idle for a while
+	now := time.Now().Add(-time.Hour).UTC().Truncate(time.Millisecond) // idle for an hour
 	entry := &tenantEntry{
 		Format: entryFormat, Connector: defaultConnector, MinTTL: defaultMinTTL,
 		RefreshToken: refreshToken, RefreshTokenOrigin: originOperator, RefreshTokenSet: now, Facts: facts,
@@ -58,10 +58,10 @@ func (e *engine) mustRead(path string) *logical.Response {
 	return resp
 }
 
-// heap is what is in use once everything that can go has gone.
+// heap is the size of the heap after a garbage collection.
 func heap() int64 {
 	runtime.GC()
-	runtime.GC() // what the first has only finalized
+	runtime.GC() // frees what the first collection has only finalized
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
@@ -103,7 +103,7 @@ func BenchmarkCachedReadParallel(b *testing.B) {
 	})
 }
 
-// An empty path is what the SDK's framework costs on its own: see emptyBackend.
+// The cost of the SDK's framework alone: see emptyBackend.
 func BenchmarkEmptyPath(b *testing.B) {
 	for _, path := range []string{"creds", "token"} {
 		b.Run(path, func(b *testing.B) {
@@ -160,7 +160,7 @@ func BenchmarkRevoke(b *testing.B) {
 	b.Run("one-of-many", func(b *testing.B) {
 		e := newConfiguredEngine(b)
 		e.addTenant("acme")
-		e.lease("acme") // stays
+		e.lease("acme") // this lease is not revoked
 		leases := make([]*logical.Response, b.N)
 		for i := range leases {
 			leases[i] = e.lease("acme")
@@ -174,7 +174,7 @@ func BenchmarkRevoke(b *testing.B) {
 		}
 	})
 	b.Run("last", func(b *testing.B) {
-		const tenants = 1000 // at a time: all of them stay in memory
+		const tenants = 1000 // so many stay in memory at a time
 		e := newConfiguredEngine(b)
 		e.waitForIndex()
 		b.ReportAllocs()
@@ -197,9 +197,9 @@ func BenchmarkRevoke(b *testing.B) {
 	})
 }
 
-// What grows with the number of tenants: from the start of an engine to a
-// complete index of them, with what an idle one takes of memory from then on; a
-// tick with nothing due; and a LIST of them all.
+// The costs that grow with the number of tenants: the time from the start of an
+// engine to its complete index, the memory of an idle tenant after that, a tick with
+// nothing due, and a LIST of all tenants.
 func BenchmarkTenants(b *testing.B) {
 	for _, n := range sizes {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
@@ -211,7 +211,7 @@ func BenchmarkTenants(b *testing.B) {
 			e.start()
 			e.waitForIndex()
 			took, grown := time.Since(begun), heap()-before
-			b.Run("index", func(b *testing.B) { // once, however large b.N
+			b.Run("index", func(b *testing.B) { // runs once, for any b.N
 				b.ReportMetric(float64(took), "ns/op")
 				b.ReportMetric(float64(grown)/float64(n), "B/tenant")
 			})

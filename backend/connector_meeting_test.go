@@ -18,8 +18,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// A write of a connector that leaves exchange_invalidates as it is costs no reader the access token in memory, though storage fails the
-// write, or another node makes it, and storage then fails every read.
+// A write of a connector that does not change exchange_invalidates leaves the access tokens in memory: readers get them although storage
+// fails the write, or another node makes it, and storage then fails every read.
 func TestReadersKeepTheirTokensWhenAConnectorIsWritten(t *testing.T) {
 	for name, write := range map[string]func(e, other *oauthEngine){
 		"storage fails the write": func(e, _ *oauthEngine) {
@@ -47,8 +47,8 @@ func TestReadersKeepTheirTokensWhenAConnectorIsWritten(t *testing.T) {
 	}
 }
 
-// A write of exchange_invalidates that storage takes, and whose answer comes after the write's time, plans the ends of the access tokens
-// of all tenants.
+// Storage takes a write of exchange_invalidates and answers after the write's time limit: the ends of the access tokens of all tenants
+// are planned all the same.
 func TestExchangeInvalidatesIsWrittenTooSlowly(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classB)
@@ -76,8 +76,8 @@ func TestExchangeInvalidatesIsWrittenTooSlowly(t *testing.T) {
 	})
 }
 
-// Once a refused connector is written anew, a reader has a new access token at once, where the old one had too little life left to be
-// handed out when the last exchange failed: no lease on it lasts until the next try.
+// The last exchange failed because the service refused the connector, and the access token had too little life left to be handed out
+// since. So no lease lasts until the next try: after a write of the connector, a reader gets a new access token at once.
 func TestRefusedConnectorIsWrittenNearTheEndOfATokenInUse(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 2 * time.Hour }, nil)
@@ -97,7 +97,8 @@ func TestRefusedConnectorIsWrittenNearTheEndOfATokenInUse(t *testing.T) {
 	})
 }
 
-// A refresh that fails while leases hold until the next try of an exchange does not shorten them, nor the life that token has told.
+// A lease, or the ttl of a token read, lasts until the next try of an exchange, and a refresh fails before: the access token still lives
+// until that end.
 func TestRefreshFailsWhileLeasesHold(t *testing.T) {
 	for name, life := range map[string]func(*oauthEngine) time.Duration{
 		"lease": func(e *oauthEngine) time.Duration { return e.lease("acme").Secret.MaxTTL },
@@ -114,7 +115,7 @@ func TestRefreshFailsWhileLeasesHold(t *testing.T) {
 				e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
 				time.Sleep(2 * time.Second)
 				left := life(e)
-				require.Greater(t, left, time.Minute, "until the next try at a refused connector")
+				require.Greater(t, left, time.Minute, "it lasts until the next try at a refused connector")
 				end := time.Now().Add(left)
 				e.write("config", map[string]any{"connector_secret": e.secret})
 				e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
@@ -130,8 +131,8 @@ func TestRefreshFailsWhileLeasesHold(t *testing.T) {
 	}
 }
 
-// A restart while storage takes the note of an exchange is silent, though storage answers only once the engine has ended its work: the
-// exchange is not made, and is not taken for one whose answer was lost.
+// The engine is stopped while storage takes the note of an exchange, and storage answers only after the engine has ended its work: the
+// exchange is not made, and the next process does not take it for one whose answer was lost.
 func TestRestartWhileAnExchangeIsNoted(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -160,7 +161,8 @@ func TestRestartWhileAnExchangeIsNoted(t *testing.T) {
 	})
 }
 
-// The access token of another node's exchange is planned by that exchange, and not by the backoff of the one that failed here before.
+// An exchange fails on this node, and then another node makes one: this node plans the end of the new access token by that exchange, and
+// not by the backoff of its own.
 func TestBackoffOfBeforeAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = 5 * time.Minute }, nil)
@@ -177,8 +179,8 @@ func TestBackoffOfBeforeAnotherNodesExchange(t *testing.T) {
 	})
 }
 
-// A reader who asks for as much life as an access token in use has left before its planned exchange has it, also of a token that lives
-// shortly.
+// A read with a min_ttl that is exactly the life that an access token has left before its planned exchange gets that token, also if the
+// token's whole life is short.
 func TestMinTTLThatAShortAccessTokenHasLeft(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = time.Minute }, nil)
@@ -191,8 +193,9 @@ func TestMinTTLThatAShortAccessTokenHasLeft(t *testing.T) {
 	})
 }
 
-// What an answer says about the connector holds at once, but its entry in storage does not come before the new refresh token: that
-// is stored though the other write hangs, and is not lost where the engine stops then.
+// An answer brings a new refresh token, and also shows that the connector is accepted again or has to pause. That takes effect in memory
+// at once, but the refresh token is stored first: it is in storage while the write of the connector or the pause does not end, and
+// after a stop of the engine.
 func TestRefreshTokenIsStoredBeforeTheVerdict(t *testing.T) {
 	refused := func(e *oauthEngine) {
 		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
@@ -201,8 +204,8 @@ func TestRefreshTokenIsStoredBeforeTheVerdict(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		before  func(*oauthEngine)
-		verdict string // where storage keeps it
-		brings  string // instead of the server's own refresh token
+		verdict string // the storage key of the connector or the pause
+		brings  string // the new refresh token, if it is not the server's own
 		holds   func(*loadedConnector) bool
 	}{
 		"accepted": {before: refused, verdict: connectorPrefix, holds: func(via *loadedConnector) bool { return via.refusal.Load() == nil }},

@@ -17,7 +17,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// A null in a patch sets each field of a tenant that has a default to it, the connector's name too.
+// A null in a patch sets a field of a tenant to its default, also the connector's name.
 func TestPatchedNullsAreDefaults(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -41,7 +41,7 @@ func TestPatchedNullsAreDefaults(t *testing.T) {
 	})
 }
 
-// After a 503 or a 403 with Retry-After no call is made until then, whatever else the answer says and although config is written.
+// After a 503 or a 403 with Retry-After no call is made before that time, whatever the answer's body says, and also if config is written.
 func TestRetryAfterHoldsWhateverTheAnswerSays(t *testing.T) {
 	for _, status := range []int{http.StatusForbidden, http.StatusServiceUnavailable} {
 		for _, body := range []string{"", `{"errorCode":"InvalidToken"}`, `{"errorCode":"Unauthenticated"}`, refusedConnector} {
@@ -68,7 +68,7 @@ func TestRetryAfterHoldsWhateverTheAnswerSays(t *testing.T) {
 
 const refusedConnector = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`
 
-// A refresh retires the access token that it finds, also where a renewal under way has merely replaced it.
+// A refresh joins a renewal that is under way: it retires the older access token, also with live leases on it.
 func TestRefreshRetiresWhatARenewalReplaces(t *testing.T) {
 	for name, leased := range map[string]bool{"leased": true, "read without a lease": false} {
 		t.Run(name, func(t *testing.T) {
@@ -103,7 +103,7 @@ func TestRefreshRetiresWhatARenewalReplaces(t *testing.T) {
 	}
 }
 
-// A connector is not deleted whose tenant storage did not give at the start, and gives now.
+// Storage failed to read a tenant at the start, and works now: the tenant's connector is not deleted.
 func TestConnectorOfATenantThatCouldNotBeRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -129,8 +129,8 @@ func TestConnectorOfATenantThatCouldNotBeRead(t *testing.T) {
 	})
 }
 
-// A refusal that is noted while the connector is not in memory, because it has just been written or another node has changed it,
-// holds nobody up and ends no process.
+// The service refuses a connector that is not in memory, because it has just been written or another node has changed it: no reader waits
+// for that, and the engine does not panic.
 func TestRefusalOfAConnectorThatIsNotInMemory(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

@@ -16,7 +16,7 @@ import (
 
 const deviceGrant = "urn:ietf:params:oauth:grant-type:device_code"
 
-// polls are when the server was asked about device codes.
+// polls returns the times of the polls that the server got.
 func (e *grantEngine) polls() (at []time.Time) {
 	for _, call := range e.server.Calls(oauth2test.EndpointToken) {
 		if call.GrantType == deviceGrant {
@@ -64,7 +64,7 @@ func TestDeviceFlow(t *testing.T) {
 
 				polls := len(e.polls())
 				e.pass(time.Hour)
-				assert.Len(t, e.polls(), polls, "nobody polls any more")
+				assert.Len(t, e.polls(), polls, "no more polls")
 				assert.Empty(t, e.grants.polls)
 				assert.NotContains(t, e.storedText(), stateKeys)
 			})
@@ -78,7 +78,7 @@ func TestHowDeviceFlowsEnd(t *testing.T) {
 		wait   time.Duration
 		status string
 		says   string
-		polls  int // the most that there are after during
+		polls  int // the most polls after during
 	}{
 		"denied": {func(e *grantEngine, code string) { require.NoError(e.t, e.server.DenyDevice(code)) }, 0, attemptDenied, "", 1},
 		"declined": {func(e *grantEngine, _ string) {
@@ -128,8 +128,8 @@ func TestHowDeviceFlowsEnd(t *testing.T) {
 	}
 }
 
-// While a person has not decided, nothing is wrong with the connector or the tenant; and slow_down slows the polls down, on the
-// node that goes on too, for which a full interval passes first.
+// While the person has not decided, the polls change nothing about the connector or the tenant. slow_down makes the interval longer,
+// also in the next process, which waits for a full interval before its first poll.
 func TestPollsThatAreToWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -148,7 +148,7 @@ func TestPollsThatAreToWait(t *testing.T) {
 		e.minute()
 		polls := len(e.polls())
 		time.Sleep(14 * time.Second)
-		assert.Len(t, e.polls(), polls, "a full interval passes first")
+		assert.Len(t, e.polls(), polls, "the first poll comes after a full interval")
 		time.Sleep(2 * time.Second)
 		assert.Equal(t, []time.Time{restarted.Add(15 * time.Second)}, e.polls()[polls:])
 		require.NoError(t, e.server.ApproveDevice(code, "jane"))
@@ -157,7 +157,7 @@ func TestPollsThatAreToWait(t *testing.T) {
 	})
 }
 
-// The node that goes on begins with its start: it waits for one interval, and for no periodic function.
+// After a restart the polls go on one interval after the start, without a call of the periodic function.
 func TestPollsGoOnWithTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -172,7 +172,7 @@ func TestPollsGoOnWithTheStart(t *testing.T) {
 	})
 }
 
-// An outage, a limit or a wrong secret may pass before the code expires.
+// The polls go on after an outage, a 429 or a 503, while the code has not expired.
 func TestPollsGoOnAfterAnOutage(t *testing.T) {
 	for name, answer := range map[string]oauth2test.Answer{
 		"outage": oauth2test.BadGateway, "limit": oauth2test.TooManyRequests(30 * time.Second), "rest": oauth2test.Unavailable(30 * time.Second),
@@ -193,7 +193,7 @@ func TestPollsGoOnAfterAnOutage(t *testing.T) {
 	}
 }
 
-// A connector that storage cannot give, or that is gone for a while, costs the attempt nothing but time.
+// The connector is deleted for a while: the attempt stays pending, and the polls go on when the connector is there again.
 func TestPollsGoOnOnceTheConnectorIsThere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -235,23 +235,23 @@ func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 			assert.LessOrEqual(t, n, 10)
 		}
 		assert.Greater(t, len(at), 30)
-		assert.Equal(t, 2*time.Minute, e.grants.turn("t0", e.connectors.present("as")), "20 take turns at 10 a minute")
+		assert.Equal(t, 2*time.Minute, e.grants.turn("t0", e.connectors.present("as")), "20 attempts share 10 polls a minute")
 		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": "x", "connector_secret": "y"})
 		other, err := e.connectors.of(t.Context(), "other")
 		require.NoError(t, err)
-		assert.Zero(t, e.grants.turn("none", other), "none of them waits for this connector")
+		assert.Zero(t, e.grants.turn("none", other), "no attempt of this connector is polled")
 		for _, code := range codes {
 			require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		}
 		e.pass(5 * time.Minute)
 		for i := range codes {
 			resp, _, _ := e.ask(logical.ReadOperation, fmt.Sprintf("tenants/t%d/device", i), nil)
-			assert.Equal(t, attemptGranted, resp.Data["status"], "late is allowed")
+			assert.Equal(t, attemptGranted, resp.Data["status"], "each attempt is polled in time, however late")
 		}
 	})
 }
 
-// A service that refuses to begin ends nothing that is pending.
+// A start that the service or the engine refuses does not end a pending attempt.
 func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(e *grantEngine)
@@ -299,7 +299,7 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 	}
 }
 
-// A poll that a newer attempt, a write or a delete overtakes on its way is not made.
+// A newer attempt, a write or a delete comes while a poll waits for its call: the poll is not made.
 func TestPollIsOvertaken(t *testing.T) {
 	for name, overtake := range map[string]func(*grantEngine){
 		"newer attempt": func(e *grantEngine) { e.start(byCode, nil) },
@@ -324,7 +324,7 @@ func TestPollIsOvertaken(t *testing.T) {
 	}
 }
 
-// The answer to a poll of the attempt before leaves a newer one's polls alone.
+// The answer to a poll of an older attempt does not change the polls of the newer one.
 func TestAnswerToAnOlderPoll(t *testing.T) {
 	for name, answer := range map[string]oauth2test.Answer{
 		"denied":    {Status: 400, Body: `{"error":"access_denied"}`},
@@ -350,7 +350,7 @@ func TestAnswerToAnOlderPoll(t *testing.T) {
 	}
 }
 
-// A person who decides in the last moments connects the tenant, though the answer comes when the code has expired.
+// A person approves just before the code expires, and the answer to the poll comes after that: the tenant is connected.
 func TestPollInTheLastMoments(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -368,7 +368,7 @@ func TestPollInTheLastMoments(t *testing.T) {
 	})
 }
 
-// Storage that cannot be read for a while costs an attempt that is polled nothing but time.
+// Storage cannot be read for a while: the attempt stays pending, and the polls go on when storage works again.
 func TestPollsGoOnOnceStorageIsThere(t *testing.T) {
 	for _, key := range []string{attemptKeys, tenantPrefix} {
 		synctest.Test(t, func(t *testing.T) {

@@ -24,15 +24,15 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// The tests make much garbage and keep little: collecting it less often saves a quarter of their processor time.
+	// The tests make much garbage and keep little: a garbage collection less often saves a quarter of their processor time.
 	debug.SetGCPercent(400)
-	// The SDK brings in a package that starts this one when it is loaded.
+	// The SDK imports a package that starts this goroutine when it is loaded.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
-// engine is an engine under test, in process: Kaizala is an emulator without
-// sockets and storage does what it is told, so that it also runs in a synctest
-// bubble, by the bubble's clock.
+// engine is an engine under test, in process. Kaizala is an emulator without sockets,
+// and the test decides what storage does, so that the engine also runs in a synctest
+// bubble, with the bubble's clock.
 type engine struct {
 	t testing.TB
 	*backend
@@ -65,8 +65,8 @@ func newEngine(t testing.TB) *engine {
 	return e
 }
 
-// newConfiguredEngine starts an engine with the default connector configured and
-// the engine's own share wide open.
+// newConfiguredEngine starts an engine with the default connector, whose share is so
+// large that no exchange waits for it.
 func newConfiguredEngine(t testing.TB) *engine {
 	e := newEngine(t)
 	e.kaizala.SetLimits(0, 0)
@@ -95,14 +95,14 @@ func (e *engine) start() {
 
 func (e *engine) stop() { e.Cleanup(context.Background()) }
 
-// restart ends the engine as Vault does and starts another on what is stored.
+// restart stops the engine as Vault does, and starts another one on the same storage.
 func (e *engine) restart() {
 	e.stop()
 	e.start()
 }
 
-// crash ends the engine between two steps, as SIGKILL does: what is under way
-// reaches storage no more. Another engine starts on what is stored.
+// crash ends the engine between two steps, as SIGKILL does: its later writes do not
+// reach storage. Another engine starts on what is stored.
 func (e *engine) crash() { e.crashOnto(&storage{InmemStorage: e.storage.InmemStorage}) }
 
 func (e *engine) crashOnto(next *storage) {
@@ -180,8 +180,8 @@ func (e *engine) status(tenant string) string {
 	return e.read("tenants/" + tenant)["status"].(string)
 }
 
-// addTenant generates a user token for the tenant's user, who bears its name,
-// and writes it without trying it.
+// addTenant generates a user token for a user with the tenant's name, and writes it
+// without verification.
 func (e *engine) addTenant(name string) {
 	e.t.Helper()
 	e.write("tenants/"+name, map[string]any{"refresh_token": e.newToken(name), "verify": false})
@@ -214,7 +214,7 @@ func (e *engine) revokeLease(lease *logical.Response) error {
 	return err
 }
 
-// minute is Vault's periodic function as Vault calls it; it has to return at once.
+// minute calls the periodic function as Vault does, and checks that it returns at once.
 func (e *engine) minute() {
 	e.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
@@ -222,7 +222,7 @@ func (e *engine) minute() {
 	begun := time.Now()
 	_, err := e.HandleRequest(ctx, &logical.Request{Operation: logical.RollbackOperation, Storage: e.storage})
 	require.NoError(e.t, err)
-	require.Less(e.t, time.Since(begun), time.Second, "the periodic function held Vault up")
+	require.Less(e.t, time.Since(begun), time.Second, "the periodic function did not return at once")
 }
 
 // pass lets time pass with a periodic function each minute, as Vault does.
@@ -267,7 +267,7 @@ func (e *engine) held(name string) string {
 	return ""
 }
 
-// stored is the tenant's entry as storage has it, nil where it has none.
+// stored is the tenant's entry in storage, nil if there is none.
 func (e *engine) stored(tenant string) *tenantEntry {
 	e.t.Helper()
 	entry, err := getEntry[tenantEntry](context.Background(), e.storage.InmemStorage, tenantPrefix+tenant)
@@ -275,7 +275,7 @@ func (e *engine) stored(tenant string) *tenantEntry {
 	return entry
 }
 
-// storage is storage that records what is done to it, and fails on demand.
+// storage records its operations, and fails when a test wants it to.
 type storage struct {
 	*logical.InmemStorage
 	ops  atomic.Int64
@@ -283,7 +283,7 @@ type storage struct {
 	keys map[string]bool // every key ever written
 	puts map[string]int
 	fail func(op, key string) error
-	// around does the operation, or not, and says what the engine is told.
+	// around carries the operation out or not, and returns the error that the engine gets.
 	around func(op, key string, do func() error) error
 }
 
@@ -294,7 +294,7 @@ func (s *storage) failWith(f func(op, key string) error) {
 	s.fail = f
 }
 
-// surround hands each operation to f, which does it or does not.
+// surround makes storage call f in place of each operation; f carries it out by calling do.
 func (s *storage) surround(f func(op, key string, do func() error) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -364,12 +364,13 @@ func (s *storage) putsOf(key string) int {
 	return s.puts[key]
 }
 
-// system is Vault's view of itself, counting the questions.
+// system is Vault's system view. It counts the questions.
 type system struct {
 	logical.StaticSystemView
 	asked       atomic.Int64
 	replication atomic.Uint32
-	// answers, where it is not nil, is received from before each answer about the replication, which holds from when Vault was asked.
+	// answers, if not nil, delays each answer about the replication state until the test sends to it. The answer is the state at the
+	// time of the question.
 	answers chan struct{}
 }
 

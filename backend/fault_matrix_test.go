@@ -22,20 +22,20 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// The fault matrix: each flow, with each way for storage to fail at each of its
-// steps, for the service to answer, for the caller to behave and for the process
-// to end. What must hold in every cell stands in cell.play.
+// The fault matrix plays each flow of the engine with each storage fault at each of its steps, each answer of the service, each
+// behaviour of the caller and each end of the process. cell.play checks what must hold in every cell.
 //
-// Of 46,504 cells for Kaizala, in 93 s of processor time, 2,800 are left, and 3,000 are OAuth's: 11 s. 51 changes of the
-// engine that somebody could make by mistake were tried on what is left: some 27 turn it red, 17 of them seen on today's
-// cells. The matrix of before was tried on 10 of the others only, in part, so a change that it alone caught is not ruled out.
+// All combinations for Kaizala would be 46,504 cells, and 93 s of processor time. The matrix plays 2,800 of them, and 3,000 for OAuth,
+// in 11 s. It was checked with 51 mutants of the engine, each a likely mistake: some 27 of them fail here; for 17 this was seen with
+// exactly these cells. The full matrix was run, in part, with only 10 of the other mutants, so the cells that are left out may catch a
+// mutant that these do not.
 
 const (
 	inWindow = 329 * 24 * time.Hour // past 90 % of a refresh token's life
 	callTime = 2 * time.Second      // what each exchange takes
 )
 
-// canary is in what the service says, and must be in nothing that the engine says.
+// canary is a text in the service's answers that must not appear in anything that the engine answers, logs or sends.
 const canary = "CANARY-of-the-service"
 
 // serviceAnswer is what the service does with each exchange until it heals.
@@ -43,20 +43,20 @@ type serviceAnswer struct {
 	name string
 	// rotates: the refresh token is past 90 % of its life.
 	rotates bool
-	// lost: the service has replaced the refresh token, and what arrives does not
-	// hold the new one.
+	// lost: the service has replaced the refresh token, and the answer that arrives
+	// does not have the new one.
 	lost   bool
 	fault  kaizalatest.Fault
-	until  time.Duration // a Retry-After with a date so far ahead
-	remedy string        // what the contract asks an operator for
+	until  time.Duration // the date in Retry-After is this long after the answer
+	remedy string        // what the contract tells an operator to do
 }
 
 const (
 	remedyConfig  = "write config"
-	remedyRefresh = "refresh" // where the service was wrong to refuse the refresh token
+	remedyRefresh = "refresh" // the service has refused a refresh token that is valid
 )
 
-// matrixService is the service of a cell, and what it knows of the engine's calls.
+// matrixService is the service of a cell, and its record of the engine's calls.
 type matrixService interface {
 	CallCount() int
 	Calls() []kaizalatest.Call
@@ -68,7 +68,7 @@ type matrixService interface {
 	CurrentRefreshToken(user string) string
 	RefreshTokenAlive(token string) bool
 	AccessTokenAlive(token string) bool
-	// Ended says whether a refresh token that came twice has ended everything that a consent gave.
+	// Ended returns whether the service has ended a grant because a refresh token was used twice.
 	Ended() bool
 }
 
@@ -83,10 +83,10 @@ type matrixKind struct {
 	eachRotates bool
 	// revokes: the end of the last lease ends the access token at the service.
 	revokes bool
-	// waits: a usable access token puts the next exchange off, because that would end it.
+	// waits: while there is a usable access token, the next exchange waits, because it would end that token.
 	waits bool
-	// reduced: storage that fails once or turns read-only, and callers who leave at once, are left to Kaizala's cells. The
-	// engine does not ask which kind of service it has.
+	// reduced: storage that fails once or turns read-only, and callers who cancel early, are played with Kaizala only. The
+	// engine's code there is the same for every kind of service.
 	reduced bool
 }
 
@@ -123,7 +123,7 @@ func matrixKinds() []matrixKind {
 	}
 }
 
-// kaizalaMatrix is Kaizala, which lets access tokens live on.
+// kaizalaMatrix is Kaizala, where an exchange leaves older access tokens valid.
 type kaizalaMatrix struct{ *kaizalatest.Service }
 
 func (kaizalaMatrix) Ended() bool { return false }
@@ -220,17 +220,17 @@ func rotatedAnswerLength(t *testing.T) (length int) {
 	return length
 }
 
-// flow is something that the engine does.
+// flow is one thing that the engine does: a request, or work in the background.
 type flow struct {
 	name string
-	// calls: it asks the service, and not just the exchanges that come after it.
+	// calls: the flow itself calls the service; otherwise only later exchanges do.
 	calls bool
-	// unasked: nobody waits for it, so nobody can go away.
+	// unasked: no caller waits for the flow, so there is no caller to cancel it.
 	unasked bool
 	prepare func(*cell)
 	run     func(*cell, context.Context)
-	// ended checks, once all has healed, what the flow was to bring about, and
-	// tries again where it was told to.
+	// ended checks the effect of the flow after storage and service work again, and
+	// repeats a request that failed.
 	ended func(*cell)
 }
 
@@ -299,7 +299,7 @@ func flows() []flow {
 			if c.steps.isDead() {
 				return
 			}
-			// In memory the token is given up whatever becomes of storage.
+			// Memory gives the token up, also if storage fails.
 			resp, err := c.do(context.Background(), logical.ReadOperation, "token/acme", nil)
 			c.assertf(err != nil || resp.IsError() || accessTokenOf(resp) != accessTokenOf(c.lease) || !c.loaded(), "a token that was given up is handed out")
 		}, ended: func(c *cell) {
@@ -307,7 +307,7 @@ func flows() []flow {
 				c.leaseRequest(context.Background(), logical.RevokeOperation) // as Vault does
 				c.assertf(c.succeeded, "the lease cannot be revoked: %s", c.text)
 			} else if c.steps.fault == storageTurnsReadOnly && c.crashed {
-				return // it had to succeed, and nobody was left to know of it
+				return // memory alone knew that the token was given up, and the process has died
 			}
 			c.assertf(c.read("token/acme")["access_token"] != accessTokenOf(c.lease), "a revoked token is handed out")
 			if c.kind.revokes {
@@ -391,15 +391,15 @@ type caller int
 
 const (
 	callerWaits       caller = iota
-	callerCancels            // while the first call is on its way to the service, or at the first step
-	callerCancelsLate        // while the first call's answer is on its way back
+	callerCancels            // before the service answers the first call, or at the first step of a flow without a call
+	callerCancelsLate        // after the service has carried out the first call, and before its answer arrives
 )
 
 func (c caller) String() string {
 	return [...]string{"waits", "cancels", "cancels as the answer is on its way"}[c]
 }
 
-// answers says whether the service carries an exchange out and answers it.
+// answers returns whether the service carries an exchange out and answers it.
 func (a serviceAnswer) answers() bool {
 	f := a.fault
 	return !f.Hang && !f.Reset && (f.Status == 0 || f.Process)
@@ -411,8 +411,8 @@ const (
 	storageWorks storageFault = iota
 	storageFailsOnce
 	storageFailsLong
-	storageLies          // it is written, and the engine is told otherwise
-	storageTurnsReadOnly // as when the node has just lost its leadership
+	storageLies          // it takes the write and reports an error
+	storageTurnsReadOnly // as on a node that is no longer the leader
 )
 
 func (f storageFault) String() string {
@@ -421,20 +421,20 @@ func (f storageFault) String() string {
 
 var errTold = errors.New("storage fails, as told")
 
-// steps counts the storage operations of a cell, and makes happen what is to
-// happen at one of them.
+// steps counts the storage operations of a cell, and makes one of them fail, or
+// the process die at it.
 type steps struct {
 	fault   storageFault
-	at      int
-	dies    int    // the process dies after this one, and the next goes on counting; 0: it lives
-	onFirst func() // called as the first begins
+	at      int    // the number of the operation that fails first, from 1
+	dies    int    // the process dies after this operation, and the next one goes on counting; 0: it lives
+	onFirst func() // called when the first operation begins
 
-	flow    int // how many there were in the flow itself
-	next    int // and with what the next process did
+	flow    int // the number of operations of the flow itself
+	next    int // the number of operations of the flow and of the next process
 	mu      sync.Mutex
 	ops     []string
 	dead    bool
-	written time.Time // when something was written first
+	written time.Time // the time of the first write
 }
 
 func (s *steps) around(op, key string, do func() error) error {
@@ -489,7 +489,7 @@ type cell struct {
 	*engine
 	kind     matrixKind
 	service  matrixService
-	config   map[string]any // a connector's fields, but for its ID and secret
+	config   map[string]any // a connector's fields without its ID and secret
 	grant    func(user string) (refreshToken string)
 	flow     flow
 	answer   serviceAnswer
@@ -500,13 +500,13 @@ type cell struct {
 	operators string // the refresh token that the flow's operator writes
 	lease     *logical.Response
 
-	succeeded bool // the flow's last answer
-	text      string
-	said      []string // all that was said to callers
+	succeeded bool     // whether the last answer of the flow was a success
+	text      string   // the error of the flow's last answer
+	said      []string // all texts and warnings of answers
 	crashed   bool
-	calls     int // that the service saw before the crash
+	calls     int // the number of calls that the service got before the crash
 	failed    bool
-	loss      bool // one that nobody could have prevented
+	loss      bool // the refresh token was lost, and the engine could not have kept it
 }
 
 func (c *cell) String() string {
@@ -531,7 +531,7 @@ func (c *cell) assertf(ok bool, format string, args ...any) {
 	}
 }
 
-// age lets time pass where the cell is about an old refresh token.
+// age lets time pass in the cells with an old refresh token.
 func (c *cell) age(d time.Duration) {
 	if c.answer.rotates && !c.kind.eachRotates {
 		time.Sleep(d)
@@ -551,7 +551,7 @@ func (c *cell) loaded() bool {
 	return s != nil
 }
 
-// hear takes in an answer, unless it comes from a dead process.
+// hear records an answer, unless the process that gave it is dead.
 func (c *cell) hear(resp *logical.Response, status int, text string) {
 	if c.steps.isDead() && !c.crashed {
 		return
@@ -569,12 +569,12 @@ func (c *cell) request(ctx context.Context, op logical.Operation, path string, d
 	resp, status, text := c.tryContext(ctx, op, path, data)
 	c.hear(resp, status, text)
 	c.assertf(time.Since(begun) <= 10*time.Second, "an answer took %s", time.Since(begun))
-	if !c.steps.isDead() { // nobody hears a dead process
+	if !c.steps.isDead() { // the answer of a dead process does not reach the caller
 		c.checkDurable(resp, status)
 	}
 }
 
-// readMeanwhile is a reader who comes while not all is well.
+// readMeanwhile reads the tenant while storage or the service still fails.
 func (c *cell) readMeanwhile() {
 	resp, status, text := c.try(logical.ReadOperation, "token/acme", nil)
 	c.said = append(c.said, text)
@@ -582,10 +582,10 @@ func (c *cell) readMeanwhile() {
 }
 
 func (c *cell) checkDurable(resp *logical.Response, status int) {
-	// Durable first: whoever sees an access token, sees it after the refresh token
-	// that came with it was stored.
+	// A reader gets an access token only after the refresh token that came with it
+	// has been stored.
 	if status == 200 && resp.Data["access_token"] != nil {
-		// After a lost answer nobody knows whether the service has ended the older one.
+		// After a lost answer the engine cannot know whether the service has ended the older access token.
 		unknowable := c.service.Ended() || c.kind.waits && c.answer.lost
 		c.assertf(unknowable || c.service.AccessTokenAlive(accessTokenOf(resp)), "a dead access token was handed out")
 		entry := c.stored("acme")
@@ -605,7 +605,7 @@ func (c *cell) leaseRequest(ctx context.Context, op logical.Operation) {
 	c.hear(resp, status, text)
 }
 
-// rotations are the exchanges by which the service replaced a refresh token.
+// rotations are the exchanges in which the service replaced a refresh token.
 func (c *cell) rotations() (rotated []kaizalatest.Call) {
 	for _, call := range c.service.Calls() {
 		if call.Rotated {
@@ -615,8 +615,8 @@ func (c *cell) rotations() (rotated []kaizalatest.Call) {
 	return rotated
 }
 
-// isLost says whether neither a refresh token nor what the service has replaced
-// it with can be used any more.
+// isLost returns whether the engine can use neither a refresh token nor its
+// successor any more.
 func (c *cell) isLost(token string) bool {
 	if token == "" || c.service.RefreshTokenAlive(token) {
 		return false
@@ -630,7 +630,7 @@ func (c *cell) isLost(token string) bool {
 	return true
 }
 
-// play plays the cell, and says what must hold.
+// play plays the cell, and checks what must hold.
 func (c *cell) play(t *testing.T) {
 	c.config = c.kind.begin(c, t)
 	c.service.SetOldTokenDies(!c.oldLives)
@@ -666,7 +666,7 @@ func (c *cell) play(t *testing.T) {
 	c.steps.flow = len(c.steps.seen())
 	succeeded := c.succeeded
 
-	// In the rotation window storage is known to be writable before the call.
+	// In the rotation window the engine calls the service only after a write to storage has succeeded.
 	rotated := c.rotations()
 	if len(rotated) > 0 {
 		c.assertf(!c.steps.written.IsZero() && !c.steps.written.After(rotated[0].Start), "the service was asked for a new refresh token before storage was known to take it")
@@ -693,8 +693,8 @@ func (c *cell) play(t *testing.T) {
 	c.pass(3 * time.Minute)
 	deleted := c.flow.name == "delete" && c.stored("acme") == nil
 	exists := c.stored("acme") != nil
-	// Where storage has taken an operator's write and said that it has not, the
-	// engine goes on with what it had: the operator was told to write again.
+	// If storage has taken an operator's write and reported an error, the engine
+	// goes on with the refresh token before: the operator was told to write again.
 	unknowing := exists && c.steps.fault == storageLies && c.stored("acme").RefreshToken == c.operators
 	c.assertf(deleted || unknowing || !exists && c.held("acme") == "" || exists && c.stored("acme").RefreshToken == c.held("acme"), "a refresh token is in memory alone, though storage works")
 	switch {
@@ -718,9 +718,9 @@ func (c *cell) play(t *testing.T) {
 			resp, status, text := c.try(logical.ReadOperation, "creds/acme", nil)
 			c.hear(resp, status, text)
 			if status == 200 {
-				text = strings.Join(resp.Warnings, " ") // an access token from before is still good
+				text = strings.Join(resp.Warnings, " ") // the older access token is still valid
 			}
-			c.assertf(strings.Contains(text, "write it to tenants/acme"), "nobody is told what to do: %d %s", status, text)
+			c.assertf(strings.Contains(text, "write it to tenants/acme"), "the answer does not say what to do: %d %s", status, text)
 			c.assertf(c.engine.status("acme") == statusRejected, "the tenant is %s", c.engine.status("acme"))
 		}
 	}
@@ -740,14 +740,14 @@ func (c *cell) play(t *testing.T) {
 		c.assertf(c.succeeded, "the tenant cannot be read: %s", c.text)
 		c.pass(2 * time.Minute)
 		if c.kind.waits && c.engine.status("acme") == statusDegraded {
-			// An access token that an exchange would end is left to its readers until its planned time.
+			// Until the planned time the engine makes no exchange by itself, because it would end an access token in use.
 			c.request(context.Background(), logical.UpdateOperation, "tenants/acme/refresh", nil)
 		}
 		c.assertf(c.engine.status("acme") == statusOK, "the tenant is %s", c.engine.status("acme"))
 	}
 	most := 15
 	if c.kind.eachRotates {
-		most = 30 // an exchange whose answer was lost is made once more at once
+		most = 30 // after a lost answer the engine makes a second exchange at once
 	}
 	c.assertf(c.service.MaxPerMinute(c.connectorID) <= most, "%d calls in a minute", c.service.MaxPerMinute(c.connectorID))
 	c.checkSecrets()
@@ -759,7 +759,7 @@ func (c *cell) list() *logical.Response {
 	return resp
 }
 
-// checkSecrets looks for secrets where none may be.
+// checkSecrets looks for secrets in the log, the answers, the status and the events.
 func (c *cell) checkSecrets() {
 	secrets := []string{canary, c.secret, c.operators, c.held("acme")}
 	for _, call := range c.service.Calls() {
@@ -784,11 +784,11 @@ func (c *cell) checkSecrets() {
 	}
 }
 
-// Without the race detector each cell is played, with it and with -short one in thinned: the race detector makes a cell ten
-// times as slow, and finds its races in many cells or in none.
+// thinned is how many cells there are for each one that -short, or the race detector, plays. The race detector makes a cell ten
+// times as slow, and what it finds, it finds in many cells.
 const thinned = 36
 
-// mostSteps is how many steps of a flow fail or are the last: those behind them are tries of the same again.
+// mostSteps is the number of steps of a flow at which storage fails or the process dies: later steps only repeat these.
 const mostSteps = 12
 
 func TestFaultMatrix(t *testing.T) {
@@ -805,7 +805,7 @@ func TestFaultMatrix(t *testing.T) {
 					t.Parallel()
 					eachCell(kind, f, answers, func(c *cell) {
 						if failures.Load() >= 10 {
-							t.FailNow() // enough is known
+							t.FailNow() // ten failures are enough to find the cause
 						}
 						synctest.Test(t, c.play)
 						cells.Add(1)
@@ -820,11 +820,11 @@ func TestFaultMatrix(t *testing.T) {
 			}
 		}
 	})
-	t.Logf("%d cells; in %d of them a refresh token was lost that nobody could have kept: the service had killed it, and the new one never arrived or had not reached storage when the process died", cells.Load(), losses.Load())
+	t.Logf("%d cells; in %d of them a refresh token was lost that the engine could not have kept: the service had ended it, and the new one never arrived or was not stored when the process died", cells.Load(), losses.Load())
 }
 
-// eachCell plays all cells of a flow. Which steps there are is seen where storage works, for each step at which the process
-// may die. What is left out caught no mutant of the engine that the other cells do not catch.
+// eachCell plays the cells of a flow. A first run, in which storage works, shows the steps at which storage can fail and the process
+// can die. The combinations that are left out caught no mutant of the engine that the other cells do not catch.
 func eachCell(kind matrixKind, f flow, answers []serviceAnswer, play func(*cell)) {
 	n := 0
 	for _, a := range answers {

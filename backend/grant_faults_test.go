@@ -17,7 +17,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// What storage fails while a callback is looked at is no word about the link: it works once storage does.
+// Storage fails while a callback is checked: the answer is an error of the server, and the link works when storage does.
 func TestCallbackWhileStorageFails(t *testing.T) {
 	for _, fails := range []string{"get " + stateKeys, "get " + attemptKeys, "get " + tenantPrefix, "get " + connectorPrefix, "put " + attemptKeys} {
 		t.Run(fails, func(t *testing.T) {
@@ -37,7 +37,7 @@ func TestCallbackWhileStorageFails(t *testing.T) {
 				assert.Empty(t, e.server.Calls(oauth2test.EndpointToken))
 				e.storage.heal()
 				p := e.open(back)
-				assert.Contains(t, p.text(), "Service the authorization server as.example", "though memory had no connector")
+				assert.Contains(t, p.text(), "Service the authorization server as.example", "the connector was read again")
 				assert.Equal(t, 200, e.confirm(back).status)
 				assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
 			})
@@ -45,8 +45,8 @@ func TestCallbackWhileStorageFails(t *testing.T) {
 	}
 }
 
-// A link of an attempt that a newer one has ended connects nothing, though storage has not taken that its state ended, or has lost
-// the attempt.
+// The link of an attempt that a newer attempt has ended connects nothing, also if storage did not take the end of its state. A link
+// whose attempt is not in storage connects nothing either.
 func TestOlderStateWhoseEndIsNotNoted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -75,7 +75,7 @@ func TestOlderStateWhoseEndIsNotNoted(t *testing.T) {
 	})
 }
 
-// A state that storage has taken, and has said that it has not, is forgotten like any other.
+// Storage takes a state and reports an error: the state is deleted in time like any other.
 func TestStateThatStorageTakesAndDoesNotSaySo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -91,12 +91,12 @@ func TestStateThatStorageTakesAndDoesNotSaySo(t *testing.T) {
 	})
 }
 
-// A config write that comes while a code or a PIN waits for its call: the call goes by what the connector is then, or is not
-// made, and can be made once the connector is what it was.
+// A config write or delete comes while a code or a PIN waits for its call: the call uses the connector as it is then. If that is not
+// possible, the call is not made, and can be made when the connector is as it was before.
 func TestConfigWriteOvertakesACodeOrAPIN(t *testing.T) {
 	for path, flow := range map[string]struct {
 		config string
-		other  map[string]any // another service for it
+		other  map[string]any // a write that gives the connector another service
 		begin  func(*grantEngine) (finish func() (int, string))
 		sent   func(*grantEngine) int
 	}{
@@ -153,8 +153,8 @@ func TestConfigWriteOvertakesACodeOrAPIN(t *testing.T) {
 	}
 }
 
-// A code that waits for its call while an operator writes the tenant is not sent, whether or not storage has taken that the
-// attempt ended.
+// An operator writes the tenant while a code waits for its call: the code is not sent, whether or not storage has taken the end of the
+// attempt.
 func TestWriteOvertakesACode(t *testing.T) {
 	for _, noted := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -176,7 +176,7 @@ func TestWriteOvertakesACode(t *testing.T) {
 	}
 }
 
-// Storage that hangs while it takes an attempt holds no other request up for more than ten seconds, and no delete fails for it.
+// Storage does not answer the write of an attempt: other requests wait for ten seconds at most, and a delete succeeds.
 func TestAttemptBehindAHangingWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -201,7 +201,7 @@ func TestAttemptBehindAHangingWrite(t *testing.T) {
 	})
 }
 
-// A delete that storage fails at the tenant's attempts says so, and goes through with the next try.
+// A delete fails if storage does not take the end of the tenant's attempts, and the next delete succeeds.
 func TestDeleteWhoseAttemptsStorageCannotEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -217,7 +217,7 @@ func TestDeleteWhoseAttemptsStorageCannotEnd(t *testing.T) {
 	})
 }
 
-// A refresh token that the service has replaced, and that memory alone has, is no answer to an attempt that is pending beside it.
+// Memory keeps a refresh token that an exchange has brought and storage has not taken: a pending attempt of the tenant stays pending.
 func TestAttemptBesideAKeptRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -232,7 +232,7 @@ func TestAttemptBesideAKeptRotation(t *testing.T) {
 			e.storage.refuse("get", key)
 			e.InvalidateKey(t.Context(), tenantPrefix+"acme")
 			_, status, _ = e.ask(logical.ReadOperation, "tenants/acme/authorize", nil)
-			assert.Equal(t, 500, status, "nothing is known")
+			assert.Equal(t, 500, status, "the status cannot be read")
 		}
 		e.storage.heal()
 		time.Sleep(20 * time.Second)
@@ -243,8 +243,8 @@ func TestAttemptBesideAKeptRotation(t *testing.T) {
 	})
 }
 
-// What a person has granted is stored once storage can be read again; where it cannot for more than a minute, the access token is
-// given up and the person has to start again.
+// A grant is stored when storage can be read again. If storage cannot be read for more than a minute, the access token is revoked, and
+// the person has to start again.
 func TestGrantWhileStorageCannotBeRead(t *testing.T) {
 	for _, c := range []struct {
 		op, key string
@@ -261,7 +261,7 @@ func TestGrantWhileStorageCannotBeRead(t *testing.T) {
 				e.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false})
 				back := e.authorize(nil)
 				next := &storage{InmemStorage: e.storage.InmemStorage}
-				next.refuse("list", intentPrefix) // what is to be revoked is read with the grant
+				next.refuse("list", intentPrefix) // so the intents are read when the grant is stored
 				synctest.Wait()
 				e.crashOnto(next)
 				synctest.Wait()
@@ -311,7 +311,8 @@ func TestGrantThatCannotBeStored(t *testing.T) {
 	})
 }
 
-// A refresh token that a PIN has brought is stored unverified where Kaizala cannot be asked, and not before storage takes it.
+// A PIN has brought a refresh token, Kaizala fails its verification, and storage does not take it: it is stored unverified when storage
+// works.
 func TestPINWhileKaizalaAndStorageFail(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -337,7 +338,7 @@ func TestPINWhileKaizalaAndStorageFail(t *testing.T) {
 	})
 }
 
-// An answer to a grant says whether the service takes the connector, too.
+// The service's answer to a grant also shows whether the service accepts the connector.
 func TestGrantsShowWhetherTheConnectorIsGood(t *testing.T) {
 	t.Run("good again", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -347,7 +348,7 @@ func TestGrantsShowWhetherTheConnectorIsGood(t *testing.T) {
 			e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 401, Body: `{"error": "invalid_client"}`}})
 			_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
 			require.Equal(t, 400, status)
-			e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would show it
+			e.ok(logical.DeleteOperation, "tenants/beta", nil) // an exchange of this tenant would show it too
 			time.Sleep(probeEvery + time.Second)
 			e.start(byDevice, nil)
 			e.write("tenants/beta", beta)
@@ -371,7 +372,8 @@ func TestGrantsShowWhetherTheConnectorIsGood(t *testing.T) {
 	})
 }
 
-// A grant that shows that a refused connector is taken again is stored though storage hangs with that.
+// A grant shows that the service accepts a refused connector again: the grant is stored although storage does not answer the write of
+// the connector.
 func TestGrantIsStoredBeforeTheVerdict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -379,7 +381,7 @@ func TestGrantIsStoredBeforeTheVerdict(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
 		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
 		require.Equal(t, 400, status)
-		e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would show it
+		e.ok(logical.DeleteOperation, "tenants/beta", nil) // an exchange of this tenant would show it too
 		time.Sleep(probeEvery + time.Second)
 		back := e.authorize(nil)
 		reached, release := e.storage.hold("put", connectorPrefix)
@@ -395,8 +397,8 @@ func TestGrantIsStoredBeforeTheVerdict(t *testing.T) {
 	})
 }
 
-// Whether another connector of the mount has the flow, too, is not guessed where storage cannot say; one that cannot be read has it
-// not.
+// A start of a grant fails if storage fails to say whether another connector of the mount has the flow. A connector whose entry is no
+// valid JSON counts as one without it.
 func TestMixUpWhileStorageFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -414,7 +416,7 @@ func TestMixUpWhileStorageFails(t *testing.T) {
 	})
 }
 
-// A name that no tenant can have has no attempt and no page.
+// Requests with a name that no tenant can have are refused, and store and call nothing.
 func TestGrantsOfANameThatIsNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -448,7 +450,7 @@ func TestGrantsOfANameThatIsNone(t *testing.T) {
 	})
 }
 
-// A service without verification_uri_complete is shown without one.
+// If the service sends no verification_uri_complete, the answer has none.
 func TestDeviceFlowWithoutACompleteAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t, func(o *oauth2test.Options) {

@@ -16,7 +16,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// pairFlow is a flow by its steps. What comes between two of them stands in pairEvents.
+// pairFlow is a flow and its steps. pairEvents are the events that come between two steps.
 type pairFlow struct {
 	name, path string
 	steps      []func(*pair)
@@ -28,10 +28,10 @@ type pair struct {
 	started map[string]any
 	back    map[string]any
 	form    map[string]any
-	done    chan struct{} // closed when a step that takes long has ended
+	done    chan struct{} // closed when the step in the background has ended
 }
 
-// slow makes the service's next answer take a while, so that something can come meanwhile.
+// slow delays the service's next answer by 3 s, so that an event can come before it.
 func (p *pair) slow() {
 	p.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
 	p.kaizala.Inject(kaizalatest.Fault{Delay: 3 * time.Second, Times: 1})
@@ -72,7 +72,7 @@ var pairFlows = []pairFlow{
 			require.NoError(p.t, p.server.ApproveDevice(p.started["user_code"].(string), "jane"))
 			p.slow()
 			p.begin(func() { time.Sleep(9 * time.Second) })
-			time.Sleep(4 * time.Second) // the poll is under way
+			time.Sleep(4 * time.Second) // the poll has been sent by then
 		},
 		func(p *pair) { p.await() },
 	}},
@@ -86,7 +86,7 @@ var pairFlows = []pairFlow{
 	}},
 }
 
-// begin presses the button, and does not wait.
+// begin presses the button of the page, and does not wait for the answer.
 func (e *grantEngine) begin(p *pair) {
 	p.begin(func() {
 		data := p.form
@@ -99,7 +99,7 @@ func (e *grantEngine) begin(p *pair) {
 
 const rotation = "the refresh token is rotated"
 
-// pairEvents are what comes between, and whether the flow connects the tenant all the same.
+// pairEvents are the events between two steps. connects says whether the flow connects the tenant after the event.
 var pairEvents = []struct {
 	name     string
 	happens  func(*pair)
@@ -137,7 +137,7 @@ var pairEvents = []struct {
 	{"refresh", func(p *pair) { p.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }, true},
 	{rotation, func(p *pair) {
 		before := p.stored("acme")
-		time.Sleep(10 * time.Second) // into the last tenth of its life
+		time.Sleep(10 * time.Second) // the refresh token is in the last tenth of its life then
 		p.write("tenants/acme/refresh", nil)
 		if p.stored("acme").Lineage == before.Lineage {
 			require.Equal(p.t, originService, p.stored("acme").RefreshTokenOrigin)
@@ -151,8 +151,8 @@ var pairEvents = []struct {
 	}, true},
 }
 
-// The flows, with each event between any two of their steps: what a person grants is stored, or else the later event has its
-// way, and nothing is half done.
+// Each flow with each event between two of its steps: either the grant is stored completely, or the tenant is as the event left it, and
+// the tokens of the grant are given up.
 func TestGrantPairs(t *testing.T) {
 	t.Parallel()
 	for _, f := range pairFlows {
@@ -190,7 +190,7 @@ func (p *pair) play(f pairFlow, happens func(*pair), connects bool, at int) {
 		if connects || i <= at || i == len(f.steps)-1 {
 			step(p)
 		} else if f.path == byCode && p.back != nil && i >= 3 {
-			step(p) // the button of a page that is out of date
+			step(p) // presses the button of a page that is out of date
 		}
 	}
 	p.pass(2 * time.Minute)
@@ -224,10 +224,10 @@ func (p *pair) play(f pairFlow, happens func(*pair), connects bool, at int) {
 	p.noneLeft("")
 }
 
-// noneLeft asserts that of the user's access tokens no other is alive at the service.
+// noneLeft asserts that no access token of the user but this one is alive at the service.
 func (p *pair) noneLeft(but string) {
 	for _, token := range p.server.AccessTokens("jane") {
-		assert.Equal(p.t, token == but, p.server.Alive(token), "an access token that nobody keeps is given up")
+		assert.Equal(p.t, token == but, p.server.Alive(token), "an access token that the engine does not keep is given up")
 	}
 }
 
@@ -243,7 +243,8 @@ func attemptStatusOf(p *pair, path string) string {
 	return status
 }
 
-// The process dies between two steps, or while the code is away; the next one goes on, or says that it cannot.
+// The process dies between two steps, or while a code, a poll or a PIN is at the service. The next process goes on with the attempt,
+// or its status says that it failed.
 func TestGrantsOverACrash(t *testing.T) {
 	for _, f := range pairFlows {
 		for at := 1; at < len(f.steps); at++ {
@@ -263,7 +264,7 @@ func TestGrantsOverACrash(t *testing.T) {
 						status := attemptStatusOf(p, f.path)
 						switch f.path {
 						case byDevice:
-							assert.Equal(t, attemptGranted, status, "the poll had not reached the service")
+							assert.Equal(t, attemptGranted, status, "the poll of the first process had not reached the service")
 							return
 						case byPIN:
 							assert.Equal(t, attemptPending, status, "a PIN can be written again")
@@ -279,7 +280,7 @@ func TestGrantsOverACrash(t *testing.T) {
 	}
 }
 
-// Storage fails when the tokens have come: they are kept in memory, and stored once it takes them.
+// Storage does not take the tokens of a grant: memory keeps them, and they are stored when storage works again.
 func TestGrantWhileStorageFails(t *testing.T) {
 	for name, exists := range map[string]bool{"a new tenant": false, "a tenant": true} {
 		t.Run(name, func(t *testing.T) {
@@ -314,8 +315,8 @@ func TestGrantWhileStorageFails(t *testing.T) {
 	}
 }
 
-// While memory keeps a grant that storage has not taken, nobody begins another one: it would be superseded as soon as storage takes
-// the first. A device code that has brought its tokens is polled no more.
+// While memory keeps a grant that storage has not taken, a start of another grant is refused: the first grant would supersede it when
+// storage takes it. A device code that has given its tokens is not polled any more.
 func TestAttemptsBesideAKeptGrant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -334,12 +335,12 @@ func TestAttemptsBesideAKeptGrant(t *testing.T) {
 		e.start(byCode, nil)
 		e.grants.mu.Lock()
 		defer e.grants.mu.Unlock()
-		assert.Empty(t, e.grants.polls, "which other polls would make room for")
+		assert.Empty(t, e.grants.polls, "the device code is not polled any more")
 	})
 }
 
-// A connector is given another connector_id while a code for the one before is at the service: what comes back is of no use with
-// it, and the attempt says so.
+// A write changes a connector's connector_id while a code is at the service. The tokens of that code belong to the older connector_id,
+// so they are not stored, and the attempt's last_error says so.
 func TestConnectorIDIsWrittenDuringAGrant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -365,7 +366,7 @@ func TestConnectorIDIsWrittenDuringAGrant(t *testing.T) {
 
 func (c *tenantChange) token() string { return *c.refreshToken }
 
-// Each write of storage on the way fails once, and the person tries again as the page says.
+// Each write to storage during a grant fails once, and the person tries again as the page says: the grant succeeds.
 func TestEachWriteOfAGrantFails(t *testing.T) {
 	for n := range 12 {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {

@@ -17,8 +17,8 @@ import (
 func TestAuthorizationsThatDoNotBegin(t *testing.T) {
 	type data = map[string]any
 	for name, c := range map[string]struct {
-		config data // written to config/as first
-		tenant data // written to the tenant first
+		config data // written to config/as before the start
+		tenant data // written to the tenant before the start
 		ask    data
 		says   string
 	}{
@@ -70,7 +70,7 @@ func TestAuthorizationsThatDoNotBegin(t *testing.T) {
 	}
 }
 
-// With a second connector that has the flow, an answer of one server must not be taken for one of the other (RFC 9700).
+// Two connectors have the flow: an answer of one server must not be taken for an answer of the other (mix-up attack, RFC 9700).
 func TestMixUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t, func(o *oauth2test.Options) { o.SendIss = true })
@@ -83,7 +83,7 @@ func TestMixUp(t *testing.T) {
 		assert.Equal(t, 400, status)
 		assert.Contains(t, text, "ends in callback/as")
 
-		// The form with the connector's name, and a state works at that callback alone.
+		// A redirect URI with the connector's name is accepted, and a state works only at that callback.
 		e.write("config/as", map[string]any{"redirect_uris": callbackTo + "/as"})
 		back := e.authorize(nil)
 		for _, path := range []string{"callback", "callback/other"} {
@@ -97,7 +97,7 @@ func TestMixUp(t *testing.T) {
 		assert.Equal(t, "as", to)
 		assert.Equal(t, 200, e.visit(logical.UpdateOperation, "callback/"+to, fields).status)
 
-		// Or a server that promises iss.
+		// A server that promises iss is accepted with a redirect URI without the connector's name.
 		e.server.Set(func(o *oauth2test.Options) { o.PromiseIss = true })
 		e.write("config/as", map[string]any{"redirect_uris": callbackTo, "issuer": e.server.Issuer()})
 		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
@@ -108,7 +108,7 @@ func TestMixUp(t *testing.T) {
 	})
 }
 
-// Whoever may start grants for one tenant, and does so all the time, leaves the readers of others a fifth of the share.
+// A client that starts grants for one tenant all the time leaves a fifth of the share to the readers of other tenants.
 func TestGrantsLeaveReadersAFifth(t *testing.T) {
 	for name, flood := range map[string]func(e *grantEngine) (status int){
 		"device": func(e *grantEngine) int {
@@ -152,8 +152,8 @@ func TestGrantsLeaveReadersAFifth(t *testing.T) {
 	}
 }
 
-// What a service says about the connector counts, whatever it was asked for: nothing else goes there until the owner has written
-// a new secret.
+// The service refuses the connector in a call of a grant: no other call of the connector is made until the owner has written a new
+// secret.
 func TestAGrantFindsTheConnectorRefused(t *testing.T) {
 	for name, ask := range map[string]func(e *grantEngine){
 		"code": func(e *grantEngine) { assert.Equal(e.t, 400, e.confirm(e.authorize(nil)).status) },
@@ -184,7 +184,7 @@ func TestAGrantFindsTheConnectorRefused(t *testing.T) {
 	}
 }
 
-// Who starts a grant hears that it costs the leases their access token.
+// The answer to the start of a grant warns that the grant will end the access token of the live leases.
 func TestStartsWarnOfLiveLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -211,7 +211,7 @@ func TestStartsWarnOfLiveLeases(t *testing.T) {
 	})
 }
 
-// What is over leaves storage, and with nothing pending the minute costs no read.
+// Attempts and states that are over are deleted from storage, and while nothing is pending the periodic function reads nothing.
 func TestSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -249,7 +249,7 @@ func TestSweep(t *testing.T) {
 		assert.Equal(t, 200, e.confirm(e.authorize(nil)).status)
 		e.pass(2 * day)
 		assert.NotContains(t, e.storedText(), stateKeys)
-		assert.Equal(t, attemptGranted, e.attemptStatus(byCode), "of a tenant that is there it is known on")
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode), "the attempt of a tenant that exists is kept")
 		reads := 0
 		e.storage.failWith(func(op, key string) error {
 			if strings.HasPrefix(key, attemptPrefix) {
@@ -262,7 +262,7 @@ func TestSweep(t *testing.T) {
 	})
 }
 
-// A clock that was wrong when an attempt began does not keep it.
+// The clock was wrong when an attempt started: its expiry far in the future does not keep it pending.
 func TestAttemptOfAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -276,7 +276,7 @@ func TestAttemptOfAWrongClock(t *testing.T) {
 	})
 }
 
-// A write ends what is pending, though nothing can be changed about the attempt itself.
+// A write of the tenant ends a pending attempt, also if storage does not take the end of the attempt itself.
 func TestAWriteEndsAnAttemptThatStorageCannotChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -296,7 +296,7 @@ func TestAWriteEndsAnAttemptThatStorageCannotChange(t *testing.T) {
 	})
 }
 
-// An access token without a refresh token beside it is given up.
+// A grant that brings an access token and no refresh token fails, and the access token is revoked.
 func TestAnAccessTokenAloneIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t, func(o *oauth2test.Options) {
@@ -308,7 +308,7 @@ func TestAnAccessTokenAloneIsGivenUp(t *testing.T) {
 		require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		e.pass(time.Minute)
 		assert.Equal(t, attemptFailed, e.attemptStatus(byDevice))
-		assert.Empty(t, e.server.AccessTokens("jane"), "those that are alive")
+		assert.Empty(t, e.server.AccessTokens("jane"), "no access token is alive")
 		assert.Len(t, e.server.Calls(oauth2test.EndpointRevocation), 2)
 	})
 }
@@ -325,7 +325,7 @@ func TestCallbackOf(t *testing.T) {
 	}
 }
 
-// A login_hint may be as long as is said, and have spaces.
+// A login_hint may have maxHintBytes bytes, and spaces.
 func TestLoginHint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)

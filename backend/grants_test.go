@@ -34,7 +34,7 @@ const (
 	callbackTo = "https://vault.example/v1/kaizala/callback"
 )
 
-// grantEngine is an engine with an authorization server, and another one, beside Kaizala. The connector "as" is for the first.
+// grantEngine is an engine with Kaizala and two authorization servers. The connector "as" is for the first of the two.
 type grantEngine struct {
 	*engine
 	server, other *oauth2test.Server
@@ -50,7 +50,7 @@ func newGrantEngine(t testing.TB, options ...func(*oauth2test.Options)) *grantEn
 		e.server.Set(set)
 	}
 	e.wire = e.transport
-	synctest.Wait() // nothing reads the transport meanwhile
+	synctest.Wait() // no goroutine reads the transport while it is replaced
 	e.connectors.transport = e.transport()
 	e.clientID, e.clientSecret = e.server.RegisterClient(oauth2test.AuthBasic, callbackTo, callbackTo+"/as")
 	e.write("config/as", map[string]any{
@@ -66,13 +66,13 @@ func (e *grantEngine) transport() http.RoundTripper {
 	return byHost{"as.example": e.server.Transport(), "other.example": e.other.Transport(), "": e.kaizala.Transport()}
 }
 
-// crash waits until nothing runs: a request of before may have begun with the engine that dies.
+// crash waits until all goroutines wait, because a request may still be under way in the engine that dies.
 func (e *grantEngine) crash() {
 	synctest.Wait()
 	e.engine.crash()
 }
 
-// ask makes a request as a person whom Vault calls token-ada.
+// ask makes a request with the display name token-ada.
 func (e *grantEngine) ask(op logical.Operation, path string, data map[string]any) (*logical.Response, int, string) {
 	return e.askContext(context.Background(), op, path, data)
 }
@@ -88,7 +88,7 @@ func (e *grantEngine) askContext(ctx context.Context, op logical.Operation, path
 	return resp, status, text
 }
 
-// start begins an attempt and returns the answer.
+// start starts an attempt and returns the data of the answer.
 func (e *grantEngine) start(path string, data map[string]any) map[string]any {
 	e.t.Helper()
 	if data == nil {
@@ -99,7 +99,7 @@ func (e *grantEngine) start(path string, data map[string]any) map[string]any {
 	return resp.Data
 }
 
-// authorize begins an authorization, and returns what the server's redirect brings once the user has allowed it.
+// authorize starts an authorization, approves it as the user, and returns the parameters of the server's redirect.
 func (e *grantEngine) authorize(data map[string]any) map[string]any {
 	e.t.Helper()
 	return e.allowed(e.start(byCode, data)["authorization_url"].(string))
@@ -112,7 +112,7 @@ func (e *grantEngine) allowed(address string) map[string]any {
 	return query(e.t, to)
 }
 
-// query is what a request has that a browser makes by itself.
+// query returns the query parameters of an address.
 func query(t testing.TB, address string) map[string]any {
 	t.Helper()
 	u, err := url.Parse(address)
@@ -132,7 +132,7 @@ type shown struct {
 
 var tags = regexp.MustCompile(`(?s)<style>.*?</style>|<[^>]*>`)
 
-// text is what a person reads.
+// text is the text of the page without its markup.
 func (p shown) text() string {
 	return strings.Join(strings.Fields(html.UnescapeString(tags.ReplaceAllString(p.html, " "))), " ")
 }
@@ -142,7 +142,7 @@ var (
 	action = regexp.MustCompile(`<form method="post" action="([^"]*)"`)
 )
 
-// form is what the page's form sends, and where: nil where it has none.
+// form returns the address and the fields of the page's form; nil fields if it has no form.
 func (p shown) form() (to string, fields map[string]any) {
 	found := action.FindStringSubmatch(p.html)
 	if found == nil {
@@ -193,7 +193,7 @@ func (e *grantEngine) attemptStatus(path string) string {
 	return e.attempt(path)["status"].(string)
 }
 
-// sent is how many codes the server has been sent.
+// sent returns the number of requests of this grant type that the server got.
 func (e *grantEngine) sent(grantType string) (n int) {
 	for _, call := range e.server.Calls(oauth2test.EndpointToken) {
 		if call.GrantType == grantType {
@@ -252,21 +252,21 @@ func TestCodeFlow(t *testing.T) {
 		assert.Zero(t, e.server.TotalExchanges(), "the access token that came with the code is used")
 		assert.Equal(t, 1, e.sent(codeGrant))
 		e.write("tenants/acme/refresh", nil)
-		assert.Equal(t, oauth2test.Subject("jane"), e.read("tenants/acme")["subject"], "an exchange that names nobody changes nothing")
+		assert.Equal(t, oauth2test.Subject("jane"), e.read("tenants/acme")["subject"], "an exchange without a subject in its answer does not change it")
 	})
 }
 
-// Whatever is wrong with a callback is a page and an answer that say so. Nothing is stored, and nothing is called that need not
-// be; and the attempt is afterwards what the contract says.
+// A callback that fails shows the reason, as a page and as an API answer. It stores no tenant and makes no unnecessary call, and the
+// attempt has the status of the contract afterwards.
 func TestCallbacksThatConnectNothing(t *testing.T) {
 	type try struct {
 		change  func(e *grantEngine, back map[string]any)
 		path    string // "": callback
-		status  int    // of the page; the answer's is 400 always
+		status  int    // the status of the page, 0: 400; that of the API answer is always 400
 		title   string
 		says    string // on the page and in the answer
 		calls   int
-		pending string // what the attempt is then
+		pending string // the attempt's status afterwards
 	}
 	promise := func(e *grantEngine) {
 		e.server.Set(func(o *oauth2test.Options) { o.PromiseIss = true })
@@ -360,7 +360,7 @@ func TestCallbacksThatConnectNothing(t *testing.T) {
 					assert.Nil(t, e.stored("acme"))
 					assert.Equal(t, c.pending, e.attemptStatus(byCode), e.attempt(byCode))
 
-					// It is not done again.
+					// The same link, opened again, does nothing.
 					e.server.ClearFaults()
 					if c.pending != attemptPending {
 						p := e.open(back)
@@ -376,7 +376,7 @@ func TestCallbacksThatConnectNothing(t *testing.T) {
 	}
 }
 
-// showsNothingOf asserts that a text holds nothing of what a request brought.
+// showsNothingOf asserts that a text has no value of a request's parameters.
 func (e *grantEngine) showsNothingOf(text string, data map[string]any) {
 	e.t.Helper()
 	for name, value := range data {
@@ -387,7 +387,7 @@ func (e *grantEngine) showsNothingOf(text string, data map[string]any) {
 	assert.NotContains(e.t, text, canary)
 }
 
-// A connector with several redirect URIs is asked with the one that the start names.
+// A connector has several redirect URIs: the authorization request has the one that the start names.
 func TestRedirectURIThatIsAskedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -401,7 +401,7 @@ func TestRedirectURIThatIsAskedFor(t *testing.T) {
 	})
 }
 
-// What ends attempts that are pending changes none that has ended.
+// A write, a delete or another attempt ends a pending attempt, and does not change the status of an attempt that has ended.
 func TestAnAttemptThatHasEndedStaysSo(t *testing.T) {
 	for name, next := range map[string]func(*grantEngine){
 		"write": func(e *grantEngine) {
@@ -459,14 +459,14 @@ func TestAStateWorksOnce(t *testing.T) {
 	}
 }
 
-// Two browsers, or a person who presses the button twice, bring one state at the same moment.
+// Ten requests bring the same state at the same moment, as two browsers or a double click do: one of them succeeds.
 func TestOneStateAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
 		back := e.authorize(nil)
 		_, fields := e.open(back).form()
 		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second})
-		// All of them find the state good before the first has used it up.
+		// All of them check the state before the first one has stored that it is used.
 		e.storage.failWith(func(op, key string) error {
 			if op == "put" && (strings.HasPrefix(key, callPrefix) || strings.HasPrefix(key, attemptKeys)) {
 				time.Sleep(time.Second)
@@ -495,14 +495,14 @@ func TestOneStateAtOnce(t *testing.T) {
 
 		e.storage.heal()
 
-		// Those who came too late have given their places in the share back.
+		// The requests that failed have given their places in the share back.
 		time.Sleep(2 * time.Minute)
 		e.write("config/as", map[string]any{"exchanges_per_minute": 1})
 		e.write("tenants/acme/refresh", nil)
 	})
 }
 
-// What costs an attacker nothing costs Vault one read at the most, and no call.
+// Callbacks that an attacker can send without a valid state cost one read of storage at most, and no call.
 func TestWhatACallbackCosts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -522,7 +522,7 @@ func TestWhatACallbackCosts(t *testing.T) {
 		e.authorize(nil)
 		assert.EqualValues(t, 1, cost(logical.ReadOperation, back), "superseded")
 
-		// Vault would wrap, and store, what this answers.
+		// Vault would wrap a normal answer to these requests, and store it.
 		e.storage.failWith(func(string, string) error { t.Error("storage was touched"); return nil })
 		for _, data := range []map[string]any{back, {"state": random256()}} {
 			for _, op := range []logical.Operation{logical.ReadOperation, logical.UpdateOperation} {
@@ -530,7 +530,7 @@ func TestWhatACallbackCosts(t *testing.T) {
 					Operation: op, Path: "callback", Data: data, Storage: e.storage, WrapInfo: &logical.RequestWrapInfo{TTL: time.Minute},
 				})
 				coded, ok := err.(logical.HTTPCodedError)
-				require.True(t, ok, "a coded error, which Vault does not wrap: %v", err)
+				require.True(t, ok, "the answer is no coded error, so Vault would wrap it: %v", err)
 				assert.Equal(t, 400, coded.Code())
 			}
 		}
@@ -538,7 +538,7 @@ func TestWhatACallbackCosts(t *testing.T) {
 		_, err := e.HandleRequest(t.Context(), &logical.Request{
 			Operation: logical.ReadOperation, Path: "callback", Data: back, Storage: e.storage, WrapInfo: &logical.RequestWrapInfo{},
 		})
-		assert.NoError(t, err, "it is not wrapped")
+		assert.NoError(t, err, "a WrapInfo without a TTL asks for no wrapping")
 	})
 }
 
@@ -557,7 +557,7 @@ func BenchmarkUnknownState(b *testing.B) {
 	}
 }
 
-// A node that may not write leaves all of it to the one that may, before it reads anything.
+// A standby answers ErrReadOnly to each request about grants before it reads storage, so that Vault sends it to the active node.
 func TestGrantsOnANodeThatMayNotWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -599,11 +599,11 @@ func TestGrantsOnANodeThatMayNotWrite(t *testing.T) {
 		e.pass(time.Minute)
 		e.system.replication.Store(0)
 		e.pass(2 * time.Minute)
-		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice), "the polls go on")
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice), "the node polls again when it is the active node")
 	})
 }
 
-// The answer comes within 10 seconds, and what comes later is stored.
+// The service answers the code after 12 seconds: the callback is answered within 10 seconds, and the grant is stored later.
 func TestASlowRedemption(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -631,7 +631,7 @@ func TestASlowRedemption(t *testing.T) {
 	})
 }
 
-// Where the share is used up nothing is sent, so the state is as good as before.
+// The share is used up, so the code is not sent: the same state works later.
 func TestACallbackWithoutAPlaceInTheShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)

@@ -61,12 +61,12 @@ func TestShareHoldsInEachMinute(t *testing.T) {
 		e.setShare(10)
 		e.addTenants(60)
 		served := e.hammer(60, 7*time.Second, 15*time.Minute)
-		assert.Equal(t, 60, served, "all get there")
-		assert.Equal(t, 10, e.kaizala.MaxPerMinute(e.connectorID), "the share is used, and not passed")
+		assert.Equal(t, 60, served, "all tenants are served")
+		assert.Equal(t, 10, e.kaizala.MaxPerMinute(e.connectorID), "the share is used up, and not exceeded")
 	})
 }
 
-// Retried calls and the hops of a redirect count as well.
+// Retries and the hops of a redirect count in the share as well.
 func TestShareCountsHops(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -92,12 +92,12 @@ func TestReaderOfAUsedUpShareIsToldWhenToComeBack(t *testing.T) {
 		begun := time.Now()
 		_, status, text := e.try(logical.ReadOperation, "creds/t3", nil)
 		assert.Equal(t, http.StatusTooManyRequests, status)
-		assert.Zero(t, time.Since(begun), "at once, since it would be more than 5 seconds")
+		assert.Zero(t, time.Since(begun), "the answer comes at once, because the wait would be longer than 5 seconds")
 		assert.Contains(t, text, "try again in 1m0s")
-		assert.Equal(t, statusUnverified, e.status("t3"), "nobody has failed")
+		assert.Equal(t, statusUnverified, e.status("t3"), "no exchange has failed")
 		time.Sleep(57 * time.Second)
 		e.read("creds/t3")
-		assert.Equal(t, time.Minute, time.Since(begun), "a place within 5 seconds is waited for")
+		assert.Equal(t, time.Minute, time.Since(begun), "the read waits for a place that comes within 5 seconds")
 	})
 }
 
@@ -152,8 +152,8 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
-// Failures are tried again after seconds at first, a minute at most, and not in
-// step with one another; a write of config forgets them.
+// A failed exchange is tried again after seconds at first and a minute at most, with
+// jitter. A write of config ends the wait.
 func TestBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -193,7 +193,7 @@ func TestBackoff(t *testing.T) {
 		e.read("creds/t0")
 		assert.Equal(t, statusOK, e.status("t0"))
 
-		// After a success the waits begin anew, with seconds.
+		// After a success the first wait is seconds again.
 		e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError, Times: 1})
 		_, status, _ = e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
 		require.Equal(t, http.StatusServiceUnavailable, status)
@@ -209,7 +209,7 @@ func TestConfigWrittenForgetsTheBackoff(t *testing.T) {
 		e.hammer(1, time.Second, 10*time.Minute)
 		e.kaizala.ClearFaults()
 		calls := e.kaizala.CallCount()
-		for e.kaizala.CallCount() == calls { // right behind a failure, with a minute's rest ahead
+		for e.kaizala.CallCount() == calls { // until just after a failure, with a minute of backoff to go
 			e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusInternalServerError, Times: 1})
 			time.Sleep(time.Second)
 			_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
@@ -227,7 +227,7 @@ func TestRejectedTenantIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenants(1)
-		e.newToken("t0") // generating another one kills the first
+		e.newToken("t0") // a new refresh token ends the one that is written
 		_, status, text := e.try(logical.ReadOperation, "creds/t0", nil)
 		assert.Equal(t, http.StatusBadRequest, status)
 		assert.Contains(t, text, "tenants/t0")
@@ -242,7 +242,7 @@ func TestRejectedTenantIsLeftAlone(t *testing.T) {
 
 		_, status, _ = e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
 		assert.Equal(t, http.StatusBadRequest, status)
-		assert.Equal(t, 2, e.kaizala.CallCount(), "by hand it is asked once more")
+		assert.Equal(t, 2, e.kaizala.CallCount(), "a refresh by hand calls once more")
 		e.write("tenants/t0", map[string]any{"refresh_token": e.newToken("t0")})
 		e.read("creds/t0")
 		assert.Equal(t, statusOK, e.status("t0"))
@@ -304,7 +304,7 @@ func TestRefusedConnectorCostsNoTenant(t *testing.T) {
 	})
 }
 
-// 500 tenants due at once leave the readers their part of the share.
+// 200 tenants that are due at once leave the readers their part of the share.
 func TestReadersGoBeforeBackgroundWork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -319,7 +319,7 @@ func TestReadersGoBeforeBackgroundWork(t *testing.T) {
 		}
 		e.addTenants(30)
 		for i := range 30 {
-			e.pass(31 * time.Second) // two a minute
+			e.pass(31 * time.Second) // two readers a minute
 			begun := time.Now()
 			e.read(fmt.Sprint("creds/t", i))
 			assert.LessOrEqual(t, time.Since(begun), patience)
@@ -346,7 +346,7 @@ func TestBackgroundHopsGiveWay(t *testing.T) {
 		}
 		e.write("tenants/b", map[string]any{"refresh_token": token, "verify": false})
 		time.Sleep(time.Second)
-		require.Equal(t, "b", e.kaizala.Calls()[7].User, "there is a place for it")
+		require.Equal(t, "b", e.kaizala.Calls()[7].User, "the background exchange has a place")
 		begun := time.Now()
 		e.read("creds/t7")
 		e.read("creds/t8")
@@ -356,8 +356,8 @@ func TestBackgroundHopsGiveWay(t *testing.T) {
 	})
 }
 
-// A loop of read and revoke on one tenant gets a fifth of the share, and leaves
-// the others theirs.
+// A client that reads and revokes leases of one tenant in a loop gets a fifth of the
+// share, and the readers of other tenants are served.
 func TestOneTenantCannotStarveTheRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -401,8 +401,9 @@ func TestOneTenantCannotStarveTheRest(t *testing.T) {
 	})
 }
 
-// A tenant behind a 307, which is not remembered, is served though its exchange takes more than a fifth of the share. (Of a share
-// of one call a minute the second call would have to wait for a minute: longer than any work that has begun does.)
+// An exchange with a 307, which the engine does not remember, needs two calls, which may be more than a fifth of the share: the tenant
+// is served all the same. (With a share of one call a minute, the second call would have to wait for a minute, which is longer than an
+// exchange may wait.)
 func TestTenantBehindA307IsServed(t *testing.T) {
 	for n := 2; n <= 9; n++ {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
@@ -418,7 +419,8 @@ func TestTenantBehindA307IsServed(t *testing.T) {
 	}
 }
 
-// Tenants that come at once, each behind a 307, are all served: those that have begun leave each other the places that they need.
+// Many tenants with a 307 are due at once, and all are served: an exchange does not begin if the others that have begun would not have
+// a place for their second call.
 func TestTenantsBehindA307AreServed(t *testing.T) {
 	for _, n := range []int{2, 3, 10} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
@@ -450,7 +452,7 @@ func TestTenantsBehindA307AreServed(t *testing.T) {
 	}
 }
 
-// The longest chain of the last two minutes says what an exchange is likely to take.
+// The longest chain of redirects in the last two minutes is the number of hops that an exchange is expected to need.
 func TestHopsAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var h hops
@@ -482,7 +484,7 @@ func TestReaderJoinsABackgroundHop(t *testing.T) {
 		time.Sleep(40 * time.Second)
 		e.write("tenants/b", map[string]any{"refresh_token": token, "verify": false})
 		time.Sleep(time.Second)
-		require.Equal(t, 8, e.kaizala.CallCount(), "its second request waits")
+		require.Equal(t, 8, e.kaizala.CallCount(), "the second request of the background exchange waits")
 		begun := time.Now()
 		e.read("creds/b")
 		assert.Zero(t, time.Since(begun))

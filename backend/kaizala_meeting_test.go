@@ -12,10 +12,10 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// Two flows of a Kaizala tenant that meet, one test for each way in which that has gone wrong.
+// Two flows of a Kaizala tenant run at the same time. Each test guards one race that has gone wrong before.
 
-// A tenant that is given another connector, unasked, while the service replaces its refresh token lives as long as the new
-// refresh token does, not as the one that the write was checked with.
+// A write without verification gives a tenant another connector while the service replaces its refresh token: the stored end is that of
+// the new refresh token, and not of the one that the write was checked with.
 func TestConnectorIsWrittenWhileTheRefreshTokenIsReplaced(t *testing.T) {
 	for name, write := range map[string]func(e *engine, write func()){
 		"it is kept": func(e *engine, write func()) {
@@ -53,7 +53,8 @@ func TestConnectorIsWrittenWhileTheRefreshTokenIsReplaced(t *testing.T) {
 
 const connectorsRefusal = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`
 
-// newRefusedEngine starts an engine with the tenant acme, whose connector Kaizala has refused n times, the last time now.
+// newRefusedEngine starts an engine with the tenant acme, whose connector Kaizala has refused n times, the last time just before it
+// returns.
 func newRefusedEngine(t *testing.T, n int) *engine {
 	e := newConfiguredEngine(t)
 	e.addTenant("acme")
@@ -70,7 +71,8 @@ func newRefusedEngine(t *testing.T, n int) *engine {
 	return e
 }
 
-// The exchange that shows whether Kaizala takes a refused connector again is not used up by storage that fails before it.
+// A probe is the exchange that shows whether Kaizala accepts a refused connector again. If storage fails before a probe, the next reader
+// makes it.
 func TestStorageFailsBeforeAProbe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRefusedEngine(t, 1)
@@ -85,7 +87,7 @@ func TestStorageFailsBeforeAProbe(t *testing.T) {
 	})
 }
 
-// The ten minutes between two such exchanges go on over a restart.
+// The ten minutes between two probes go on over a restart.
 func TestRestartAfterAProbe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRefusedEngine(t, 2)
@@ -98,7 +100,8 @@ func TestRestartAfterAProbe(t *testing.T) {
 	})
 }
 
-// Storage is told when Kaizala refused a connector, and not when the engine did so by itself.
+// The time of a refusal in storage is when Kaizala refused the connector. A refusal by the engine itself, without a call, does not
+// change it.
 func TestRefusalIsNotedWithItsAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRefusedEngine(t, 1)
@@ -116,8 +119,8 @@ func TestRefusalIsNotedWithItsAnswer(t *testing.T) {
 	})
 }
 
-// A deactivated connector gets no new tokens, and those that it has go on: a PIN that Kaizala does not send for it is no word about
-// the connector's tenants.
+// Kaizala sends no PIN for a deactivated connector, but its tenants' refresh tokens still work: after a refused PIN, readers of its
+// tenants are served.
 func TestPINOfADeactivatedConnector(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -130,8 +133,8 @@ func TestPINOfADeactivatedConnector(t *testing.T) {
 	})
 }
 
-// A refused connector sends no PIN, not in the place of the one exchange in ten minutes either: the answer would not tell whether
-// Kaizala takes the connector again, and the PIN could not be redeemed.
+// No PIN is sent while the connector is refused, also not as a probe: the answer would not show whether Kaizala accepts the connector
+// again, and the PIN could not be redeemed.
 func TestNoPINIsSentForARefusedConnector(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -139,7 +142,7 @@ func TestNoPINIsSentForARefusedConnector(t *testing.T) {
 		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: connectorsRefusal})
 		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
 		require.Equal(t, 400, status)
-		e.ok(logical.DeleteOperation, "tenants/beta", nil) // whose own exchange would heal it
+		e.ok(logical.DeleteOperation, "tenants/beta", nil) // a probe with this tenant would end the refusal
 		time.Sleep(probeEvery)
 		_, status, text := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
 		assert.Equal(t, 400, status)

@@ -15,8 +15,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// 10,000 leases on one access token: one exchange, one write, and revoking all
-// but the last changes nothing.
+// 10,000 leases on one access token need one exchange. The revocation of all leases
+// but the last changes nothing, and that of the last needs one write.
 func TestTenThousandLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -34,13 +34,13 @@ func TestTenThousandLeases(t *testing.T) {
 		assert.Equal(t, accessTokenOf(first), e.read("token/acme")["access_token"])
 		require.NoError(t, e.revokeLease(first))
 		assert.Equal(t, writes+1, e.storage.putsOf("tenants/acme"), "one write gives the token up")
-		assert.Equal(t, 1, e.kaizala.CallCount(), "a revocation calls nobody")
+		assert.Equal(t, 1, e.kaizala.CallCount(), "a revocation makes no call")
 		assert.NotEqual(t, accessTokenOf(first), accessTokenOf(e.lease("acme")))
 	})
 }
 
-// Vault revokes up to 180 leases of a mount at a time. Each may come twice, and
-// the process may end halfway.
+// Vault revokes up to 180 leases of a mount at a time. It may revoke each of them
+// twice, and the process may end after half of them.
 func TestTwoThousandLeasesRevokedAtOnce(t *testing.T) {
 	for _, restart := range []string{"none", "restart", "crash"} {
 		t.Run(restart, func(t *testing.T) {
@@ -85,7 +85,7 @@ func TestTwoThousandLeasesRevokedAtOnce(t *testing.T) {
 	}
 }
 
-// Wherever the count may be wrong, one early revocation is enough.
+// If the count of leases may be wrong, one revocation before a lease's end gives the access token up.
 func TestDoubtfulCounts(t *testing.T) {
 	doubts := map[string]func(e *engine, spare *logical.Response){
 		"restart": func(e *engine, _ *logical.Response) { e.restart() },
@@ -112,7 +112,7 @@ func TestDoubtfulCounts(t *testing.T) {
 				if name != "doubled revoke" {
 					e.lease("acme")
 				}
-				synctest.Wait() // the index has been built, and nobody works on the tenant
+				synctest.Wait() // the index has been built, and no work on the tenant is under way
 				doubt(e, spare)
 				require.NoError(t, e.revokeLease(lease))
 				assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
@@ -123,8 +123,8 @@ func TestDoubtfulCounts(t *testing.T) {
 	}
 }
 
-// Readers who go away while the exchange that they wait for is under way have no
-// lease, and leave the count of the others alone.
+// Readers who cancel while they wait for an exchange get no lease, and do not change
+// the count of leases.
 func TestReadersWhoGoAwayWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -137,14 +137,14 @@ func TestReadersWhoGoAwayWaiting(t *testing.T) {
 			}
 		})
 		readers.Wait()
-		lease := e.lease("acme") // the second one: during has read the first
+		lease := e.lease("acme") // the second lease: during has read the first one
 		require.NoError(t, e.revokeLease(lease))
 		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")), "the first lease lives on")
 	})
 }
 
-// A lease that is revoked when storage fails, is revoked again by Vault, and the
-// token is not handed out in between.
+// The revocation of a lease fails because storage fails, and Vault tries it again:
+// the token is not handed out in between.
 func TestRevocationWhileStorageFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -170,7 +170,7 @@ func TestRevocationWhileStorageFails(t *testing.T) {
 	})
 }
 
-// Nothing but a storage fault keeps a lease from being revoked.
+// A lease can be revoked without its tenant, without its connector, on read-only storage and with an entry that cannot be read.
 func TestRevocationWithEverythingGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -199,7 +199,7 @@ func TestRevocationWithEverythingGone(t *testing.T) {
 	})
 }
 
-// A lease that was renewed ends early where it is revoked before its new end, though its first TTL has passed.
+// A renewed lease is revoked after its first TTL and before its new end: that counts as an early revocation, and gives the token up.
 func TestRenewedLeaseEndsEarly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -215,8 +215,8 @@ func TestRenewedLeaseEndsEarly(t *testing.T) {
 	})
 }
 
-// A renewal that storage has kept waiting lasts from its answer on: a revocation in the last moments is early, and the lease's own end
-// is not.
+// A slow read of storage delays the renewal of a lease. The new TTL counts from the answer: a revocation one second before that end is
+// early, and one at that end is not.
 func TestLeaseWhoseRenewalHasWaitedEndsEarly(t *testing.T) {
 	for before, early := range map[time.Duration]bool{time.Second: true, 0: false} {
 		synctest.Test(t, func(t *testing.T) {
@@ -237,7 +237,7 @@ func TestLeaseWhoseRenewalHasWaitedEndsEarly(t *testing.T) {
 	}
 }
 
-// The first lease after a start is like any other, though the start has not asked Vault for the mount's TTLs yet.
+// A lease that is read before the start has asked Vault for the mount's TTLs has the right TTLs all the same.
 func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -252,12 +252,13 @@ func TestLeaseBeforeTheStartHasAskedForTTLs(t *testing.T) {
 		assert.True(t, lease.Secret.Renewable)
 		e.system.MaxLeaseTTLVal = time.Hour
 		e.node.askTTLs()
-		assert.False(t, e.lease("acme").Secret.Renewable, "the mount allows no more than the lease has")
+		assert.False(t, e.lease("acme").Secret.Renewable, "the lease already has the mount's max TTL")
 	})
 }
 
-// With retire_on_revoke=false the end of the last lease leaves the access token in use, whether or not the count is known, where
-// nothing can be revoked at the service. Where the connector cannot be read, the revocation is tried again.
+// With retire_on_revoke=false, and a connector that revokes nothing at the service, the access token stays in use after the last lease
+// is revoked, whether or not the engine knows the count. If the connector cannot be read, the revocation of the lease fails, and Vault
+// tries it again.
 func TestKeepOnRevoke(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -289,7 +290,7 @@ func TestKeepOnRevoke(t *testing.T) {
 	}
 }
 
-// Leases that end while they keep their token are counted off all the same.
+// A lease that is revoked under retire_on_revoke=false is subtracted from the count all the same.
 func TestKeepOnRevokeCounts(t *testing.T) {
 	e := newConfiguredEngine(t)
 	e.addTenant("acme")
@@ -301,7 +302,7 @@ func TestKeepOnRevokeCounts(t *testing.T) {
 	assert.NotEqual(t, accessTokenOf(last), accessTokenOf(e.lease("acme")))
 }
 
-// A lease's natural end is none of its token, also where the process does not know how many leases there are.
+// A lease that expires does not give its access token up, also if the process does not know the count of leases.
 func TestNaturalEndAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -316,7 +317,7 @@ func TestNaturalEndAfterARestart(t *testing.T) {
 	})
 }
 
-// An access token that storage cannot give up is not handed out, though its tenant was not in memory.
+// The tenant is not in memory, and storage fails when its access token is given up: the token is not handed out all the same.
 func TestRevocationOfATenantThatIsNotInMemoryWhileStorageFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -335,7 +336,8 @@ func TestRevocationOfATenantThatIsNotInMemoryWhileStorageFails(t *testing.T) {
 	})
 }
 
-// The end of the last lease on an older access token is tried again where storage fails, however the lease has ended.
+// The last lease on an older access token expires or is revoked, and storage fails: Vault tries the revocation again, and it revokes the
+// token.
 func TestLastLeaseOnAnOlderTokenWhileStorageFails(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -353,7 +355,7 @@ func TestLastLeaseOnAnOlderTokenWhileStorageFails(t *testing.T) {
 	})
 }
 
-// A lease on an access token that has ended costs Vault nothing; neither does one that says nothing.
+// The revocation of a lease on an expired access token, or of a lease without data, needs no storage.
 func TestRevocationOfWhatHasEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -376,16 +378,16 @@ func TestRevocationOfWhatHasEnded(t *testing.T) {
 		e.restart()
 		e.waitForIndex()
 		require.NoError(t, e.revokeLease(lease))
-		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")), "it does not say when it ends, and is revoked")
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")), "without the token's end the lease is revoked like any other")
 	})
 }
 
-// Where storage is read-only, a lease whose end may end its access token at the service waits for the node that may write; any
-// other ends here.
+// On read-only storage, the revocation of a lease that may have to revoke its access token at the service fails, so that Vault sends it
+// to the active node. Any other revocation succeeds here.
 func TestRevocationsOnReadOnlyStorage(t *testing.T) {
 	for name, c := range map[string]struct {
 		fields, tenant map[string]any
-		gone           string // a key that is gone from storage, and from memory
+		gone           string // a key that neither storage nor memory has
 		waits          bool
 	}{
 		"nothing can be revoked":      {fields: classB},
@@ -423,13 +425,13 @@ func TestRevocationsOnReadOnlyStorage(t *testing.T) {
 	}
 }
 
-// What a lease has in Vault's storage, and how long it is, is exactly this.
+// The exact data and TTLs of a lease, as Vault stores them.
 func TestWhatALeaseIs(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("own", map[string]any{"token_per_lease": true})
 		e.add("shared", nil)
-		synctest.Wait() // the index is built, and reads what the test writes
+		synctest.Wait() // the engine reads DefaultLeaseTTLVal while the index is built: the test writes it after that
 		e.system.DefaultLeaseTTLVal = 30 * time.Minute
 		for _, tenant := range []string{"own", "shared"} {
 			secret := e.ok(logical.ReadOperation, "creds/"+tenant, nil).Secret
@@ -441,23 +443,23 @@ func TestWhatALeaseIs(t *testing.T) {
 				want[leaseOwn] = "true"
 			}
 			assert.Equal(t, want, secret.InternalData)
-			assert.Zero(t, secret.TTL, "Vault gives the mount's own")
+			assert.Zero(t, secret.TTL, "Vault gives the lease the mount's default TTL")
 			assert.Equal(t, time.Hour-leaseMargin, secret.MaxTTL)
 			assert.True(t, secret.Renewable)
 		}
 		synctest.Wait()
 		e.system.DefaultLeaseTTLVal = 2 * time.Hour
 		e.node.askTTLs()
-		assert.Equal(t, time.Hour-leaseMargin, e.ok(logical.ReadOperation, "creds/shared", nil).Secret.TTL, "the mount's would have to be cut")
+		assert.Equal(t, time.Hour-leaseMargin, e.ok(logical.ReadOperation, "creds/shared", nil).Secret.TTL, "the mount's default TTL is too long for this lease")
 	})
 }
 
-// A renewal goes by the mount's TTLs of now, ends a second sooner in front of a planned exchange, and needs its tenant.
+// A renewal uses the mount's present TTLs, ends a second earlier before a planned exchange, and fails without its tenant.
 func TestRenewals(t *testing.T) {
 	for name, c := range map[string]struct {
 		kind   func(*oauth2test.Options)
 		fields map[string]any
-		before func(e *oauthEngine) time.Duration // the lease's end
+		before func(e *oauthEngine) time.Duration // how long until the lease's end
 	}{
 		"the token's end": {oauth2test.ClassA, classA, func(e *oauthEngine) time.Duration { return time.Hour - leaseMargin }},
 		"a planned exchange": {oauth2test.ClassD, classD, func(e *oauthEngine) time.Duration {
@@ -489,7 +491,7 @@ func TestRenewals(t *testing.T) {
 	}
 }
 
-// planned is how long it is until the exchange that ends acme's access token.
+// planned returns how long it is until the exchange that ends acme's access token.
 func (e *oauthEngine) planned() time.Duration {
 	_, v := e.tenants.cached("acme")
 	return time.Until(v.access.Planned)

@@ -29,7 +29,7 @@ type logLine struct {
 	Reason    string
 }
 
-// lines are the log's lines from one on.
+// lines returns the log's lines from this line on.
 func (e *engine) lines(from int) (lines []logLine) {
 	e.t.Helper()
 	for text := range strings.Lines(e.log.String()) {
@@ -40,7 +40,7 @@ func (e *engine) lines(from int) (lines []logLine) {
 	return lines[from:]
 }
 
-// says requires that the log has said this since the last time, and no more.
+// says requires that the log has exactly these new lines since the last call.
 func (e *engine) says(seen *int, want ...logLine) {
 	e.t.Helper()
 	synctest.Wait()
@@ -128,7 +128,7 @@ func TestOneLineForEachChangeOfATenantsState(t *testing.T) {
 		readFor(3 * time.Minute)
 		e.says(&seen, about("info", "succeed again", ""))
 
-		e.newToken("acme") // on the portal, which kills the one that Vault has
+		e.newToken("acme") // the user generates a new one on the portal, which ends the one that Vault has
 		e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		require.Equal(t, statusRejected, e.status("acme"))
 		readFor(time.Hour)
@@ -185,7 +185,7 @@ func (s *sender) SendEvent(_ context.Context, event logical.EventType, data *log
 	return s.answer
 }
 
-// counted are the events about a tenant, by type.
+// counted returns the number of events about a tenant, by type.
 func (s *sender) counted(t *testing.T, tenant string) map[string]int {
 	t.Helper()
 	s.mu.Lock()
@@ -194,7 +194,7 @@ func (s *sender) counted(t *testing.T, tenant string) map[string]int {
 	for _, sent := range s.sent {
 		assert.Equal(t, "default", sent["connector"])
 		assert.Equal(t, "tenants/"+sent["tenant"].(string), sent[logical.EventMetadataPath])
-		assert.Len(t, sent, 4, "nothing else is told: %v", sent)
+		assert.Len(t, sent, 4, "an event has other fields than these four: %v", sent)
 		if sent["tenant"] == tenant {
 			count[sent["event"].(string)]++
 		}
@@ -202,7 +202,7 @@ func (s *sender) counted(t *testing.T, tenant string) map[string]int {
 	return count
 }
 
-// restartWith starts the engine anew with another event bus, nil for none.
+// restartWith restarts the engine with another event bus, nil for none.
 func (e *engine) restartWith(events logical.EventSender) {
 	e.t.Helper()
 	e.stop()
@@ -217,9 +217,9 @@ func (e *engine) restartWith(events logical.EventSender) {
 	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))
 }
 
-// live lets three tenants live for a bit longer than a refresh token does: one is
-// rotated, one is rejected, and one ends because Kaizala is down for the last eighth
-// of its life.
+// live lets a little more than the life of a refresh token pass with three tenants:
+// one is rotated, one is rejected, and one expires because Kaizala is down for the
+// last eighth of that time.
 func live(t *testing.T, e *engine, life time.Duration) {
 	t.Helper()
 	e.kaizala.SetRefreshTokenLife(life)
@@ -252,7 +252,7 @@ func TestEvents(t *testing.T) {
 		assert.Equal(t, 1, bus.counted(t, "rejected")[eventRejected])
 		expiring := bus.counted(t, "expiring")
 		assert.Zero(t, expiring[eventRejected]+expiring[eventRotated])
-		assert.Equal(t, 5, expiring[eventExpiring], "one a day, from the moment that a replacement is due")
+		assert.Equal(t, 5, expiring[eventExpiring], "one event a day, from when a replacement is due")
 	})
 }
 
@@ -273,8 +273,8 @@ func TestEventsAreHarmlessWithoutABus(t *testing.T) {
 	}
 }
 
-// What is lost when the engine has to stop while storage fails is said only
-// where it matters: an access token can be had anew.
+// The engine stops while storage fails: the log names a lost refresh token, and not
+// a lost access token, which the engine can get again.
 func TestLostRefreshTokensAreLogged(t *testing.T) {
 	for _, rotated := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -302,7 +302,7 @@ func TestLostRefreshTokensAreLogged(t *testing.T) {
 	}
 }
 
-// A service that takes a connector again is told once, and no tenant and no restart remembers the refusal.
+// The service accepts a connector again: the log says so once, and neither a tenant nor the stored connector has the refusal any more.
 func TestServiceTakesARefusedConnectorAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -328,8 +328,8 @@ func TestServiceTakesARefusedConnectorAgain(t *testing.T) {
 	})
 }
 
-// An answer that was on its way while the service refused the connector shows that it is taken: the tenants that met the refusal
-// do not wait for the next probe.
+// A call is under way when the service refuses the connector in another call, and succeeds then. That shows that the service accepts the
+// connector: the tenant whose call was refused does not wait for the next probe.
 func TestAnswerShowsThatAConnectorIsTaken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -349,7 +349,7 @@ func TestAnswerShowsThatAConnectorIsTaken(t *testing.T) {
 	})
 }
 
-// Two answers that are under way refuse a connector: the log says so once.
+// Two answers refuse a connector at the same time: the log says so once.
 func TestOneLineForTwoRefusalsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

@@ -19,13 +19,13 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// Two flows that meet, one test for each way in which that has gone wrong.
+// Two flows run at the same time. Each test guards one race that has gone wrong before.
 
-// failPuts makes storage take no tenants.
+// failPuts makes storage fail each put of a tenant.
 func (e *engine) failPuts() { e.storage.refuse("put", tenantPrefix) }
 
-// A tenant that was deleted while its first write was being verified stays deleted, also where another write has made it
-// meanwhile: the delete is the last word.
+// A tenant that is deleted while its first write is verified stays deleted, also if another write creates it during the
+// verification: the delete is the last request that ended, so it decides.
 func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 	for name, meanwhile := range map[string]func(*engine){
 		"delete": func(*engine) {},
@@ -46,7 +46,7 @@ func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 				meanwhile(e)
 				e.ok(logical.DeleteOperation, "tenants/acme", nil)
 				assert.Equal(t, http.StatusServiceUnavailable, <-told)
-				synctest.Wait() // the flight drops the record once it has told the writer
+				synctest.Wait() // the flight answers the writer first, and drops the record then
 				assert.Nil(t, e.stored("acme"))
 				assert.Nil(t, e.tenants.named("acme"))
 			})
@@ -54,8 +54,8 @@ func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 	}
 }
 
-// A tenant that is being stored stays in the registry, though the service refuses another first write of it meanwhile: nobody
-// could exchange it any more, and its readers would try without end.
+// A tenant that is being stored stays in the registry when the service refuses another first write of the same tenant. Without its
+// record in the registry no exchange could be made for it, and its readers would try again without end.
 func TestFirstWriteIsRefusedWhileAnotherIsStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -86,12 +86,13 @@ func TestFirstWriteIsRefusedWhileAnotherIsStored(t *testing.T) {
 	})
 }
 
-// A reader of a tenant that is not there leaves no record of it, also where he goes away at the moment when another is done with it.
+// A read of a tenant that does not exist leaves no record of it in memory, also if the reader cancels at the moment when another
+// reader of the same tenant ends.
 func TestReaderOfNoTenantLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.waitForIndex()
-		for range 20 { // either of the two may be the last one
+		for range 20 { // either of the two readers may end last
 			reached, release := e.storage.hold("get", tenantPrefix)
 			var readers sync.WaitGroup
 			readers.Go(func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) })
@@ -107,7 +108,7 @@ func TestReaderOfNoTenantLeaves(t *testing.T) {
 	})
 }
 
-// A write ends the trouble of the refresh token that it replaces, and the backoff: the next read goes to the service.
+// A write of a new refresh token clears the failure and the backoff of the one that it replaces: the next read calls the service.
 func TestWriteEndsTheTroubleBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -124,8 +125,8 @@ func TestWriteEndsTheTroubleBefore(t *testing.T) {
 	})
 }
 
-// What fails with a refresh token that has been replaced meanwhile is no failure of its successor, and readers who waited get the
-// successor's access token.
+// A refresh token is replaced during its exchange, and the exchange fails. The failure does not count for the new refresh token, and
+// the readers who waited get an access token of the new one.
 func TestFailureOfAReplacedTokenIsNobodys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -144,8 +145,8 @@ func TestFailureOfAReplacedTokenIsNobodys(t *testing.T) {
 	})
 }
 
-// Tokens that storage has not taken stay kept when the older access token's lease is revoked; then they are stored, and all is
-// well again.
+// New tokens that storage has not taken stay in memory when a lease on the older access token is revoked. The next write of the
+// tenant stores them, and the tenant's status is ok again.
 func TestRevocationLeavesKeptTokensAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -161,9 +162,9 @@ func TestRevocationLeavesKeptTokensAlone(t *testing.T) {
 		require.NoError(t, e.revokeLease(lease))
 		v := e.tenants.named("acme").view.Load()
 		require.NotNil(t, v.kept)
-		assert.Equal(t, doubted, v.knows, "storage has not what memory knows")
+		assert.Equal(t, doubted, v.knows, "storage does not have the tokens that memory has")
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.held("acme"))
-		e.write("tenants/acme", map[string]any{"ttl": "1h"}) // another write stores them
+		e.write("tenants/acme", map[string]any{"ttl": "1h"}) // this write stores the tokens too
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
 		assert.Equal(t, time.Hour, e.stored("acme").TTL)
 		assert.Equal(t, statusOK, e.status("acme"))
@@ -175,7 +176,7 @@ func TestRevocationLeavesKeptTokensAlone(t *testing.T) {
 	})
 }
 
-// The connector of a tenant that is in memory alone stays.
+// A connector is not deleted while memory has the new tokens of one of its tenants and storage does not.
 func TestConnectorOfKeptTokensStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -192,7 +193,8 @@ func TestConnectorOfKeptTokensStays(t *testing.T) {
 	})
 }
 
-// One tenant's write that hangs costs no other tenant its kept tokens when the engine stops.
+// The engine stops while storage does not answer the write of one tenant: the tokens that memory keeps for another tenant are stored
+// all the same.
 func TestStopSavesBesideAWriteThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -226,7 +228,7 @@ func TestStopSavesBesideAWriteThatHangs(t *testing.T) {
 	})
 }
 
-// What an exchange brings while the engine stops is stored, though storage fails at first, and its event is sent.
+// The tokens of an exchange that ends while the engine stops are stored, also if storage fails at first, and their event is sent.
 func TestStopSavesWhatComesMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -251,7 +253,7 @@ func TestStopSavesWhatComesMeanwhile(t *testing.T) {
 	})
 }
 
-// An exchange that brings nothing leaves storage as it is, but for the note of its call.
+// A failed exchange changes nothing in storage but the note of its call.
 func TestFailedExchangeStoresNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -268,7 +270,7 @@ func TestFailedExchangeStoresNothing(t *testing.T) {
 	})
 }
 
-// A write that storage took without saying so is found, even where nobody reads.
+// Storage takes a write of a tenant and reports an error. The engine finds the tenant without a read of it.
 func TestTenantThatStorageTookUnheardIsInTheIndex(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -301,7 +303,7 @@ func TestUnverifiedWriteIsCheckedForTheConnectorThatItGets(t *testing.T) {
 		e.tenants.loaded.Purge()
 		held := make(chan struct{})
 		binding := e.connectors.record(defaultConnector).binding
-		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // the write has been checked, and waits
+		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // the write has been checked, and waits here
 		go func() {
 			defer close(held)
 			_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": mine, "verify": false})
@@ -315,8 +317,8 @@ func TestUnverifiedWriteIsCheckedForTheConnectorThatItGets(t *testing.T) {
 	})
 }
 
-// A reader and a refresh that come while an operator's refresh token is verified wait for its end, and then go by what is
-// stored: a mistyped one is the writer's alone, and so is what the right one brings.
+// A read and a refresh that come during the verification of a write wait for its end, and then use what is stored. If the written
+// refresh token was wrong, only the write fails. If it was right, the refresh uses it.
 func TestVerificationIsTheWritersAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -348,7 +350,7 @@ func TestVerificationIsTheWritersAlone(t *testing.T) {
 	})
 }
 
-// Of two writes whose settings do not fit together the later one is refused.
+// Two writes come at the same time, and their settings contradict each other: the later one is refused.
 func TestSettingsOfTwoWritesAreValidatedTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -375,7 +377,7 @@ func TestSettingsOfTwoWritesAreValidatedTogether(t *testing.T) {
 	})
 }
 
-// A 429 holds for the connector, whatever has become of the tenant that it was answered to.
+// A 429 pauses the connector, also if the tenant whose exchange got it has been deleted or written since.
 func TestLimitHoldsThoughItsTenantIsGone(t *testing.T) {
 	for name, goes := range map[string]func(*engine){
 		"deleted": func(e *engine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
@@ -406,7 +408,7 @@ func TestLimitHoldsThoughItsTenantIsGone(t *testing.T) {
 	}
 }
 
-// What another node has written while this one was reading is read again.
+// Another node writes a tenant while this node reads it from storage: this node reads it again.
 func TestTenantIsInvalidatedDuringALoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -430,12 +432,12 @@ func TestTenantIsInvalidatedDuringALoad(t *testing.T) {
 	})
 }
 
-// Likewise for a connector.
+// Another node writes a connector while this node reads it from storage: this node reads it again.
 func TestConnectorIsInvalidatedDuringALoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		key := connectorPrefix + defaultConnector
-		e.connectors.invalidate(key) // and nothing reads it in the background
+		e.connectors.invalidate(key) // unlike InvalidateKey, this starts no read in the background
 		var read atomic.Bool
 		e.storage.surround(func(op, at string, do func() error) error {
 			err := do()
@@ -455,7 +457,8 @@ func TestConnectorIsInvalidatedDuringALoad(t *testing.T) {
 	})
 }
 
-// Leases of a process before this one are not counted, and so their access token is given up by the first early end of any.
+// The engine does not know the number of leases that an earlier process gave on an access token. So the first lease on that token
+// that is revoked gives the token up.
 func TestLeasesOfBeforeARestartAreNotForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -469,7 +472,7 @@ func TestLeasesOfBeforeARestartAreNotForgotten(t *testing.T) {
 	})
 }
 
-// A token that was given up stays so in memory until storage has that: it does not leave memory before.
+// A token is given up, and storage does not take that. The tenant then stays in memory, so that the token is not handed out again.
 func TestWhatIsGivenUpInMemoryAloneStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -483,8 +486,8 @@ func TestWhatIsGivenUpInMemoryAloneStays(t *testing.T) {
 	})
 }
 
-// Nobody sees a write that storage has not taken: its refresh token might be replaced by the service, and nothing would know the
-// new one.
+// The engine does not use a written refresh token before storage has taken the write: in an exchange the service might replace it,
+// and the new refresh token would be lost with a write that fails.
 func TestWriteIsNotSeenBeforeItIsStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -511,7 +514,7 @@ func TestWriteIsNotSeenBeforeItIsStored(t *testing.T) {
 	})
 }
 
-// A config write says that exchanges end older access tokens, while one is under way.
+// A config write sets exchange_invalidates during an exchange: the access token of that exchange gets a planned time.
 func TestConfigWriteDuringAnExchangePlansItsToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classB)
@@ -529,8 +532,8 @@ func TestConfigWriteDuringAnExchangePlansItsToken(t *testing.T) {
 	})
 }
 
-// token_per_lease and revocation are switched off while a token for one lease is on its way: once they are on again, the token ends with
-// its lease, and not with the next exchange after a restart.
+// token_per_lease and revocation are switched off during the exchange for a lease's own access token. When revocation is on again,
+// the token ends with its lease, and not with the next exchange after a restart.
 func TestOwnTokenComesWhileRevocationIsSwitchedOff(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -568,7 +571,7 @@ func TestConfigWriteKeepsTheCountOfLeases(t *testing.T) {
 	})
 }
 
-// A call that has its place when the service answers another one with a 429 is not made.
+// A call has its place in the share and is not made yet when the service answers another call with a 429: it is not made.
 func TestPauseStopsACallThatIsAboutToBeMade(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -594,7 +597,7 @@ func TestPauseStopsACallThatIsAboutToBeMade(t *testing.T) {
 	})
 }
 
-// A call that has waited for its place while its connector was written is not even written down.
+// A connector is written while a call of it waits for a place in the share: storage gets no note of that call.
 func TestReplacedConnectorsCallIsNotNoted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -615,7 +618,7 @@ func TestReplacedConnectorsCallIsNotNoted(t *testing.T) {
 	})
 }
 
-// Who verifies a write with a connector that the service refuses is told so, though the share is used up, too.
+// The service refuses a connector, and the connector's share is used up too: the answer to a verified write names the refusal.
 func TestRefusalIsToldThoughTheShareIsUsedUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -630,7 +633,7 @@ func TestRefusalIsToldThoughTheShareIsUsedUp(t *testing.T) {
 	})
 }
 
-// unheard makes storage do what it is asked below a prefix, and say that it has not.
+// unheard makes storage carry out an operation below a prefix, and report an error.
 func (s *storage) unheard(op, prefix string) {
 	s.surround(func(asked, key string, do func() error) error {
 		err := do()
@@ -641,7 +644,7 @@ func (s *storage) unheard(op, prefix string) {
 	})
 }
 
-// once calls f at the first operation of that kind below a prefix, before that is done. over says whether it has.
+// once calls f before the first operation of that kind below a prefix. over returns whether f has been called.
 func (s *storage) once(op, prefix string, f func()) (over func() bool) {
 	var done atomic.Bool
 	s.surround(func(asked, key string, do func() error) error {
@@ -665,8 +668,8 @@ func (s *storage) refuse(op, prefix string) {
 
 var revokeAll = map[string]any{"revocation": "access_token", "exchange_invalidates": false, "revoke_on_delete": true}
 
-// A write or a delete that storage fails leaves a tenant that works: its refresh token lives, and nobody gets the access token
-// that was to be revoked, not after a restart either.
+// Storage fails during a write or a delete: the tenant still works. Its refresh token lives, and no reader gets an access token that
+// has been revoked, also after a restart.
 func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 	for name, c := range map[string]struct {
 		op   logical.Operation
@@ -730,7 +733,7 @@ func TestFailedWriteLeavesATenantThatWorks(t *testing.T) {
 	}
 }
 
-// What a delete leaves is revoked where storage has done it and said that it has not.
+// Storage carries out a delete and reports an error: the tokens of the deleted tenant are revoked all the same.
 func TestDeleteThatStorageDoesUnheardRevokes(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -748,7 +751,8 @@ func TestDeleteThatStorageDoesUnheardRevokes(t *testing.T) {
 	})
 }
 
-// A refresh token that is written before the process knows what is to be revoked is spared all the same.
+// A refresh token waits for its revocation, the process restarts, and the token is written again before the new process has read the
+// intents of revocations: the token is not revoked.
 func TestRefreshTokenIsSparedAfterAStart(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -768,7 +772,7 @@ func TestRefreshTokenIsSparedAfterAStart(t *testing.T) {
 	})
 }
 
-// A delete revokes the refresh token that storage has, where a write before it was taken unheard.
+// Storage takes a write and reports an error, and then the tenant is deleted: the delete revokes the refresh token that storage had.
 func TestDeleteRevokesWhatStorageHas(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -784,8 +788,8 @@ func TestDeleteRevokesWhatStorageHas(t *testing.T) {
 	})
 }
 
-// An access token for one lease that storage took when its reader had got an error is revoked; the record of such a token that
-// storage took unheard is swept.
+// A read of creds fails because storage fails, or reports an error after it has taken the record: the access token for that lease is
+// revoked, and its record is deleted.
 func TestTokenForOneLeaseThatWasNotIssued(t *testing.T) {
 	for _, fail := range []func(*storage){
 		func(s *storage) { s.refuse("put", tenantPrefix) },
@@ -807,8 +811,8 @@ func TestTokenForOneLeaseThatWasNotIssued(t *testing.T) {
 	}
 }
 
-// The process dies before an access token for one lease has its record, and a request reads the tenant before the next process
-// has looked through all tenants, as the one that starts a plugin again does: the token is revoked all the same.
+// The process dies before the access token for one lease has its record. In the next process, a request reads the tenant before the
+// index has listed the tenants; the request that starts a plugin again always does. The token is revoked all the same.
 func TestTenantIsReadBeforeTheIndexLooksAtItsTokenForOneLease(t *testing.T) {
 	for _, request := range []string{"tenants/acme", "token/acme"} {
 		bubble(t, func(t *testing.T) {
@@ -840,8 +844,8 @@ func TestTenantIsReadBeforeTheIndexLooksAtItsTokenForOneLease(t *testing.T) {
 	}
 }
 
-// A write that is not verified has the access token of before revoked at once, and the tenant shows what is pending at the
-// connector that it has left.
+// A write without verification moves a tenant to another connector: the older access token is revoked at once, and the tenant shows
+// the revocations that are pending at the connector that it left.
 func TestTenantThatMovesShowsWhatIsPending(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -864,8 +868,8 @@ func TestTenantThatMovesShowsWhatIsPending(t *testing.T) {
 	})
 }
 
-// A write that the service refuses is no exchange that a process did not live to see: the next process does not ask about it, and
-// ends nobody's access token.
+// The service refuses the verification of a write, and the process restarts. The next process does not take that for an exchange whose
+// answer was lost: it makes no exchange, and so ends no access token.
 func TestRefusedWriteAsksNothingAfterARestart(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classD)
@@ -881,7 +885,8 @@ func TestRefusedWriteAsksNothingAfterARestart(t *testing.T) {
 	})
 }
 
-// A tenant that is scheduled while memory does not have its connector is exchanged as often as that says all the same.
+// A tenant is scheduled while its connector is not in memory: its exchanges come as often as the connector's keep_alive says all the
+// same.
 func TestKeepAliveOfAConnectorThatHasLeftMemory(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -890,7 +895,7 @@ func TestKeepAliveOfAConnectorThatHasLeftMemory(t *testing.T) {
 		e.storage.surround(func(op, key string, do func() error) error {
 			err := do()
 			if op == "put" && key == "tenants/acme" {
-				e.connectors.invalidate(connectorPrefix + defaultConnector) // and nothing reads it in the background
+				e.connectors.invalidate(connectorPrefix + defaultConnector) // unlike InvalidateKey, this starts no read in the background
 			}
 			return err
 		})
@@ -901,7 +906,8 @@ func TestKeepAliveOfAConnectorThatHasLeftMemory(t *testing.T) {
 	})
 }
 
-// Storage forgets the attempts of a tenant that is deleted long after they ended.
+// A tenant is deleted long after its attempts at a grant ended: their records are deleted from storage within a day, and are not read
+// each minute until then.
 func TestAttemptsOfADeletedTenantAreForgotten(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		bubble(t, func(t *testing.T) {
@@ -924,13 +930,13 @@ func TestAttemptsOfADeletedTenantAreForgotten(t *testing.T) {
 				return nil
 			})
 			e.pass(29 * time.Hour)
-			assert.LessOrEqual(t, looks, 3, "a day is no reason to look each minute")
+			assert.LessOrEqual(t, looks, 3, "an attempt that is kept for a day is not read each minute")
 			assert.NotContains(t, e.storedText(), attemptPrefix)
 		})
 	}
 }
 
-// What a config write drops leaves no error behind.
+// A config write that drops the pending revocations also clears their last error.
 func TestDroppedRevocationsLeaveNoError(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -946,8 +952,8 @@ func TestDroppedRevocationsLeaveNoError(t *testing.T) {
 	})
 }
 
-// A call that a config write has overtaken is not made, and gives its place in the share back: whether the write came while the
-// call waited for its place, or while storage took the note of it.
+// A config write comes while a call waits for its place in the share, or while storage takes the note of it: the call is not made, and
+// gives its place back.
 func TestOvertakenCallGivesItsPlaceBack(t *testing.T) {
 	for name, overtake := range map[string]func(*engine, func()){
 		"in the queue": func(e *engine, write func()) {
@@ -980,14 +986,15 @@ func TestOvertakenCallGivesItsPlaceBack(t *testing.T) {
 				time.Sleep(30 * time.Second)
 				e.read("creds/second")
 				overtake(e, func() { e.write("config", map[string]any{"request_timeout": "6s"}) })
-				e.read("creds/third") // with the one place that there is
+				e.read("creds/third") // it takes the only free place
 				assert.Equal(t, 3, e.kaizala.CallCount())
 			})
 		})
 	}
 }
 
-// A verification that begins while its connector is being deleted waits for the delete, and then there is no connector.
+// A verification that begins during the delete of its connector waits for the delete, and is refused: the connector does not exist
+// any more.
 func TestVerificationMeetsTheDeleteOfItsConnector(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -1009,7 +1016,8 @@ func TestVerificationMeetsTheDeleteOfItsConnector(t *testing.T) {
 	})
 }
 
-// A write of settings that storage takes does not replace a new refresh token that storage has just refused again.
+// Memory keeps a new refresh token, and storage refuses it again during a write of settings: the write fails, so that it does not
+// store the older refresh token.
 func TestSettingsDoNotOvertakeKeptTokens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -1035,8 +1043,8 @@ func TestSettingsDoNotOvertakeKeptTokens(t *testing.T) {
 	})
 }
 
-// A connector is not deleted while storage may have a tenant of it though it has said otherwise; and is, once that is known not
-// to be so.
+// Storage reports an error for the write of a tenant. The delete of the tenant's connector then depends on what storage has: it is
+// refused if storage has the tenant, and succeeds if not.
 func TestConnectorOfADoubtedTenant(t *testing.T) {
 	for name, taken := range map[string]bool{"taken": true, "not taken": false} {
 		t.Run(name, func(t *testing.T) {
@@ -1066,7 +1074,7 @@ func TestConnectorOfADoubtedTenant(t *testing.T) {
 	}
 }
 
-// Readers have the access token again that an exchange without a reader was to end, when that exchange has failed.
+// An exchange that would have ended an access token, and that no reader waits for, has failed: readers get that access token again.
 func TestReadersAfterAnExchangeThatEndedNothing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classD)
@@ -1077,7 +1085,7 @@ func TestReadersAfterAnExchangeThatEndedNothing(t *testing.T) {
 		calls := len(e.server.Calls(oauth2test.EndpointToken))
 		e.pass(3 * time.Minute)
 		failed := len(e.server.Calls(oauth2test.EndpointToken))
-		require.Greater(t, failed, calls, "it is tried again though nobody reads")
+		require.Greater(t, failed, calls, "the exchange is tried again without a reader")
 		token := e.read("token/acme")["access_token"].(string)
 		assert.True(t, e.server.Alive(token))
 		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), failed)
@@ -1086,7 +1094,7 @@ func TestReadersAfterAnExchangeThatEndedNothing(t *testing.T) {
 	})
 }
 
-// An access token that storage does not take is kept though no refresh token came with it: the service is not asked again.
+// Storage does not take an access token that came without a new refresh token: memory keeps it, and the service is not called again.
 func TestAccessTokenAloneIsKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -1100,7 +1108,7 @@ func TestAccessTokenAloneIsKept(t *testing.T) {
 	})
 }
 
-// A connector stays while a refresh token is verified with it.
+// A connector is not deleted while a refresh token is verified with it.
 func TestConnectorOfAVerificationStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -1116,7 +1124,8 @@ func TestConnectorOfAVerificationStays(t *testing.T) {
 	})
 }
 
-// Once a connector is taken again, its other tenants are tried at once and not after their own backoff.
+// The service accepts a connector again in the exchange of one tenant: its other tenants are tried at once, and not after their own
+// backoff.
 func TestTenantsOfAConnectorThatIsTakenAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -1130,7 +1139,7 @@ func TestTenantsOfAConnectorThatIsTakenAgain(t *testing.T) {
 		require.Equal(t, statusDegraded, e.status("a"))
 		require.Equal(t, statusDegraded, e.status("b"))
 		e.kaizala.SetConnectorSecret(e.connectorID, e.secret)
-		e.pass(probeEvery) // one of them shows it
+		e.pass(probeEvery) // the exchange of one tenant shows that the service accepts the connector again
 		e.pass(time.Minute)
 		for _, name := range []string{"a", "b"} {
 			assert.Equal(t, originService, e.stored(name).RefreshTokenOrigin)
@@ -1138,8 +1147,8 @@ func TestTenantsOfAConnectorThatIsTakenAgain(t *testing.T) {
 	})
 }
 
-// A delete that overtakes an exchange or a verification ends the refresh token that the service has sent instead of the
-// deleted one, where deletes revoke.
+// A tenant is deleted during an exchange or a verification, at a connector with revoke_on_delete: the new refresh token that the
+// service sends in that exchange is revoked.
 func TestDeleteRevokesTheRefreshTokenThatCameMeanwhile(t *testing.T) {
 	for name, start := range map[string]func(*oauthEngine) (logical.Operation, string, map[string]any){
 		"exchange": func(*oauthEngine) (logical.Operation, string, map[string]any) {
@@ -1173,7 +1182,8 @@ func TestDeleteRevokesTheRefreshTokenThatCameMeanwhile(t *testing.T) {
 	}
 }
 
-// A refresh token that came while its tenant was deleted is not sent past its end, which came with it.
+// A new refresh token comes during the delete of its tenant, with its lifetime: when that has passed, its revocation is not tried any
+// more.
 func TestRevocationOfARefreshTokenThatCameMeanwhileEndsWithIt(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) {
@@ -1181,7 +1191,7 @@ func TestRevocationOfARefreshTokenThatCameMeanwhileEndsWithIt(t *testing.T) {
 			o.RefreshTokenLife, o.RefreshTokenLifeField = time.Hour, "refresh_token_expires_in"
 		}, revokeAll)
 		e.add("acme", nil)
-		e.write("tenants/acme/refresh", nil) // now the end of the one before is known, too
+		e.write("tenants/acme/refresh", nil) // now the end of the refresh token before is known, too
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Process: true, Delay: 5 * time.Second})
 		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
@@ -1196,7 +1206,7 @@ func TestRevocationOfARefreshTokenThatCameMeanwhileEndsWithIt(t *testing.T) {
 	})
 }
 
-// What an exchange brings beside an answer that cannot be used is stored, and so is the write that it verified. The tenant's
+// The answer of a verification has a refresh token and no access token: the refresh token is stored, and so is the write. The tenant's
 // status says what is wrong.
 func TestVerificationThatBringsNoAccessToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -1208,7 +1218,7 @@ func TestVerificationThatBringsNoAccessToken(t *testing.T) {
 	})
 }
 
-// Times of an entry that lie ahead of the clock, for it was wrong when they were written, postpone no exchange.
+// The times of an entry are in the future, because the clock was wrong when they were written: they postpone no exchange.
 func TestEntryOfAWrongClock(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -1225,8 +1235,8 @@ func TestEntryOfAWrongClock(t *testing.T) {
 	})
 }
 
-// A tenant is deleted a second time, after storage has deleted it and said that it has not, while the engine keeps what an exchange of it
-// has brought.
+// Storage deletes a tenant and reports an error, while memory keeps the tokens of an exchange of that tenant. The delete is sent again,
+// and succeeds.
 func TestDeleteIsRepeatedWhileTokensAreKept(t *testing.T) {
 	for name, class := range map[string]map[string]any{"D": classD, "A": revokeAll} {
 		bubble(t, func(t *testing.T) {
@@ -1240,7 +1250,7 @@ func TestDeleteIsRepeatedWhileTokensAreKept(t *testing.T) {
 			_, status, _ = e.try(logical.DeleteOperation, "tenants/acme", nil)
 			require.GreaterOrEqual(t, status, 500, name)
 			e.storage.surround(nil)
-			_, _, _ = e.try(logical.ReadOperation, "tenants/acme", nil) // which finds nothing
+			_, _, _ = e.try(logical.ReadOperation, "tenants/acme", nil) // the tenant is not in storage
 			e.ok(logical.DeleteOperation, "tenants/acme", nil)
 			e.storage.heal()
 			e.pass(time.Minute)

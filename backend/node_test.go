@@ -18,8 +18,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// A node that may not write calls nobody: it sends the request to the one that
-// may, before the service has given it what it could not store.
+// A standby makes no call, because it could not store the answer: it answers
+// ErrReadOnly, and Vault sends the request to the active node.
 func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
 	states := map[string]consts.ReplicationState{
 		"performance standby":   consts.ReplicationPerformanceStandby,
@@ -37,7 +37,7 @@ func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
 				e.kaizala.ResetCalls()
 				e.system.replication.Store(uint32(state))
 
-				assert.Equal(t, token, accessTokenOf(e.lease("warm")), "what is cached is served")
+				assert.Equal(t, token, accessTokenOf(e.lease("warm")), "the stored access token is served")
 				assert.Equal(t, token, e.read("token/warm")["access_token"])
 				for _, request := range []struct {
 					op   logical.Operation
@@ -58,9 +58,9 @@ func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
 				e.pass(30 * time.Hour)
 				assert.Zero(t, e.kaizala.CallCount())
 				assert.Equal(t, ops, e.storage.putsOf(tenantPrefix+"warm"))
-				assert.Equal(t, calls, e.storage.putsOf(callPrefix+"default/0"), "none is even about to be made")
+				assert.Equal(t, calls, e.storage.putsOf(callPrefix+"default/0"), "no call is noted either")
 
-				e.system.replication.Store(0) // it is promoted
+				e.system.replication.Store(0) // the node becomes the active node
 				e.read("creds/warm")
 				e.read("creds/cold")
 			})
@@ -68,7 +68,7 @@ func TestOnlyTheNodeThatMayWriteCalls(t *testing.T) {
 	}
 }
 
-// Once promoted, a node takes up the renewals that the other has left.
+// A standby that becomes the active node makes the renewals that are due.
 func TestPromotedNodeRenews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -88,7 +88,7 @@ func TestPromotedNodeRenews(t *testing.T) {
 func TestLocalMountOfASecondaryWrites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
-		synctest.Wait() // the start asks Vault too
+		synctest.Wait() // the start of the engine asks the system view too
 		e.system.LocalMountVal = true
 		e.system.replication.Store(uint32(consts.ReplicationPerformanceSecondary))
 		e.addTenant("acme")
@@ -97,14 +97,14 @@ func TestLocalMountOfASecondaryWrites(t *testing.T) {
 	})
 }
 
-// Storage that turns read-only under an engine that may write is found out before
-// the service is asked, wherever a new refresh token could come.
+// Storage becomes read-only on a node that Vault says may write: in the rotation
+// window the engine finds that out before it calls the service.
 func TestReadOnlyStorage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
 		e.storage.failWith(func(op, _ string) error {
 			if op == "put" || op == "delete" {
-				// As it arrives from Vault's process: its text, and nothing else.
+				// Through the plugin protocol only the error's text arrives.
 				return &strippedError{logical.ErrReadOnly.Error()}
 			}
 			return nil
@@ -118,7 +118,7 @@ func TestReadOnlyStorage(t *testing.T) {
 		ops := e.storage.ops.Load()
 		e.pass(time.Hour)
 		assert.Zero(t, e.kaizala.CallCount())
-		assert.Less(t, e.storage.ops.Load()-ops, int64(200), "it is not tried all the time")
+		assert.Less(t, e.storage.ops.Load()-ops, int64(200), "the engine does not try without a pause")
 	})
 }
 
@@ -126,8 +126,8 @@ type strippedError struct{ text string }
 
 func (e *strippedError) Error() string { return e.text }
 
-// Every key that the engine writes: under seal wrap where it holds a secret, and
-// dropped from memory when another node has written it.
+// Each key that the engine writes is under seal wrap if its entry has a secret, and
+// is dropped from memory when another node has written it.
 func TestEveryKeyWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -161,7 +161,7 @@ func TestEveryKeyWritten(t *testing.T) {
 				entry := map[string]any{}
 				require.NoError(t, raw.DecodeJSON(&entry))
 				for field := range entry {
-					assert.Contains(t, []string{"format", "tenant", "at", "until"}, field, "a call holds no secret")
+					assert.Contains(t, []string{"format", "tenant", "at", "until"}, field, "the note of a call has no secret")
 				}
 				continue
 			}
@@ -170,7 +170,7 @@ func TestEveryKeyWritten(t *testing.T) {
 			}), "%s is not under seal wrap", key)
 		}
 
-		// Another node changes each entry, and this one is told.
+		// Another node changes each entry, and Vault invalidates the key on this node.
 		for key := range keys {
 			name, isTenant := strings.CutPrefix(key, tenantPrefix)
 			if entry := e.stored(name); isTenant && entry != nil {
@@ -203,10 +203,10 @@ func TestEveryKeyWritten(t *testing.T) {
 	})
 }
 
-// Whether the engine may write is the framework's answer, in each state that Vault can be in.
+// In each replication state of Vault, the engine and the framework agree on whether the node may write.
 func TestMayWriteAsTheFrameworkSays(t *testing.T) {
 	for bits := range consts.ReplicationState(1 << 11) {
-		state := bits * consts.ReplicationPerformancePrimary // the first of eleven
+		state := bits * consts.ReplicationPerformancePrimary // the lowest of the eleven bits
 		for _, local := range []bool{false, true} {
 			view := &logical.StaticSystemView{ReplicationStateVal: state, LocalMountVal: local}
 			var sdk framework.Backend
@@ -216,7 +216,8 @@ func TestMayWriteAsTheFrameworkSays(t *testing.T) {
 	}
 }
 
-// Exchanges that begin while Vault is being asked share one answer, and go by none that Vault was asked for before they began.
+// Exchanges that begin while a question to Vault is under way share the answer to the next question. An exchange never uses an answer to
+// a question from before it began.
 func TestExchangesShareWhatVaultAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		system := newSystem()
@@ -246,6 +247,6 @@ func TestExchangesShareWhatVaultAnswers(t *testing.T) {
 		}
 		system.answers <- struct{}{}
 		assert.True(t, <-ready)
-		assert.EqualValues(t, 4+3, system.asked.Load(), "a node that may not write asks for no TTLs")
+		assert.EqualValues(t, 4+3, system.asked.Load(), "a standby does not ask for the TTLs")
 	})
 }

@@ -17,9 +17,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// Two nodes on one storage: what one writes, the other is told.
+// Two nodes on one storage: each write of one node invalidates the key in the memory of the other node.
 
-// newStandby starts another node on the storage of e, as a performance standby that is told what e writes.
+// newStandby starts another node on the storage of e, as a performance standby: each write of e invalidates the key in its memory.
 func (e *oauthEngine) newStandby() *oauthEngine {
 	other := &oauthEngine{server: e.server, clientID: e.clientID, secret: e.secret}
 	other.engine = &engine{
@@ -34,7 +34,7 @@ func (e *oauthEngine) newStandby() *oauthEngine {
 	return other
 }
 
-// tell has the writes of one node invalidate what the other has in memory.
+// tell makes each write of e invalidate the key in the memory of the other node.
 func (e *oauthEngine) tell(other *oauthEngine) {
 	e.storage.surround(func(op, key string, do func() error) error {
 		err := do()
@@ -45,7 +45,7 @@ func (e *oauthEngine) tell(other *oauthEngine) {
 	})
 }
 
-// mayWrite makes a node one that may write, or a standby.
+// mayWrite makes the node the active node, which may write, or a standby.
 func (e *oauthEngine) mayWrite(may bool) {
 	if may {
 		e.system.replication.Store(0)
@@ -61,7 +61,7 @@ func (e *oauthEngine) mayWrite(may bool) {
 	})
 }
 
-// swap makes the standby the node that may write.
+// swap makes the other node the active node, and e a standby.
 func (e *oauthEngine) swap(other *oauthEngine) {
 	e.storage.heal()
 	e.mayWrite(false)
@@ -69,8 +69,8 @@ func (e *oauthEngine) swap(other *oauthEngine) {
 	other.tell(e)
 }
 
-// swapUnstored gives the right to write to another node, which it returns, after storage has not taken what an exchange of the tenant
-// acme has brought.
+// swapUnstored makes an exchange for the tenant acme whose tokens storage does not take, makes another node the active node, and
+// returns that node.
 func (e *oauthEngine) swapUnstored() (other *oauthEngine) {
 	e.t.Helper()
 	e.add("acme", nil)
@@ -87,7 +87,7 @@ func (e *oauthEngine) swapUnstored() (other *oauthEngine) {
 	return other
 }
 
-// What a standby lists of tenants is at most a minute old.
+// A standby's list of tenants is at most a minute old.
 func TestStandbyListsWhatTheOtherNodeWrites(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -104,7 +104,7 @@ func TestStandbyListsWhatTheOtherNodeWrites(t *testing.T) {
 	})
 }
 
-// A node that becomes the one that may write knows at once which tenants use a connector, and which do not any more.
+// A standby that becomes the active node knows at once which tenants use a connector, and which do not any more.
 func TestPromotedNodeKnowsWhoUsesAConnector(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -126,8 +126,8 @@ func TestPromotedNodeKnowsWhoUsesAConnector(t *testing.T) {
 	})
 }
 
-// A connector is not deleted while somebody still reads the tenant that another node has given it, and not after he has read what
-// the tenant was before.
+// Another node gives a tenant to a connector. The node that becomes the active node refuses to delete that connector while it still
+// reads the tenant from storage, and also after it has read the tenant as it was before the write.
 func TestPromotedNodeStillReadsATenant(t *testing.T) {
 	for _, before := range []bool{false, true} {
 		bubble(t, func(t *testing.T) {
@@ -162,7 +162,7 @@ func TestPromotedNodeStillReadsATenant(t *testing.T) {
 	}
 }
 
-// A refresh token is kept alive by the node that may write now, though another has written the tenant.
+// The active node keeps a refresh token alive, also if another node wrote the tenant.
 func TestPromotedNodeRenewsWhatTheOtherHasMade(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) {
@@ -180,8 +180,8 @@ func TestPromotedNodeRenewsWhatTheOtherHasMade(t *testing.T) {
 	})
 }
 
-// One node ends when the intent for an access token is stored and the tenant has the token still: the other, which has handed it
-// out from memory, does not hand it out once it has revoked it.
+// A node stores the intent of a revocation and stops, and the stored tenant still has the access token. The standby has handed that
+// token out from memory. It becomes the active node, revokes the token, and does not hand it out any more.
 func TestPromotedNodeGoesOnWithAnIntent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -200,7 +200,8 @@ func TestPromotedNodeGoesOnWithAnIntent(t *testing.T) {
 	})
 }
 
-// An intent that is stored while another node reads them all is not lost on that.
+// The active node stores an intent while the standby reads all intents: when the standby becomes the active node, it has that intent
+// too.
 func TestIntentIsStoredWhileAnotherNodeReadsThem(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -229,8 +230,8 @@ func TestIntentIsStoredWhileAnotherNodeReadsThem(t *testing.T) {
 	})
 }
 
-// A refresh token is written again, and its revocation so called off, while another node reads what is to be revoked: once that node
-// may write, it does not revoke the token.
+// A refresh token is written again, which cancels its revocation, while the standby reads the intents: when the standby becomes the
+// active node, it does not revoke the token.
 func TestIntentIsCalledOffWhileAnotherNodeReadsThem(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -260,7 +261,8 @@ func TestIntentIsCalledOffWhileAnotherNodeReadsThem(t *testing.T) {
 	})
 }
 
-// What one node could not store is of before an exchange of the other, and does not replace what that has brought.
+// A node keeps tokens that storage has not taken, and then another node makes an exchange for the same tenant: the older tokens do not
+// replace the newer ones in storage.
 func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassC(o); o.Grace = time.Minute }, classB)
@@ -274,8 +276,8 @@ func TestKeptTokenOfBeforeAnotherNodesExchange(t *testing.T) {
 	})
 }
 
-// A node that could not store what the service sent, and may not write any more, hands out what another node's exchange has brought
-// since.
+// A node keeps tokens that storage has not taken, and becomes a standby. Then another node makes an exchange: the standby hands out the
+// access token of that exchange.
 func TestStandbyWithAKeptTokenServesAnotherNodesExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Minute }, classD)
@@ -289,8 +291,8 @@ func TestStandbyWithAKeptTokenServesAnotherNodesExchange(t *testing.T) {
 	})
 }
 
-// Storage takes neither that an access token was given up nor its intent. Once it takes them, the token is revoked, and a process
-// after this one does not hand it out, though nobody has tried again.
+// Storage takes no intent, so the revocation of a lease fails, and Vault does not try it again. When storage works, the engine revokes
+// the access token by itself, and the next process does not hand it out.
 func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -307,8 +309,8 @@ func TestTokenGivenUpWhileStorageTakesNoIntent(t *testing.T) {
 	})
 }
 
-// What failed on one node is over once another has exchanged the refresh token, or been given another one: the first hands out what
-// came of it, without a warning, and ends it for no reader when it may write again.
+// An exchange fails on one node, and then another node makes an exchange or gets another refresh token. The first node hands out the
+// new access token, without a warning, and makes no exchange that ends it when it becomes the active node again.
 func TestTroubleOfBeforeAnotherNodesExchange(t *testing.T) {
 	for name, heal := range map[string]func(other *oauthEngine){
 		"exchange": func(other *oauthEngine) { other.read("creds/acme") },
@@ -344,13 +346,13 @@ func TestTroubleOfBeforeAnotherNodesExchange(t *testing.T) {
 	}
 }
 
-// Access tokens get their planned ends from a write of exchange_invalidates also where another node has made it, or storage has taken
-// it and not said so: token promises no life after the exchange that ends its token.
+// exchange_invalidates is written on another node, or storage takes the write and reports an error: the access tokens get their planned
+// ends all the same, and the ttl of a token read ends before the exchange that ends its token.
 func TestExchangeInvalidatesIsWrittenElsewhere(t *testing.T) {
 	for name, write := range map[string]func(e, other *oauthEngine){
 		"another node": func(e, other *oauthEngine) {
 			other.write("config", map[string]any{"exchange_invalidates": true})
-			synctest.Wait() // this node reads it in the background
+			synctest.Wait() // this node reads the connector in the background
 		},
 		"not acknowledged": func(e, _ *oauthEngine) {
 			e.storage.surround(func(op, key string, do func() error) error {
@@ -384,7 +386,7 @@ func TestExchangeInvalidatesIsWrittenElsewhere(t *testing.T) {
 	}
 }
 
-// A node that may write again goes on with an attempt that another has begun meanwhile.
+// A node becomes the active node again, and goes on with an attempt that another node has started.
 func TestNodeGoesOnWithAnotherNodesAttempt(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -401,8 +403,8 @@ func TestNodeGoesOnWithAnotherNodesAttempt(t *testing.T) {
 	})
 }
 
-// A standby hands out an access token that storage has taken and said that it has not. Once its lease is revoked, the node that keeps
-// the token does not bring it back.
+// Storage takes an access token and reports an error, so the active node keeps the token in memory. The standby hands it out. When its
+// lease is revoked, the active node does not hand it out or store it again.
 func TestLeaseOnATokenThatTheOtherNodeKeeps(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)

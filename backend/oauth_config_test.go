@@ -98,21 +98,21 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	assert.Equal(t, 400, code)
 	assert.Contains(t, text, "issuer belongs")
 
-	// A map is replaced whole; null and {} empty it; the command line gives a list.
+	// A write replaces the whole map; null and {} make it empty; the command line sends a list.
 	e.write("config", map[string]any{"token_params": []any{"a=1", "b=x=y,z"}})
 	assert.Equal(t, map[string]string{"a": "1", "b": "x=y,z"}, e.read("config")["token_params"])
 	e.ok(logical.PatchOperation, "config", map[string]any{"token_params": map[string]any{"c": "3"}})
 	assert.Equal(t, map[string]string{"c": "3"}, e.read("config")["token_params"])
 	e.ok(logical.PatchOperation, "config", map[string]any{"token_params": map[string]any{}})
 	assert.Empty(t, e.read("config")["token_params"])
-	e.ok(logical.PatchOperation, "config", map[string]any{"issuer": ""}) // there is nothing to ask
+	e.ok(logical.PatchOperation, "config", map[string]any{"issuer": ""}) // no metadata is read
 	for _, confirm := range []any{false, true, nil} {
 		e.ok(logical.PatchOperation, "config", map[string]any{"confirm": confirm, "revoke_on_delete": confirm})
 		assert.Equal(t, confirm != false, e.read("config")["confirm"])
 		assert.Equal(t, confirm == true, e.read("config")["revoke_on_delete"])
 	}
 
-	// Its service and its ID stay while a tenant uses it.
+	// A connector's service and connector_id cannot be changed while a tenant uses it.
 	e.add("acme", nil)
 	for _, body := range []map[string]any{{"service": "kaizala"}, {"connector_id": "another"}} {
 		_, code, text := e.try(logical.UpdateOperation, "config", body)
@@ -180,7 +180,7 @@ func TestOAuthDiscovery(t *testing.T) {
 
 		e.write("config", map[string]any{"issuer": e.server.Issuer()})
 		shown := e.read("config")
-		assert.Equal(t, oauth2test.DefaultURL+"/own", shown["token_url"], "a written one wins")
+		assert.Equal(t, oauth2test.DefaultURL+"/own", shown["token_url"], "a written address is used in place of that of the metadata")
 		assert.Equal(t, e.server.RevocationURL(), shown["revocation_url"])
 		assert.Equal(t, e.server.AuthorizationURL(), shown["authorization_url"])
 		assert.Equal(t, e.server.DeviceURL(), shown["device_authorization_url"])
@@ -191,7 +191,7 @@ func TestOAuthDiscovery(t *testing.T) {
 		e.write("config", map[string]any{"revocation": "access_token", "exchange_invalidates": false})
 		e.restart()
 		assert.Equal(t, e.server.TokenURL(), e.read("config")["token_url"])
-		assert.Len(t, e.server.Calls(), calls, "no call but for a write that names issuer")
+		assert.Len(t, e.server.Calls(), calls, "only a write that names issuer reads the metadata")
 		before = e.read("config")
 		fails(400, "token_url", map[string]any{"issuer": nil})
 		e.write("config", map[string]any{"issuer": nil, "token_url": e.server.TokenURL(), "revocation": "none"})
@@ -210,7 +210,7 @@ func TestOAuthDiscovery(t *testing.T) {
 	})
 }
 
-// Which kinds of service there are is known to their own files alone.
+// Only the files of each kind of service may compare with its name: the rest of the engine works for every kind.
 func TestNothingAsksWhichServiceItIs(t *testing.T) {
 	files, err := filepath.Glob("*.go")
 	require.NoError(t, err)

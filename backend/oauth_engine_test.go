@@ -14,7 +14,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// oauthEngine is an engine whose default connector goes to an authorization server in process.
+// oauthEngine is an engine whose default connector is for an authorization server in process.
 type oauthEngine struct {
 	*engine
 	server   *oauth2test.Server
@@ -22,8 +22,8 @@ type oauthEngine struct {
 	secret   string
 }
 
-// newOAuthEngine starts an engine, and a server of that kind, with a connector of these fields beside the usual ones. A field
-// that is nil is left out.
+// newOAuthEngine starts an engine and a server with these options. The connector has these fields beside the usual ones; a field that
+// is nil is left out.
 func newOAuthEngine(t testing.TB, options func(*oauth2test.Options), fields map[string]any) *oauthEngine {
 	server := oauth2test.New()
 	server.Set(options)
@@ -76,13 +76,13 @@ func (e *oauthEngine) revocations() []oauth2test.Call {
 	return e.server.Calls(oauth2test.EndpointRevocation)
 }
 
-// kept makes sure that no grant was lost, no refresh token used twice, and no token past its end sent.
+// kept asserts that no grant was lost, no refresh token was used twice, and no expired token was sent.
 func (e *oauthEngine) kept() {
 	e.t.Helper()
 	assert.Empty(e.t, e.server.LostGrants())
 	assert.Zero(e.t, e.server.UsedTwice())
 	for _, c := range e.revocations() {
-		assert.False(e.t, c.Expired, "a token past its end is sent")
+		assert.False(e.t, c.Expired, "an expired token is sent")
 	}
 }
 
@@ -95,7 +95,7 @@ func bubble(t *testing.T, f func(t *testing.T)) { synctest.Test(t, f) }
 func TestOAuthSharedTokenIsRevokedWithItsLastLease(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
-		e.add("acme", map[string]any{"retire_on_revoke": false}) // which has no effect here
+		e.add("acme", map[string]any{"retire_on_revoke": false}) // it has no effect at this connector
 		one, other := e.lease("acme"), e.lease("acme")
 		token := accessTokenOf(one)
 		assert.Equal(t, "Bearer", one.Data["token_type"])
@@ -105,27 +105,27 @@ func TestOAuthSharedTokenIsRevokedWithItsLastLease(t *testing.T) {
 		assert.True(t, e.server.Alive(token))
 		assert.Empty(t, e.revocations())
 		e.revoke(other)
-		assert.False(t, e.server.Alive(token), "dead when the revocation returns")
+		assert.False(t, e.server.Alive(token), "the token is revoked when the revocation of the lease returns")
 		assert.Nil(t, e.pending("acme"))
-		e.revoke(other, one) // Vault may call twice
+		e.revoke(other, one) // Vault may revoke a lease twice
 		assert.Len(t, e.revocations(), 1)
 
 		next := e.lease("acme")
 		assert.NotEqual(t, token, accessTokenOf(next))
 		assert.True(t, e.server.Alive(accessTokenOf(next)))
 
-		// A lease's natural end is no revocation.
+		// A lease that expires does not revoke its token.
 		next.Secret.IssueTime = time.Now().Add(-next.Secret.TTL)
 		e.revoke(next)
 		assert.True(t, e.server.Alive(accessTokenOf(next)))
 
-		// A renewal replaces a token with live leases; it is given up with the last of them, however that ends.
+		// A renewal replaces a token with live leases: the older token is revoked when the last of them expires or is revoked.
 		a, b := e.lease("acme"), e.lease("acme")
 		old := accessTokenOf(a)
 		e.pass(50 * time.Minute)
 		current := e.read("token/acme")["access_token"].(string)
 		require.NotEqual(t, old, current)
-		assert.True(t, e.server.Alive(old), "leases on it live")
+		assert.True(t, e.server.Alive(old), "the older token has live leases")
 		e.revoke(a)
 		assert.True(t, e.server.Alive(old))
 		b.Secret.IssueTime, b.Secret.TTL = time.Now().Add(-time.Minute), time.Minute
@@ -152,7 +152,7 @@ func TestOAuthHeldTokenOutlivesARestart(t *testing.T) {
 		e.pass(15 * time.Minute)
 		held, err := e.storage.List(context.Background(), heldPrefix)
 		require.NoError(t, err)
-		assert.Empty(t, held, "records do not outlive their tokens")
+		assert.Empty(t, held, "the records of tokens are deleted with them")
 		e.kept()
 	})
 }

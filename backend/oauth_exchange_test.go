@@ -40,7 +40,7 @@ func TestOAuthRotation(t *testing.T) {
 	}
 }
 
-// Who is told what, how often the service is asked, and what becomes of the tenant.
+// For each refusal: the status that a reader gets, the number of calls, and the status of the tenant.
 func TestOAuthRefusals(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault        oauth2test.Fault
@@ -88,7 +88,7 @@ func TestOAuthRefusals(t *testing.T) {
 	}
 }
 
-// A lost answer is followed by one more try at once, and no more.
+// After a lost answer the engine tries once more at once, and then waits for the backoff.
 func TestOAuthLostAnswer(t *testing.T) {
 	lost := map[string]oauth2test.Fault{
 		"reset": {Process: true, Reset: true}, "cut": {Truncate: true}, "cut quietly": {TruncateQuietly: true},
@@ -122,8 +122,8 @@ func TestOAuthLostAnswer(t *testing.T) {
 	}
 }
 
-// A lost answer whose retry is refused, or fails, may have ended the access token of before: the backoff holds and not the
-// planned time, and after it nobody gets that token.
+// The answer of an exchange is lost, and its retry is refused or fails: the older access token may have ended at the service. The next
+// exchange waits for the backoff and not for the planned time, and after that no reader gets the older token.
 func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 	lose := func(t *testing.T, grace time.Duration, retry ...oauth2test.Fault) (e *oauthEngine, dead string) {
 		e = newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = grace }, nil)
@@ -153,7 +153,7 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 			assert.Equal(t, statusDegraded, e.status("acme"))
 			e.server.ClearFaults()
 			time.Sleep(time.Minute)
-			assert.Equal(t, statusOK, e.status("acme"), "nobody had to ask")
+			assert.Equal(t, statusOK, e.status("acme"), "without a read")
 			assert.NotEqual(t, dead, e.read("token/acme")["access_token"])
 			assert.Empty(t, e.server.LostGrants())
 		})
@@ -176,7 +176,7 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 			})
 			_, code, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 			assert.Equal(t, 503, code)
-			assert.Contains(t, text, "closed the connection", "the first request is what has failed")
+			assert.Contains(t, text, "closed the connection", "the text names the failure of the first request")
 			_, _, _ = e.try(logical.ReadOperation, "token/acme", nil)
 			assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2, "the backoff holds")
 			e.storage.heal()
@@ -198,7 +198,7 @@ func TestOAuthLostAnswerAndARetryThatFails(t *testing.T) {
 	})
 }
 
-// The process dies while the answer to an exchange is under way: the next one tries at once, within the service's grace.
+// The process dies before the answer to an exchange arrives: the next process tries at once, within the service's grace.
 func TestOAuthExchangeThatAProcessDidNotLiveToSee(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = 10 * time.Second }, nil)
@@ -214,16 +214,16 @@ func TestOAuthExchangeThatAProcessDidNotLiveToSee(t *testing.T) {
 		e.crash()
 		synctest.Wait()
 		time.Sleep(2 * time.Second)
-		assert.True(t, e.server.Alive(e.stored("acme").Access.Token), "nobody had to ask")
+		assert.True(t, e.server.Alive(e.stored("acme").Access.Token), "without a read")
 		assert.Equal(t, statusOK, e.status("acme"))
 		assert.Equal(t, 1, e.server.GraceUses())
-		assert.Equal(t, 1, e.server.Exchanges("quiet"), "whose exchange was settled")
+		assert.Equal(t, 1, e.server.Exchanges("quiet"), "the answer to its exchange had arrived")
 		e.crash()
 		time.Sleep(time.Minute)
 		assert.Equal(t, 3, e.server.Exchanges("acme"))
 		assert.Empty(t, e.server.LostGrants())
 	})
-	// One that was refused by an answer is settled: the leases on the token of before live.
+	// An exchange that the service has refused has its answer: the leases on the older token live.
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
 		e.add("acme", nil)
@@ -239,8 +239,8 @@ func TestOAuthExchangeThatAProcessDidNotLiveToSee(t *testing.T) {
 	})
 }
 
-// The verification of another refresh token, of which no answer came, is nothing that the next process has to ask about: the leases on
-// the access token live.
+// No answer came to the verification of another refresh token. After a restart the next process makes no exchange because of that, and
+// the leases on the access token live.
 func TestOAuthRestartAfterAVerificationWithoutAnswer(t *testing.T) {
 	verify := func(e *oauthEngine, fault oauth2test.Fault) {
 		fault.User = "other"
@@ -271,8 +271,8 @@ func TestOAuthRestartAfterAVerificationWithoutAnswer(t *testing.T) {
 	}
 }
 
-// A call that was noted while the host's clock was a day ahead, or moments ahead of the next host's, is no lost answer of an exchange
-// that was stored: the restarts after it are silent.
+// A call was noted while the host's clock was a day ahead, or moments ahead of the next host's, and its exchange was stored. After a
+// restart the engine does not take it for an exchange whose answer was lost, and makes no call.
 func TestOAuthRestartAfterAWrongClock(t *testing.T) {
 	for _, ahead := range []time.Duration{30 * time.Second, day} {
 		bubble(t, func(t *testing.T) {
@@ -327,7 +327,7 @@ func TestOAuthLives(t *testing.T) {
 		assert.Equal(t, stamp(set.Add(240*time.Hour)), status["refresh_token_expire_time"])
 		assert.NotContains(t, status, "kind")
 		assert.NotContains(t, status, "group_id")
-		// From 90 % on it is exchanged once in life/300, and an assumed end stops nothing.
+		// From 90 % of its life on, the refresh token is exchanged once in life/300, also after its assumed end.
 		e.pass(218 * time.Hour)
 		before := e.server.Exchanges("acme")
 		e.pass(8 * time.Hour)
@@ -335,7 +335,7 @@ func TestOAuthLives(t *testing.T) {
 		e.pass(20 * time.Hour)
 		status = e.read("tenants/acme")
 		assert.Equal(t, statusOK, status["status"])
-		assert.NotContains(t, status, "refresh_token_expire_time", "it has outlived what was assumed")
+		assert.NotContains(t, status, "refresh_token_expire_time", "the refresh token has lived past its assumed end")
 		e.read("creds/acme")
 	})
 	bubble(t, func(t *testing.T) {
@@ -345,8 +345,8 @@ func TestOAuthLives(t *testing.T) {
 		}, nil)
 		e.add("acme", nil)
 		_, code, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-		assert.Equal(t, 503, code, "handed out to nobody")
-		assert.Equal(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken, "and it costs no refresh token")
+		assert.Equal(t, 503, code, "no reader gets the access token")
+		assert.Equal(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken, "the new refresh token is stored")
 		e.kept()
 	})
 	for _, odd := range []oauth2test.ExpiresIn{oauth2test.ExpiresInDecimal, oauth2test.ExpiresInString, oauth2test.ExpiresInNull, oauth2test.ExpiresInEmpty} {
@@ -358,7 +358,7 @@ func TestOAuthLives(t *testing.T) {
 	}
 }
 
-// Tokens that the engine receives and does not keep are given up.
+// The engine revokes the access tokens that it receives and does not use.
 func TestOAuthSupersededTokensAreGivenUp(t *testing.T) {
 	for name, meanwhile := range map[string]func(*oauthEngine){
 		"delete": func(e *oauthEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
@@ -371,7 +371,7 @@ func TestOAuthSupersededTokensAreGivenUp(t *testing.T) {
 				e := newOAuthEngine(t, oauth2test.ClassA, classA)
 				e.add("acme", nil)
 				lease := e.lease("acme")
-				e.pass(50 * time.Minute) // leases live on a token that is replaced
+				e.pass(50 * time.Minute) // leases live on an access token that is replaced by then
 				e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
 				go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
 				synctest.Wait()
@@ -382,7 +382,7 @@ func TestOAuthSupersededTokensAreGivenUp(t *testing.T) {
 				synctest.Wait()
 				var kept []string
 				if entry := e.stored("acme"); entry != nil {
-					kept = append(kept, entry.Access.Token) // refresh goes on with what was written
+					kept = append(kept, entry.Access.Token) // refresh uses the refresh token that was written
 				}
 				assert.ElementsMatch(t, kept, e.server.AccessTokens("acme"))
 				assert.False(t, e.server.Alive(accessTokenOf(lease)))
@@ -392,7 +392,7 @@ func TestOAuthSupersededTokensAreGivenUp(t *testing.T) {
 	}
 }
 
-// fakeSettings are a third kind of service: everything that the engine needs of one, in one place.
+// fakeSettings are a third kind of service. They show everything that the engine needs of a kind.
 type fakeSettings struct {
 	Greeting string `json:"greeting"`
 }

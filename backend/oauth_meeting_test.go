@@ -17,9 +17,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// Two flows that meet at a connector of service=oauth2, one test for each way in which that has gone wrong.
+// Two flows run at the same time at a connector of service=oauth2. Each test guards one race that has gone wrong before.
 
-// hold holds the first operation of that kind below a prefix, from the time that reached is closed until release is called.
+// hold holds the first operation of that kind below a prefix: it closes reached, and the operation goes on when release is called.
 func (s *storage) hold(op, prefix string) (reached chan struct{}, release func()) {
 	reached, held := make(chan struct{}), make(chan struct{})
 	var once sync.Once
@@ -35,8 +35,8 @@ func (s *storage) hold(op, prefix string) (reached chan struct{}, release func()
 	return reached, func() { close(held) }
 }
 
-// An access token that is in use is renewed ahead of its end though its tenant has left memory meanwhile; one that no reader has
-// had is not.
+// An access token that a reader has got is renewed before its end, also if its tenant has left memory since. An access token that no
+// reader has got is not renewed.
 func TestTokenInUseLeavesMemory(t *testing.T) {
 	for name, class := range map[string]map[string]any{"B": classB, "D": classD} {
 		t.Run(name, func(t *testing.T) {
@@ -54,14 +54,14 @@ func TestTokenInUseLeavesMemory(t *testing.T) {
 				assert.Equal(t, 2, e.server.Exchanges("busy"))
 				assert.Equal(t, 1, e.server.Exchanges("idle"))
 				e.pass(2 * time.Hour)
-				assert.Equal(t, 2, e.server.Exchanges("busy"), "the new one was not read")
+				assert.Equal(t, 2, e.server.Exchanges("busy"), "no reader got the new access token")
 			})
 		})
 	}
 }
 
-// A last lease is revoked when memory does not have the connector, for storage has failed to take a write of it or another node has
-// written it: the exchange that ends the access token is owed even so, and made after a restart.
+// The last lease is revoked while memory does not have the connector, because storage has failed a write of it or another node has
+// written it. The exchange that ends the access token is pending all the same, and is made after a restart.
 func TestExchangeIsOwedAtAConnectorThatLeftMemory(t *testing.T) {
 	for name, leave := range map[string]func(*oauthEngine){
 		"failed write": func(e *oauthEngine) {
@@ -70,7 +70,7 @@ func TestExchangeIsOwedAtAConnectorThatLeftMemory(t *testing.T) {
 			require.GreaterOrEqual(e.t, status, 500)
 			e.storage.heal()
 		},
-		"another node": func(e *oauthEngine) { e.connectors.invalidate(connectorPrefix + defaultConnector) }, // and has not read it again
+		"another node": func(e *oauthEngine) { e.connectors.invalidate(connectorPrefix + defaultConnector) }, // the connector has not been read again
 	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
@@ -91,8 +91,8 @@ func TestExchangeIsOwedAtAConnectorThatLeftMemory(t *testing.T) {
 	}
 }
 
-// A delete, or a write of another refresh token, that comes while the record of an access token for one lease is stored leaves
-// the token to that lease.
+// A delete, or a write of another refresh token, comes while the record of an access token for one lease is stored: the access token
+// lives as long as that lease.
 func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {
 	for name, end := range map[string]func(*oauthEngine){
 		"delete": func(e *oauthEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
@@ -124,8 +124,8 @@ func TestTokenForOneLeaseOutlivesItsTenant(t *testing.T) {
 	}
 }
 
-// A reader who waits for an access token of his own gets a lease on the shared one where token_per_lease is taken from the tenant
-// meanwhile, and that lease counts.
+// A write sets token_per_lease=false while a reader waits for an access token of his own: he gets a lease on the shared access token,
+// and that lease is counted.
 func TestTokenPerLeaseIsTakenFromAReaderWhoWaits(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -150,8 +150,8 @@ func TestTokenPerLeaseIsTakenFromAReaderWhoWaits(t *testing.T) {
 	})
 }
 
-// The last lease on an access token ends early while storage takes the next one: the token is revoked, whether the lease was
-// there before or has come meanwhile.
+// The last lease on an access token is revoked while storage takes the next access token: the older token is revoked, whether the
+// lease was given before or during that write.
 func TestLastLeaseEndsWhileTheNextTokenIsStored(t *testing.T) {
 	for _, before := range []bool{true, false} {
 		bubble(t, func(t *testing.T) {
@@ -183,7 +183,8 @@ func TestLastLeaseEndsWhileTheNextTokenIsStored(t *testing.T) {
 	}
 }
 
-// A min_ttl that is written while leases live on an access token counts for the next one: no exchange ends theirs before them.
+// A min_ttl that is written while leases live on an access token applies to the next token: no exchange ends the older token before
+// its leases end.
 func TestMinTTLIsWrittenWhileLeasesLive(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -201,7 +202,7 @@ func TestMinTTLIsWrittenWhileLeasesLive(t *testing.T) {
 	})
 }
 
-// The reader whose exchange fails at its planned time gets the access token that lives on, as those after him do.
+// An exchange fails at its planned time: its reader gets the older access token, which still lives, and so does the next reader.
 func TestReaderWhosePlannedExchangeFails(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -220,7 +221,7 @@ func TestReaderWhosePlannedExchangeFails(t *testing.T) {
 	})
 }
 
-// crowd spends the share of a connector with 5 calls a minute.
+// crowd uses up the share of a connector with 5 calls a minute.
 func (e *oauthEngine) crowd() {
 	for _, name := range []string{"a", "b", "c", "d", "e"} {
 		e.add(name, nil)
@@ -228,8 +229,8 @@ func (e *oauthEngine) crowd() {
 	}
 }
 
-// While the share permits no exchange at its planned time, each reader has the access token that lives, also after an exchange
-// that has failed. Its leases hold though settings are written and the share grows meanwhile.
+// The share has no place for an exchange at its planned time: each reader gets the older access token, also after an exchange that has
+// failed. That token lives until the leases end, also if a write of settings or a larger share permits an exchange before.
 func TestPlannedExchangeWithoutAPlaceInTheShare(t *testing.T) {
 	for _, failed := range []bool{false, true} {
 		bubble(t, func(t *testing.T) {
@@ -263,9 +264,9 @@ func TestPlannedExchangeWithoutAPlaceInTheShare(t *testing.T) {
 	}
 }
 
-// Leases that are given because the planned exchange has failed, or was not permitted, hold though it could be made before them:
-// storage is healed, the connector is written, the share has grown. A reader to whom the access token is not usable any more is
-// told so, and does not end it.
+// Leases are given because the planned exchange has failed or has no place. Then it becomes possible before the leases end: storage
+// works again, the connector is written, or the share grows. The access token still lives until the leases end. A reader who comes
+// when the token is too near its end for a lease gets an error, and no exchange.
 func TestLeasesHoldOnceThePlannedExchangeCouldBeMade(t *testing.T) {
 	for name, c := range map[string]struct {
 		before, after func(*oauthEngine)
@@ -307,8 +308,8 @@ func TestLeasesHoldOnceThePlannedExchangeCouldBeMade(t *testing.T) {
 	}
 }
 
-// A lease that is given until the next try of a failed exchange, and that Vault registers a moment later, holds though the tenant
-// leaves memory meanwhile.
+// A lease lasts until the next try of a failed exchange, and Vault registers it a moment after the engine's answer. Its access token
+// lives until its end, also if the tenant leaves memory before.
 func TestTenantLeavesMemoryWhileThePlannedExchangeFails(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -330,8 +331,8 @@ func TestTenantLeavesMemoryWhileThePlannedExchangeFails(t *testing.T) {
 	})
 }
 
-// A restart after an exchange that was noted and never made, because storage failed or the service had asked for a pause meanwhile,
-// is silent: nobody takes it for one whose answer was lost.
+// An exchange is noted in storage and not made, because storage fails or the service asks for a pause. After a restart the engine does
+// not take it for an exchange whose answer was lost, and makes no call.
 func TestRestartAfterAnExchangeThatWasNotMade(t *testing.T) {
 	for name, refuse := range map[string]func(*oauthEngine){
 		"storage": func(e *oauthEngine) {
@@ -371,8 +372,8 @@ func TestRestartAfterAnExchangeThatWasNotMade(t *testing.T) {
 	}
 }
 
-// The process dies when the intent for a deleted tenant's refresh token is stored and the tenant is not deleted yet: the tenant
-// works on, and the next delete revokes the refresh token.
+// The process dies during a delete, between the write of the intent for the refresh token and the delete of the tenant: the tenant
+// still works, and the next delete revokes the refresh token.
 func TestProcessDiesDuringADelete(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -406,8 +407,8 @@ func TestProcessDiesDuringADelete(t *testing.T) {
 	})
 }
 
-// The process dies when the intent for a last lease's access token is stored and the tenant has the token still, and the next one
-// cannot read the tenant at first: it does not hand the token out when it can, though the token has been revoked.
+// The last lease is revoked, and the process dies when the intent is stored and the stored tenant still has the access token. The next
+// process cannot read the tenant at first, and revokes the token. When it can read the tenant, it does not hand the token out.
 func TestProcessDiesWhileATokenIsGivenUp(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -439,7 +440,7 @@ func TestProcessDiesWhileATokenIsGivenUp(t *testing.T) {
 	})
 }
 
-// A revocation whose call fails after a config write has dropped it leaves no error behind.
+// A config write drops a revocation during its call, and the call fails: last_revocation_error stays empty.
 func TestRevocationIsDroppedDuringItsCall(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -455,8 +456,8 @@ func TestRevocationIsDroppedDuringItsCall(t *testing.T) {
 	})
 }
 
-// The Retry-After of an answer that refuses the connector is heeded once. Who is told of the refusal later, without a call, does
-// not prolong it beyond the write that ends the refusal.
+// An answer that refuses the connector has a Retry-After: it pauses the connector once. A later request that is refused without a call
+// does not start the pause again, so after the write that ends the refusal a reader is served at once.
 func TestRefusalPausesOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -474,7 +475,7 @@ func TestRefusalPausesOnce(t *testing.T) {
 	})
 }
 
-// A verified write gives up the access token that an exchange before it has brought and storage has not taken.
+// Memory keeps an access token that storage has not taken: a verified write gives it up.
 func TestVerifiedWriteGivesUpAKeptToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -491,8 +492,8 @@ func TestVerifiedWriteGivesUpAKeptToken(t *testing.T) {
 	})
 }
 
-// A tenant with token_per_lease does not get a connector from which a config write takes what that needs, while the tenant's
-// write waits for the config write.
+// A config write takes from a connector the revocation that token_per_lease needs. A write that gives this connector to a tenant with
+// token_per_lease waits for the config write, and is refused.
 func TestConfigWriteMeetsTokenPerLease(t *testing.T) {
 	for _, verify := range []bool{true, false} {
 		bubble(t, func(t *testing.T) {
@@ -521,8 +522,8 @@ func TestConfigWriteMeetsTokenPerLease(t *testing.T) {
 	}
 }
 
-// Storage does not take that an access token was given up. Once it takes it, a process after this one does not hand the token out,
-// though nobody has tried again and the token has been revoked meanwhile.
+// Storage fails when an access token is given up, and Vault does not try the revocation of its lease again. When storage works, the
+// engine stores that by itself and revokes the token: the next process does not hand it out.
 func TestEndOfATokenThatStorageHasNotTaken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -539,8 +540,8 @@ func TestEndOfATokenThatStorageHasNotTaken(t *testing.T) {
 	})
 }
 
-// Two ends of one lease give its access token up, one while storage deletes the intent of the other: no intent is left that memory
-// does not know.
+// Two revocations of the same lease give its access token up, one while storage deletes the intent of the other: no intent stays in
+// storage.
 func TestAccessTokenIsGivenUpWhileItsIntentIsSettled(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -574,7 +575,7 @@ func TestAccessTokenIsGivenUpWhileItsIntentIsSettled(t *testing.T) {
 	})
 }
 
-// departed is the context of a reader who leaves unseen: it has ended, and has not told of it yet.
+// departed is the context of a reader who cancels: Err returns the cancellation, and Done is not closed yet.
 type departed struct {
 	context.Context
 	gone atomic.Bool
@@ -587,8 +588,8 @@ func (c *departed) Err() error {
 	return nil
 }
 
-// An access token for one lease is revoked where its reader has left by the time that the lease is to be given: Vault may not
-// have registered it.
+// The reader cancels before he gets the lease on an access token of his own: the token is revoked, because Vault may not have
+// registered the lease.
 func TestReaderLeavesBeforeHisOwnTokenIsLeased(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -608,11 +609,11 @@ func TestReaderLeavesBeforeHisOwnTokenIsLeased(t *testing.T) {
 	})
 }
 
-// A reader stops waiting, or goes away, while the record of the access token for his lease is stored, or as it has been stored:
-// nobody has the token, so it is revoked, or he gets it after all.
+// A reader stops waiting or cancels while the record of the access token for his lease is stored, or just after. Either he gets the
+// token, or it is revoked.
 func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 	for _, gone := range []bool{false, true} {
-		for _, late := range []time.Duration{0, time.Second} { // how long after he has left the record is stored
+		for _, late := range []time.Duration{0, time.Second} { // the record is stored so long after he has left
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, oauth2test.ClassA, classA)
 				e.add("acme", map[string]any{"token_per_lease": true})
@@ -632,7 +633,7 @@ func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 				resp, status, _ := e.tryContext(ctx, logical.ReadOperation, "creds/acme", nil)
 				e.pass(time.Minute)
 				if status == http.StatusOK {
-					require.False(t, gone && late > 0) // at one moment, either may come first
+					require.False(t, gone && late > 0) // with late=0 both come at the same moment, in either order
 					require.Equal(t, []string{accessTokenOf(resp)}, e.server.AccessTokens("acme"))
 					e.revoke(resp)
 				}
@@ -643,7 +644,7 @@ func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 	}
 }
 
-// A write of the connector alone stores first what storage has not taken yet: the refresh token that it goes on with.
+// Memory keeps a refresh token that storage has not taken. A write of the connector alone goes on with that refresh token, and stores it.
 func TestConnectorAloneIsWrittenWhileTokensAreKept(t *testing.T) {
 	for name, verify := range map[string]any{"verified": true, "unverified": false} {
 		t.Run(name, func(t *testing.T) {
@@ -670,7 +671,7 @@ func TestConnectorAloneIsWrittenWhileTokensAreKept(t *testing.T) {
 	}
 }
 
-// The access token of a verification that storage has not taken is revoked, beside a tenant that has none.
+// Storage does not take a verified write of a tenant without an access token: the access token of the verification is revoked.
 func TestAccessTokenOfAVerificationThatIsNotStored(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, classA)
@@ -687,7 +688,7 @@ func TestAccessTokenOfAVerificationThatIsNotStored(t *testing.T) {
 	})
 }
 
-// A connector that is replaced while its call is noted, and that storage cannot give then, fails the exchange by name.
+// A connector is replaced while its call is noted, and storage fails to read the new one: the error of the exchange names storage.
 func TestConnectorIsReplacedAndCannotBeRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -706,8 +707,8 @@ func TestConnectorIsReplacedAndCannotBeRead(t *testing.T) {
 	})
 }
 
-// Storage takes what an exchange has brought and says that it has not. Nobody has the access token before the engine knows that it is
-// stored: its leases are counted from then on, and once it is given up it does not come back.
+// Storage takes the tokens of an exchange and reports an error. No reader gets the access token before the engine knows that it is
+// stored. Its leases are counted from then on, and once it is given up it does not come back.
 func TestTokenThatStorageTookUnheardIsCounted(t *testing.T) {
 	for name, c := range map[string]struct {
 		class    func(*oauth2test.Options)
@@ -741,8 +742,8 @@ func TestTokenThatStorageTookUnheardIsCounted(t *testing.T) {
 	}
 }
 
-// Storage takes a renewal and says that it has not. The leases on the access token before it keep their count, and those that come
-// before the engine knows are part of it.
+// Storage takes a renewed access token and reports an error. The engine goes on with the count of the leases on the older token, and
+// leases that are given before the engine knows what storage has are counted there too.
 func TestCountOfLeasesOutlivesARenewalThatStorageTookUnheard(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -759,7 +760,7 @@ func TestCountOfLeasesOutlivesARenewalThatStorageTookUnheard(t *testing.T) {
 				heard = true
 				return errStorage
 			default:
-				leases = append(leases, e.lease("acme")) // storage has been read, and is told again
+				leases = append(leases, e.lease("acme")) // the engine has read storage, and writes again
 			}
 			return err
 		})

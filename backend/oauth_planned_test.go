@@ -30,8 +30,8 @@ func (e *engine) renewLease(lease *logical.Response, increment time.Duration) (t
 	return time.Now().Add(ttl), err == nil
 }
 
-// Ten minutes of readers who also renew, read token and ask for min_ttl, and a restart in between: no access token dies before
-// its lease, or before the ttl that token has told.
+// For ten minutes, with a restart in between, readers read creds and token, some with min_ttl, and renew leases: no access token ends
+// before a lease on it, or before the ttl of a token read.
 func TestOAuthNoTokenDiesBeforeItsLease(t *testing.T) {
 	for _, life := range []time.Duration{6 * time.Second, time.Minute, 5 * time.Minute} {
 		t.Run(life.String(), func(t *testing.T) {
@@ -117,7 +117,7 @@ func TestOAuthNoTokenDiesBeforeItsLease(t *testing.T) {
 	}
 }
 
-// The numbers of the contract: X, C, what a lease and token's ttl last, and what is refused.
+// The numbers of the contract: the times X and C, the length of a lease and of a token read's ttl, and which min_ttl is refused.
 func TestOAuthPlannedExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -139,25 +139,25 @@ func TestOAuthPlannedExchange(t *testing.T) {
 		_, status, text = e.try(logical.ReadOperation, "creds/acme", map[string]any{"min_ttl": "29m"})
 		assert.Equal(t, 400, status)
 		assert.Contains(t, text, c.Truncate(time.Second).Format("15:04:05"))
-		assert.Equal(t, 1, e.server.Exchanges("acme"), "it brings no exchange forward")
+		assert.Equal(t, 1, e.server.Exchanges("acme"), "min_ttl makes no exchange earlier")
 		end, ok := e.renewLease(lease, 10*time.Hour)
 		require.True(t, ok)
 		assert.LessOrEqual(t, end, c)
 		assert.Greater(t, end, c.Add(-2*time.Second))
 
-		// A read shortly before C waits for it, and for the end of a lease that Vault has registered a moment late.
+		// A read shortly before C waits for C, and for the end of a lease that Vault registered a moment after the engine's answer.
 		time.Sleep(time.Until(c) - 5*time.Second + time.Millisecond)
 		next := e.lease("acme")
 		assert.Equal(t, begun.Add(whole+leaseRegistered).UTC(), time.Now().UTC())
 		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(next))
 		assert.Equal(t, 2, e.server.Exchanges("acme"))
 
-		// refresh ends the token under its leases, and says so.
+		// refresh ends the access token before its leases end, and its answer says so.
 		resp := e.write("tenants/acme/refresh", nil)
 		require.NotEmpty(t, resp.Warnings)
 		assert.Contains(t, resp.Warnings[0], "leases on it are of no use")
 
-		// The renewer exchanges at X, where the token was read.
+		// The renewer makes an exchange at X if a reader got the access token.
 		e.read("token/acme")
 		x := e.stored("acme").Access.Planned
 		exchanges := e.server.Exchanges("acme")
@@ -165,7 +165,7 @@ func TestOAuthPlannedExchange(t *testing.T) {
 		assert.Equal(t, exchanges, e.server.Exchanges("acme"))
 		time.Sleep(time.Second)
 		assert.Equal(t, exchanges+1, e.server.Exchanges("acme"))
-		// It was not read: nobody exchanges it but keep_alive.
+		// No reader got the new access token, so the next exchange is that of keep_alive.
 		e.pass(50 * time.Hour)
 		assert.Equal(t, exchanges+1, e.server.Exchanges("acme"))
 		e.pass(22 * time.Hour)
@@ -174,7 +174,7 @@ func TestOAuthPlannedExchange(t *testing.T) {
 	})
 }
 
-// When the exchange at X fails, the token lives on, and the next try is what leases end by.
+// The exchange at X fails: the access token still lives, and new leases on it end before the next try.
 func TestOAuthPlannedExchangeFails(t *testing.T) {
 	for name, fault := range map[string]oauth2test.Fault{
 		"outage": {Answer: oauth2test.BadGateway, Times: 1},
@@ -206,7 +206,8 @@ func TestOAuthPlannedExchangeFails(t *testing.T) {
 	}
 }
 
-// While a pause that another tenant's answer has begun permits no exchange, readers have the token that lives.
+// The answer to another tenant's exchange has paused the connector, so no exchange is permitted: readers get the older access token,
+// which still lives.
 func TestOAuthPlannedExchangeIsPostponed(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, nil)
@@ -247,13 +248,13 @@ func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
 		e.write("config", map[string]any{"exchange_invalidates": false})
 		end, ok := e.renewLease(careful, time.Hour)
 		require.True(t, ok)
-		assert.Less(t, time.Until(end), 45*time.Minute, "a lease keeps its end")
+		assert.Less(t, time.Until(end), 45*time.Minute, "the renewed lease keeps its end")
 		assert.Equal(t, time.Hour-leaseMargin, e.lease("acme").Secret.MaxTTL)
 	})
 }
 
-// A write of exchange_invalidates that finds the tenant at work, a write of its settings that storage holds up, or a read of it,
-// applies to the next lease even so.
+// A write of exchange_invalidates applies to the next lease of a tenant, also if storage holds up a write of the tenant's settings, or a
+// read of the tenant, at that time.
 func TestOAuthExchangeInvalidatesIsWrittenDuringAWrite(t *testing.T) {
 	for name, work := range map[string]func(e *oauthEngine){
 		"a write of settings": func(e *oauthEngine) { e.write("tenants/acme", map[string]any{"max_ttl": "50m"}) },
@@ -284,15 +285,15 @@ func TestOAuthExchangeInvalidatesIsWrittenDuringAWrite(t *testing.T) {
 				synctest.Wait()
 				assert.Less(t, e.lease("acme").Secret.MaxTTL, 45*time.Minute)
 				e.write("tenants/acme", map[string]any{"max_ttl": "40m"})
-				assert.NotNil(t, e.tenants.named("acme").view.Load().entry, "it is in memory from then on")
+				assert.NotNil(t, e.tenants.named("acme").view.Load().entry, "the tenant is in memory from then on")
 				e.kept()
 			})
 		})
 	}
 }
 
-// A write of exchange_invalidates while a verified write of another connector's tenant, or of a new one, is stored applies to that
-// tenant's first lease.
+// A verified write gives the connector a new tenant, or a tenant of another connector. A write of exchange_invalidates that comes while
+// that is stored applies to the tenant's first lease.
 func TestOAuthExchangeInvalidatesIsWrittenWhileATenantComes(t *testing.T) {
 	for _, name := range []string{"acme", "new"} {
 		t.Run(name, func(t *testing.T) {
@@ -325,8 +326,8 @@ func TestOAuthExchangeInvalidatesIsWrittenWhileATenantComes(t *testing.T) {
 	}
 }
 
-// The end that a write of exchange_invalidates gives to a present access token is fixed from then on: a keep_alive that is written later
-// does not bring it forward, once the tenant has left memory or the process has ended.
+// A write of exchange_invalidates plans the end of the present access token. A later write of keep_alive does not make that end earlier,
+// also after the tenant has left memory or the process has restarted.
 func TestOAuthEndPlannedByAWriteIsFixed(t *testing.T) {
 	for name, leave := range map[string]func(e *oauthEngine){
 		"restart":     func(e *oauthEngine) { e.restart() },
@@ -351,7 +352,7 @@ func TestOAuthEndPlannedByAWriteIsFixed(t *testing.T) {
 	}
 }
 
-// A keep_alive that comes before the access token's own last moments plans the exchange.
+// If keep_alive is due before the end of the access token's life, the exchange is planned for keep_alive.
 func TestOAuthPlannedExchangeForTheRefreshToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"keep_alive": "20m"})

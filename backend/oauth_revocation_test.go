@@ -31,7 +31,7 @@ func TestOAuthTokenPerLease(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(other)))
 		assert.True(t, e.server.Alive(shared))
 
-		// A natural end is one, too.
+		// Also a lease that expires ends its token.
 		e.write("tenants/acme", map[string]any{"ttl": "1m"})
 		short := e.lease("acme")
 		require.Equal(t, time.Minute, short.Secret.TTL)
@@ -39,7 +39,7 @@ func TestOAuthTokenPerLease(t *testing.T) {
 		e.revoke(short)
 		assert.False(t, e.server.Alive(accessTokenOf(short)))
 
-		// refresh replaces the shared token alone, and a lease is what it was when the setting changes.
+		// refresh replaces the shared token alone, and a lease keeps its own token when token_per_lease is switched off.
 		e.write("tenants/acme/refresh", nil)
 		synctest.Wait()
 		assert.False(t, e.server.Alive(shared))
@@ -51,7 +51,7 @@ func TestOAuthTokenPerLease(t *testing.T) {
 		assert.False(t, e.server.Alive(accessTokenOf(other)))
 		assert.True(t, e.server.Alive(accessTokenOf(sharing)))
 		calls := len(e.revocations())
-		assert.Equal(t, 4, calls, "each token once")
+		assert.Equal(t, 4, calls, "one call for each token")
 
 		// A deleted tenant's leases keep their tokens until they end.
 		e.write("tenants/acme", map[string]any{"token_per_lease": true})
@@ -59,7 +59,7 @@ func TestOAuthTokenPerLease(t *testing.T) {
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		synctest.Wait()
 		assert.True(t, e.server.Alive(accessTokenOf(last)))
-		assert.False(t, e.server.Alive(accessTokenOf(sharing)), "the shared one goes with its tenant")
+		assert.False(t, e.server.Alive(accessTokenOf(sharing)), "a delete revokes the shared token")
 		e.revoke(last)
 		assert.False(t, e.server.Alive(accessTokenOf(last)))
 		e.kept()
@@ -96,18 +96,18 @@ func TestOAuthTokenPerLeaseQueues(t *testing.T) {
 				refused++
 			}
 		}
-		assert.Len(t, seen, 4, "one after another, and nobody waits longer than 9 s")
+		assert.Len(t, seen, 4, "one exchange after another, and no reader waits longer than 9 s")
 		e.server.ClearFaults()
 		e.quiet("acme")
 		time.Sleep(time.Minute)
 		alive := e.server.AccessTokens("acme")
-		assert.Len(t, alive, 4, "what nobody waited for any more is given up")
+		assert.Len(t, alive, 4, "an access token whose reader has stopped waiting is given up")
 		assert.Equal(t, 2, refused)
 		e.kept()
 	})
 }
 
-// The process dies at each write to storage of a read with a token of its own, and of its lease's end.
+// The process dies at each write to storage that a read of creds and the revocation of its lease make.
 func TestOAuthCrashAtEachStep(t *testing.T) {
 	for _, own := range []bool{true, false} {
 		for step := 1; step <= 9; step++ {
@@ -169,9 +169,9 @@ func TestOAuthCrashAtEachStep(t *testing.T) {
 								continue
 							}
 							if own && (step == 3 && arrives || step == 2 && !arrives) {
-								continue // its record says that there may be a lease; it has died with the process
+								continue // its record says that there may be a lease, and the process has died before it gave one
 							}
-							t.Errorf("a token lives that nobody has")
+							t.Errorf("an access token lives that no reader and no lease has")
 						}
 						assert.Empty(t, e.server.LostGrants())
 						assert.True(t, e.server.RefreshTokenAlive(e.held("acme")))
@@ -191,7 +191,7 @@ func TestOAuthClassesBAndC(t *testing.T) {
 		e.write("tenants/acme/refresh", nil)
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		e.pass(5 * time.Minute)
-		assert.Empty(t, e.revocations(), "no call ever")
+		assert.Empty(t, e.revocations(), "no revocation is sent")
 		e.kept()
 		e.add("acme", nil)
 		lease := e.lease("acme")
@@ -249,7 +249,7 @@ func TestOAuthRevocationOutage(t *testing.T) {
 		e.pass(30 * time.Minute)
 		begun := time.Now()
 		e.restart()
-		assert.Less(t, time.Since(begun), time.Second, "no next try is waited for")
+		assert.Less(t, time.Since(begun), time.Second, "a stop does not wait for the next try")
 		e.pass(30 * time.Minute)
 		calls := e.revocations()
 		last := map[string]time.Time{}
@@ -277,7 +277,8 @@ func TestOAuthRevocationOutage(t *testing.T) {
 	})
 }
 
-// What a revocation waits for: a token's next tries come after 1, 2, 4, ... 30 seconds.
+// A revocation that fails is tried again after 1, 2, 4, ... 30 seconds. The revocation of a lease waits for its call, for a few
+// seconds, and does not wait while calls are slow or fail.
 func TestOAuthRevocationBackoffAndWaits(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 5 * time.Minute }, classA)
@@ -295,7 +296,7 @@ func TestOAuthRevocationBackoffAndWaits(t *testing.T) {
 		for i := range want {
 			want[i] *= time.Second
 		}
-		assert.Equal(t, want, after, "and none in the token's last moments")
+		assert.Equal(t, want, after, "and no try in the token's last 5 seconds")
 		assert.Nil(t, e.pending("acme"), "a token that has ended needs no revocation")
 		e.kept()
 	})
@@ -316,8 +317,8 @@ func TestOAuthRevocationBackoffAndWaits(t *testing.T) {
 		assert.Equal(t, 1900*time.Millisecond, revoke(1))
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Hang: true})
 		assert.Equal(t, 5*time.Second, revoke(2))
-		assert.Equal(t, 5*time.Second, revoke(3), "the call of before has not failed yet")
-		assert.Zero(t, revoke(4), "11.9 s of waits in a minute")
+		assert.Equal(t, 5*time.Second, revoke(3), "the call before has not failed yet")
+		assert.Zero(t, revoke(4), "revocations have waited for 11.9 s in this minute")
 		time.Sleep(70 * time.Second)
 		assert.Zero(t, revoke(5), "the last call has failed")
 		e.server.ClearFaults()
@@ -333,7 +334,7 @@ func TestOAuthRevokeOnDelete(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
 		e.add("acme", nil)
 		e.lease("acme")
-		// The delete meets an exchange in flight: the newest refresh token is revoked.
+		// The delete comes during an exchange: the newest refresh token is revoked.
 		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
 		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
 		synctest.Wait()
@@ -345,7 +346,7 @@ func TestOAuthRevokeOnDelete(t *testing.T) {
 		assert.False(t, e.server.RefreshTokenAlive(e.server.CurrentRefreshToken("acme")))
 		assert.Empty(t, e.server.AccessTokens("acme"))
 
-		// A refresh token that is written again is wanted.
+		// A refresh token that is written again is not revoked any more.
 		token := e.server.Grant(e.clientID, "other")
 		e.write("tenants/other", map[string]any{"refresh_token": token, "verify": false})
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
@@ -361,7 +362,7 @@ func TestOAuthRevokeOnDelete(t *testing.T) {
 		assert.NotContains(t, e.read("config"), "pending_revocations")
 		e.read("creds/other")
 		assert.False(t, e.server.RefreshTokenAlive(gone))
-		// One that a write replaces is not revoked.
+		// A refresh token that a write replaces is not revoked.
 		before := len(e.revocations())
 		e.write("tenants/other", map[string]any{"refresh_token": e.server.Grant(e.clientID, "other")})
 		e.pass(2 * time.Minute)
@@ -379,7 +380,7 @@ func TestOAuthRevocationByExchange(t *testing.T) {
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
 		assert.Equal(t, 2, e.server.Exchanges("acme"))
 
-		// It is owed after an outage and a restart, too.
+		// The exchange is still pending after an outage and a restart.
 		lease = e.lease("acme")
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
 		e.revoke(lease)
@@ -397,7 +398,7 @@ func TestOAuthRevocationByExchange(t *testing.T) {
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
 		exchanges := e.server.Exchanges("acme")
 		e.pass(10 * time.Minute)
-		assert.Equal(t, exchanges, e.server.Exchanges("acme"), "once")
+		assert.Equal(t, exchanges, e.server.Exchanges("acme"), "one exchange is enough")
 
 		// A delete makes no exchange.
 		e.lease("acme")
@@ -408,7 +409,7 @@ func TestOAuthRevocationByExchange(t *testing.T) {
 	})
 }
 
-// Changes of a connector with tokens to revoke.
+// Writes of a connector that has tenants with token_per_lease, or pending revocations.
 func TestOAuthConnectorChanges(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -440,7 +441,7 @@ func TestOAuthConnectorChanges(t *testing.T) {
 	})
 }
 
-// A token that is revoked while a start reads what is pending is sent once.
+// A token is revoked while the start reads the pending revocations: it is sent once.
 func TestOAuthRevocationWhileIntentsAreRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -451,7 +452,7 @@ func TestOAuthRevocationWhileIntentsAreRead(t *testing.T) {
 			case op == "list" && key == intentPrefix:
 				time.Sleep(time.Second)
 			case op == "get" && strings.HasPrefix(key, intentPrefix):
-				defer time.Sleep(time.Second) // what was read is out of date by then
+				defer time.Sleep(time.Second) // the intent that was read is out of date when the read returns
 			}
 			return do()
 		})
@@ -480,7 +481,8 @@ func TestOAuthLastMoments(t *testing.T) {
 	}
 }
 
-// A write that gives a tenant token_per_lease, under way while another takes from its connector what that needs.
+// A write gives a tenant token_per_lease while a config write takes from its connector the revocation that token_per_lease needs: the
+// config write is refused.
 func TestTokenPerLeaseMeetsAConfigWrite(t *testing.T) {
 	play := func(t *testing.T, data func(*oauthEngine) map[string]any, hold func(*oauthEngine) (release func())) {
 		bubble(t, func(t *testing.T) {
@@ -518,13 +520,13 @@ func TestTokenPerLeaseMeetsAConfigWrite(t *testing.T) {
 		play(t, func(e *oauthEngine) map[string]any {
 			return map[string]any{"token_per_lease": true, "refresh_token": e.server.Grant(e.clientID, "acme")}
 		}, func(e *oauthEngine) func() {
-			e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second}) // and then the right answer
+			e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second}) // a normal answer, after 3 s
 			return func() {}
 		})
 	})
 }
 
-// A tenant that is not in memory leaves no access token behind when it is deleted.
+// The delete of a tenant that is not in memory revokes its access token.
 func TestOAuthDeleteOfATenantThatIsNotInMemory(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -539,7 +541,7 @@ func TestOAuthDeleteOfATenantThatIsNotInMemory(t *testing.T) {
 	})
 }
 
-// The record of a token for one lease goes with the token's end, where Vault never tells of the lease's.
+// The record of an access token for one lease is deleted when the token has expired, also if Vault never revokes the lease.
 func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -559,7 +561,7 @@ func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
 	})
 }
 
-// A reader who takes a lease while storage takes the next access token has the older one, and the end of his lease ends that.
+// A lease that is given while storage takes the next access token is a lease on the older one, and its revocation revokes that one.
 func TestOAuthLeaseWhileTheNextTokenIsStored(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -587,7 +589,7 @@ func TestOAuthLeaseWhileTheNextTokenIsStored(t *testing.T) {
 	})
 }
 
-// A delete ends the access token that storage has not taken yet, too.
+// A delete revokes an access token that memory keeps and storage has not taken yet.
 func TestOAuthDeleteOfAKeptToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -603,8 +605,8 @@ func TestOAuthDeleteOfAKeptToken(t *testing.T) {
 	})
 }
 
-// A write that overtakes an exchange is no delete: what the service has sent for the older refresh token is not used, and the
-// grant behind it is not ended, with revoke_on_delete either.
+// A write replaces the refresh token during an exchange: the answer to the older refresh token is not used. Its grant is not ended,
+// also with revoke_on_delete, because the write is not a delete.
 func TestOAuthWriteOvertakesAnExchange(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
@@ -637,7 +639,7 @@ func TestOAuthTokenEndsBeforeItsRevocationHasAPlace(t *testing.T) {
 		time.Sleep(35 * time.Second)
 		begun := time.Now()
 		e.revoke(lease)
-		assert.Zero(t, time.Since(begun), "nobody waits for a place")
+		assert.Zero(t, time.Since(begun), "Vault's request does not wait for a place in the share")
 		assert.EqualValues(t, 1, e.pending("acme"))
 		e.pass(2 * time.Minute)
 		assert.Empty(t, e.revocations())
@@ -646,7 +648,7 @@ func TestOAuthTokenEndsBeforeItsRevocationHasAPlace(t *testing.T) {
 	})
 }
 
-// A revocation that the service carries out shows that it takes the connector again.
+// A revocation that the service carries out shows that the service accepts the connector again.
 func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -656,7 +658,7 @@ func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 401, Body: `{"error": "invalid_client"}`}})
 		_, status, _ := e.try(logical.ReadOperation, "creds/other", nil)
 		require.GreaterOrEqual(t, status, 400)
-		e.ok(logical.DeleteOperation, "tenants/other", nil) // whose own exchange would show it
+		e.ok(logical.DeleteOperation, "tenants/other", nil) // an exchange of this tenant would show it too
 		e.revoke(lease)
 		e.pass(probeEvery + time.Minute)
 		assert.False(t, e.server.Alive(accessTokenOf(lease)))
@@ -666,7 +668,7 @@ func TestOAuthRevocationShowsThatTheConnectorIsGood(t *testing.T) {
 	})
 }
 
-// What ends an access token is refused while storage does not take the token's intent, and ends it once storage does.
+// A request that ends an access token fails while storage does not take the token's intent, and ends the token when storage takes it.
 func TestNothingEndsAnAccessTokenWithoutItsIntent(t *testing.T) {
 	refresh := func(e *oauthEngine, _ *logical.Response) int {
 		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
@@ -716,7 +718,7 @@ func TestNothingEndsAnAccessTokenWithoutItsIntent(t *testing.T) {
 	}
 }
 
-// An access token for one lease whose record storage does not take is revoked, though storage does not take its intent either.
+// Storage takes neither the record of an access token for one lease nor its intent: the token is revoked all the same.
 func TestTokenForOneLeaseThatStorageTakesNothingOf(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)

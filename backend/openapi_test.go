@@ -31,7 +31,7 @@ import (
 
 var update = flag.Bool("update", false, "write the files that are generated from the engine's own definitions")
 
-// isCurrent compares a generated file with what it should be.
+// isCurrent checks that a generated file has this content.
 func isCurrent(t *testing.T, file, want string) {
 	t.Helper()
 	if *update {
@@ -43,7 +43,7 @@ func isCurrent(t *testing.T, file, want string) {
 	assert.Equal(t, want, string(have), "%s is stale: run make generate", file)
 }
 
-// openAPI is the document about the engine as it is before Vault drops its
+// openAPI is the OpenAPI document of the engine, from before Vault drops its
 // references.
 func openAPI(t *testing.T) *framework.OASDocument {
 	t.Helper()
@@ -96,8 +96,8 @@ func TestEverythingIsDocumented(t *testing.T) {
 	}
 }
 
-// undocumented lists what a user of vault path-help or of the OpenAPI document
-// would miss.
+// undocumented lists what is missing in vault path-help and in the OpenAPI document
+// of a path.
 func undocumented(path *framework.Path) (problems []string) {
 	want := func(ok bool, format string, args ...any) {
 		if !ok {
@@ -170,9 +170,9 @@ func TestWhatIsNotDocumentedIsNoticed(t *testing.T) {
 	}
 }
 
-// schemaError says in what an answer differs from its schema. The SDK's own
-// helper, which runs beside it, takes "1" for a whole number and any string for
-// one of a few.
+// schemaError returns how an answer differs from its schema. The SDK's own helper,
+// which the tests call too, accepts "1" as a whole number, and any string where only
+// some are allowed.
 func schemaError(fields map[string]*framework.FieldSchema, data map[string]any) error {
 	text, err := json.Marshal(data)
 	if err != nil {
@@ -249,8 +249,8 @@ func TestSchemaErrors(t *testing.T) {
 	assert.Error(t, schemaError(map[string]*framework.FieldSchema{"status": oneOf("One.", "ok")}, map[string]any{"status": "fine"}))
 }
 
-// checkedEngine checks each answer against the schema of its operation, and
-// notes what it has seen.
+// checkedEngine checks each answer against the schema of its operation, and notes
+// the operations, fields and statuses that it has seen.
 type checkedEngine struct {
 	*engine
 	seen map[string]bool // operations, fields and statuses
@@ -331,7 +331,7 @@ func TestEveryAnswerFitsItsSchema(t *testing.T) {
 		e.ok(read, "token/group", map[string]any{"min_ttl": "1h"})
 		e.ok(write, "tenants/group/refresh", nil)
 
-		e.newToken("rejected") // kills the one before
+		e.newToken("rejected") // ends the refresh token before
 		_, status := e.request(write, "tenants/rejected/refresh", nil)
 		require.Equal(t, 400, status)
 		e.ok(read, "tenants/rejected", nil)
@@ -405,12 +405,13 @@ func (e *checkedEngine) askOAuth() {
 	e.ok(remove, "config", nil)
 }
 
-// isGrants says whether a path is one by which a person grants access.
+// isGrants returns whether a path belongs to a flow in which a person grants access.
 func isGrants(path *framework.Path) bool {
 	return regexp.MustCompile(`^callback|/(authorize|device|pin)$`).MatchString(strings.Trim(path.Pattern, "^$"))
 }
 
-// wasAllTried asserts that each operation of the paths was, and that each field was answered but those that never are.
+// wasAllTried asserts that each operation of the paths was called, and that each field was in an answer, but those for which never is
+// true.
 func (e *checkedEngine) wasAllTried(never func(*framework.Path, string) bool, paths []*framework.Path) {
 	e.t.Helper()
 	for _, path := range paths {
@@ -467,7 +468,7 @@ func TestEveryAnswerAboutGrantsFitsItsSchema(t *testing.T) {
 		e.ok(write, "callback/as", back(nil))
 		for _, path := range []string{"callback", "callback/as"} {
 			resp, status, _ := e.try(read, path, nil)
-			require.Equal(t, 200, status) // it is the page that says 400
+			require.Equal(t, 200, status) // the status of the page, 400, is in its data
 			require.Equal(t, 400, resp.Data[logical.HTTPStatusCode])
 			e.seen[e.Route(path).Pattern+" read"] = true
 		}

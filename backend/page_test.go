@@ -17,7 +17,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// pagesOf are all pages that there are, by what has happened.
+// pagesOf are all pages, by the event that they show.
 func pagesOf() map[string]*verdict {
 	pages := map[string]*verdict{}
 	for what := range pageTexts {
@@ -34,8 +34,8 @@ func htmlOf(end *verdict) string {
 	return string(pageResponse(end, mountPoint).Data[logical.HTTPRawBody].([]byte))
 }
 
-// Each page is a document that stands alone: no script, nothing from elsewhere, a policy that allows no more than its own style
-// and form, and what a screen reader needs.
+// Each page has no script and loads nothing, its content security policy allows only its own style and form, and it has what a screen
+// reader needs.
 func TestPagesAreSelfContained(t *testing.T) {
 	for what, end := range pagesOf() {
 		t.Run(what, func(t *testing.T) {
@@ -133,14 +133,14 @@ func TestConfirmation(t *testing.T) {
 		assert.NotContains(t, e.storedText(), back["state"])
 		_, fields := e.open(back).form()
 		assert.Equal(t, 200, e.visit(logical.UpdateOperation, "callback", fields).status)
-		assert.NotContains(t, e.storedText(), back["code"], "what is over leaves no code")
+		assert.NotContains(t, e.storedText(), back["code"], "storage has no code of an attempt that is over")
 
 		e.write("config/as", map[string]any{"confirm": false})
 		p := e.open(e.authorize(nil))
 		assert.Equal(t, 200, p.status)
 		assert.Contains(t, p.text(), "The tenant is connected")
 
-		// The form of a page that was never shown has no code.
+		// A request like that of a page's form, but without a code, connects nothing.
 		address := e.start(byCode, nil)["authorization_url"].(string)
 		p = e.visit(logical.UpdateOperation, "callback", map[string]any{"state": query(t, address)["state"], "page": "1"})
 		assert.Equal(t, 400, p.status)
@@ -148,7 +148,7 @@ func TestConfirmation(t *testing.T) {
 	})
 }
 
-// Nothing that is secret is in an answer, a page, a status, the log or an event, whatever happens.
+// No secret is in an answer, a page, a status, the log or an event, in any of these cases.
 func TestGrantCanaries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)

@@ -25,7 +25,7 @@ import (
 )
 
 // The pair matrix: a flow A is held at one of its steps, a flow B runs to its end or until it waits, and A goes on. The service
-// gives A one of several answers. What must hold for every pair stands in meeting.play.
+// gives A one of several answers. meeting.check checks what must hold for every pair.
 
 // pairAnswer is what the service does with A's exchange.
 type pairAnswer int
@@ -44,10 +44,10 @@ func (a pairAnswer) String() string {
 	return [...]string{"ok", "rotated", "429", "token refused", "connector refused", "500", "hang"}[a]
 }
 
-// fails says whether the answer brings no access token.
+// fails returns whether the answer has no access token.
 func (a pairAnswer) fails() bool { return a > answersRotated }
 
-// status is what a reader, and whoever verifies a write, is told.
+// status is the HTTP status that a read or a verified write gets.
 func (a pairAnswer) status() int {
 	return [...]int{200, 200, 429, 400, 400, 503, 503}[a]
 }
@@ -62,7 +62,7 @@ const (
 	afterLoad
 	beforeNote
 	afterNote
-	atService // the service has carried the exchange out, and the answer is on its way
+	atService // the service has carried the exchange out, and its answer has not arrived
 	beforeStore
 	afterStore
 )
@@ -71,16 +71,16 @@ func (s pairStep) String() string {
 	return [...]string{"before its load", "after its load", "before its call is noted", "after its call is noted", "at the service", "before it is stored", "after it is stored"}[s]
 }
 
-// pairKind is a kind of service, and which pairs are played with it.
+// pairKind is a kind of service, and the pairs that are played with it.
 type pairKind struct {
 	name string
 	// begin makes the service.
 	begin func(*meeting)
-	// place is the fields of a connector that say where it goes, and of what kind it is.
+	// place returns the fields of a connector that name its service and the addresses of its calls.
 	place func(host string) map[string]any
-	// refusals are the answers that refuse the refresh token, and the connector.
+	// tokenRefused and connectorRefused are the answers that refuse the refresh token, and the connector.
 	tokenRefused, connectorRefused func() (status int, header http.Header, body string)
-	// secretOf is the connector's secret that a request carries; withSecret puts another one in its place.
+	// secretOf returns the connector's secret of a request; withSecret replaces it.
 	secretOf   func(*http.Request) string
 	withSecret func(*http.Request, string)
 	// eachRotates: every exchange replaces the refresh token.
@@ -91,8 +91,8 @@ type pairKind struct {
 	revokes bool
 	// ownTokens: each lease has an access token of its own.
 	ownTokens bool
-	// Which pairs are played; nil for all: the engine does not ask which kind of service it has.
-	flows   []string // A's
+	// The pairs that are played, nil for all: most of the engine's code is the same for every kind of service.
+	flows   []string // names of flow A
 	steps   []pairStep
 	answers []pairAnswer
 }
@@ -176,7 +176,7 @@ const (
 	revocationWorker   = "revocation worker"
 )
 
-// plays says whether A's part of a pair is played.
+// plays returns whether the pairs with this flow A, step and answer are played.
 func (k *pairKind) plays(a meetingFlow, step pairStep, answer pairAnswer) bool {
 	switch {
 	case a.key == "", k.flows != nil && !slices.Contains(k.flows, a.name), a.revokes && k.flows == nil:
@@ -189,20 +189,20 @@ func (k *pairKind) plays(a meetingFlow, step pairStep, answer pairAnswer) bool {
 	return a.calls || !answer.fails()
 }
 
-// meetingFlow is something that the engine does.
+// meetingFlow is one thing that the engine does: a request, or work in the background.
 type meetingFlow struct {
 	name string
-	// asks: it asks the service, and waits for the answer. calls: it asks the service.
+	// calls: the flow calls the service. asks: its caller also waits for the service's answer.
 	asks, calls bool
-	// revokes: the call that A is about is a revocation.
+	// revokes: the call of the flow at which A is held is a revocation.
 	revokes bool
-	// retires: it makes an exchange even where there is a usable access token.
+	// retires: after the flow, the engine does not hand out the access token that was in use before.
 	retires bool
-	// passive: it leaves alone what exchanges are made with.
+	// passive: the flow changes neither the refresh token nor the connector of an exchange.
 	passive bool
 	// state is what the flow needs: no tenant, a refresh token alone, or an access token with a lease too.
 	state tenantState
-	// key is where the flow stores; "": nowhere.
+	// key is the storage key, or its prefix, that the flow reads and writes; "": none.
 	key string
 	run func(p *meeting, e *engine, who string)
 }
@@ -216,10 +216,10 @@ const (
 	warmTenant
 )
 
-// pairState is what is known of the tenant.
+// pairState is the state of the tenant that a test compares with storage.
 type pairState struct {
 	exists    bool
-	user      string // whose refresh token it is
+	user      string // the user of the refresh token
 	connector string
 	ttl       time.Duration
 }
@@ -228,7 +228,7 @@ type pairState struct {
 type pairOp struct {
 	who, what string
 	effect    func(*pairState)
-	replaces  bool // it ends what an exchange under way is good for
+	replaces  bool // it replaces or deletes the refresh token or the connector of an exchange under way
 	verified  bool
 	status    int
 	text      string
@@ -293,7 +293,7 @@ func meetingFlows() []meetingFlow {
 		{name: "last lease revoked", retires: true, passive: true, state: warmTenant, key: tenantKey, run: revoke},
 		{name: revocationUnderWay, passive: true, revokes: true, state: warmTenant, key: intentPrefix, run: revoke},
 		{name: revocationWorker, passive: true, revokes: true, state: warmTenant, key: intentPrefix, run: func(p *meeting, e *engine, who string) {
-			time.Sleep(45 * time.Second) // it tries again by itself
+			time.Sleep(45 * time.Second) // the worker tries again within this time
 		}},
 		{name: "config secret", state: coldTenant, key: configKey, run: func(p *meeting, e *engine, who string) {
 			p.do(e, &pairOp{who: who, what: "config secret"}, logical.UpdateOperation, "config", map[string]any{"connector_secret": "NEWSECRET" + who})
@@ -321,7 +321,7 @@ func meetingFlows() []meetingFlow {
 		}},
 		{name: "leaving memory", passive: true, run: func(p *meeting, e *engine, who string) { e.tenants.loaded.Purge() }},
 		{name: "stop and start", run: func(p *meeting, _ *engine, who string) {
-			// Vault cancels its requests, and waits for them.
+			// Before Vault stops an engine it cancels the requests, and waits for their ends.
 			p.cancel()
 			<-p.ended
 			p.restart()
@@ -365,10 +365,10 @@ type meeting struct {
 	answered bool // A's exchange has its answer
 	rotated  bool // A's exchange has replaced a refresh token
 	ops      []*pairOp
-	paused   map[bool]time.Time // of config/other, and of config: no call may begin before
+	paused   map[bool]time.Time // the end of the pause of config/other (true) and of config (false)
 	due0     time.Time          // when the tenant was due before the flows
-	secrets  []string           // that have been replaced, and whose successor's write was acknowledged
-	roots    []string           // likewise
+	secrets  []string           // connector secrets that an acknowledged write has replaced
+	roots    []string           // hosts that an acknowledged write has replaced
 	calls    []string
 	process  int
 	failed   bool
@@ -404,7 +404,7 @@ func (p *meeting) end(op *pairOp, status int, text string) {
 	op.status, op.text, op.ended, op.early = status, text, true, !p.released
 }
 
-// do is one request of a flow.
+// do makes one request of a flow.
 func (p *meeting) do(e *engine, op *pairOp, do logical.Operation, path string, data map[string]any) {
 	p.begin(op)
 	begun := time.Now()
@@ -430,7 +430,7 @@ func (p *meeting) do(e *engine, op *pairOp, do logical.Operation, path string, d
 	}
 	p.assertf(time.Since(begun) <= 10*time.Second, "%s took %s", op.what, time.Since(begun))
 	if resp != nil && resp.Data["access_token"] != nil {
-		// What ends the token at the service may do so while this reader is answered.
+		// The other flow may end the token at the service while this reader gets its answer.
 		retired := p.kind.endsOlder && (p.a.retires || p.b.retires) || p.kind.revokes && (p.a.retires || p.b.retires || !p.a.passive || !p.b.passive)
 		p.assertf(retired || p.service.AccessTokenAlive(accessTokenOf(resp)), "a dead access token was handed out")
 		entry := p.stored("acme")
@@ -444,7 +444,7 @@ func (p *meeting) do(e *engine, op *pairOp, do logical.Operation, path string, d
 
 func (p *meeting) newToken(user string) string { return p.grant(user) }
 
-// hold holds whoever comes to A's step first, until A is released. It says whether the process is dead by then.
+// hold holds the first flow that comes to A's step until A is released. It returns whether the process has died by then.
 func (p *meeting) hold(process int) (dead bool) {
 	p.mu.Lock()
 	if !p.armed {
@@ -482,7 +482,7 @@ func (p *meeting) around(op, key string, do func() error) error {
 	return err
 }
 
-// pairWire is the way of one process to the service.
+// pairWire is the transport of one process to the service.
 type pairWire struct {
 	p       *meeting
 	process int
@@ -499,7 +499,7 @@ func (w pairWire) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	secret, now := p.kind.secretOf(r), time.Now()
 	p.calls = append(p.calls, fmt.Sprintf("call of process %d at %s to %s", w.process, now.Format(time.TimeOnly), r.URL.Host))
-	p.assertf(isOther(r) || !slices.Contains(p.secrets, secret) && !slices.Contains(p.roots, r.URL.Host), "a request carries, or goes to, what config does not say any more")
+	p.assertf(isOther(r) || !slices.Contains(p.secrets, secret) && !slices.Contains(p.roots, r.URL.Host), "a request has a connector secret, or goes to a host, that a config write has replaced")
 	p.assertf(!now.Before(p.paused[isOther(r)]), "a call within the service's pause")
 	revocation := strings.HasSuffix(r.URL.Path, "/revoke")
 	mine := p.reached != nil && !p.answered && !p.over && w.process == 1 && revocation == p.a.revokes
@@ -545,7 +545,7 @@ func (w pairWire) send(r *http.Request, answer pairAnswer) (*http.Response, erro
 		return nil, nil
 	}
 	r = r.Clone(r.Context())
-	p.kind.withSecret(r, p.real) // the service takes old secrets too: who calls with one is seen above
+	p.kind.withSecret(r, p.real) // the service accepts each request: RoundTrip has checked its secret
 	resp, err := p.transport.RoundTrip(r)
 	if err == nil {
 		body, _ := io.ReadAll(resp.Body)
@@ -558,7 +558,7 @@ func (w pairWire) send(r *http.Request, answer pairAnswer) (*http.Response, erro
 	return resp, err
 }
 
-// play plays the pair. It returns false where A does not come to the step.
+// play plays the pair. It returns false if A does not come to the step.
 func (p *meeting) play(t *testing.T) bool {
 	p.engine = newEngine(t)
 	p.stop()
@@ -601,7 +601,7 @@ func (p *meeting) play(t *testing.T) bool {
 		p.mu.Lock()
 		p.armed = false
 		p.mu.Unlock()
-		close(p.release) // work that A has left behind may have come there since
+		close(p.release) // work that A has started in the background may wait there
 		return false
 	}
 	first.storage.surround(nil)
@@ -640,7 +640,7 @@ func (p *meeting) prepare() pairState {
 			p.lease = p.engine.lease("acme")
 		}
 	}
-	// With a rotation the window has begun by then, and the renewer is not due yet.
+	// In the pairs with a rotation, the rotation window has begun by then, and the renewer is not due yet.
 	time.Sleep(2 * time.Hour)
 	if p.a.name == revocationWorker {
 		p.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway, Times: 1})
@@ -655,7 +655,7 @@ func (p *meeting) prepare() pairState {
 	return state
 }
 
-// check says what must hold once both flows have ended.
+// check checks what must hold after both flows have ended.
 func (p *meeting) check(initial pairState) {
 	if p.failed {
 		return
@@ -693,7 +693,7 @@ func (p *meeting) check(initial pairState) {
 	if entry == nil {
 		_, status, _ := p.try(logical.ReadOperation, "creds/acme", nil)
 		p.assertf(status == 400, "a tenant that is not there is read: %d", status)
-		p.assertf(p.tenants.named("acme") == nil, "something of a tenant that is not there stays in memory")
+		p.assertf(p.tenants.named("acme") == nil, "memory has a record of a tenant that is not there")
 		p.healConnectors()
 		p.pass(2 * time.Minute)
 		p.checkGivenUp()
@@ -713,7 +713,7 @@ func (p *meeting) check(initial pairState) {
 	p.assertf(binding.TryAcquire(exclusive), "the connector is held")
 }
 
-// expected returns what may be stored by what was answered, and whether B has superseded A's exchange.
+// expected returns the states that storage may have after these answers, and whether B has superseded A's exchange.
 func (p *meeting) expected(initial pairState) (states []pairState, superseded bool) {
 	var early []*pairOp
 	late := map[string][]*pairOp{}
@@ -729,7 +729,7 @@ func (p *meeting) expected(initial pairState) (states []pairState, superseded bo
 	for _, op := range early {
 		from = p.apply(from, op, false)
 	}
-	// While A is held in a load, B may come before it. Once the request at which A was held has ended, B may come in between.
+	// B may take effect before A while A is held in a load, and between two requests of A after the one at which A was held.
 	var orders func(from []pairState, a, b []*pairOp)
 	orders = func(from []pairState, a, b []*pairOp) {
 		if len(a) == 0 && len(b) == 0 {
@@ -747,10 +747,10 @@ func (p *meeting) expected(initial pairState) (states []pairState, superseded bo
 	return states, superseded
 }
 
-// apply returns what may be stored after a request, by its answer.
+// apply returns the states that storage may have after a request with this answer.
 func (p *meeting) apply(from []pairState, op *pairOp, superseded bool) (to []pairState) {
 	if op.who == "A" && op.verified && superseded && p.step >= beforeNote {
-		p.assertf(op.status >= 400, "a verification has undone what was written or deleted meanwhile")
+		p.assertf(op.status >= 400, "a verification has undone a write or a delete that came during it")
 		return from
 	}
 	unheard := op.who == "A" && p.died && !op.early
@@ -771,7 +771,7 @@ func (p *meeting) apply(from []pairState, op *pairOp, superseded bool) (to []pai
 	return to
 }
 
-// checkAnswers says what A must be told.
+// checkAnswers checks the status that A's caller gets.
 func (p *meeting) checkAnswers() {
 	if !p.a.asks || !p.b.passive || p.died || p.b.calls || p.b.name == "config delete" {
 		return
@@ -784,17 +784,17 @@ func (p *meeting) checkAnswers() {
 		if want == 200 && op.status < 300 {
 			continue
 		}
-		p.assertf(op.status == want, "A is told %d, and the service's answer asks for %d", op.status, want)
+		p.assertf(op.status == want, "A gets %d, and should get %d after this answer of the service", op.status, want)
 	}
 }
 
-// checkStatus says what the tenant's status is once both flows have ended.
+// checkStatus checks the tenant's status after both flows have ended.
 func (p *meeting) checkStatus(superseded bool) {
 	status := p.engine.status("acme")
 	switch {
 	case p.died, p.b.name == "stop and start", p.answer == answersNever:
 	case superseded && p.answer != answersConnectorRefused:
-		p.assertf(status == statusOK || status == statusUnverified, "the tenant is %s, and nothing is known of what was written", status)
+		p.assertf(status == statusOK || status == statusUnverified, "the tenant is %s, and its new refresh token has not failed", status)
 	case p.a.asks && !p.a.passive:
 	case p.answer == answersTokenRefused && p.answered && p.a.calls && p.b.passive && !p.b.calls:
 		p.assertf(status == statusRejected, "the tenant is %s, and the service has refused its refresh token", status)
@@ -805,7 +805,7 @@ func (p *meeting) checkStatus(superseded bool) {
 	}
 }
 
-// checkIndex says whether the tenant is found when it is due.
+// checkIndex checks that the index has the tenant no later than it is due.
 func (p *meeting) checkIndex(when string) {
 	synctest.Wait()
 	if p.stored("acme") == nil {
@@ -846,7 +846,7 @@ func (p *meeting) checkIndex(when string) {
 	}
 }
 
-// indexed says when the tenant is due in the index, or that it waits for a place in a connector's share.
+// indexed returns when the tenant is due in the index, and whether it waits for a place in a connector's share.
 func (p *meeting) indexed() (due time.Time, waits bool) {
 	x := &p.index
 	x.mu.Lock()
@@ -859,7 +859,7 @@ func (p *meeting) indexed() (due time.Time, waits bool) {
 	return due, waits
 }
 
-// healConnectors does what the answers ask a connector's owner for.
+// healConnectors writes the connectors that the service has refused, as their owner is told to.
 func (p *meeting) healConnectors() {
 	if p.answer != answersConnectorRefused {
 		return
@@ -871,10 +871,10 @@ func (p *meeting) healConnectors() {
 	}
 }
 
-// checkGivenUp says whether the access tokens that nobody keeps are dead at the service, and whether no other one is.
+// checkGivenUp checks that at the service the access tokens in the engine's storage are alive, and all others are dead.
 func (p *meeting) checkGivenUp() {
 	if !p.kind.revokes || p.died {
-		return // what came to a process that has died may live to its end
+		return // an access token that only a dead process had may live until it expires
 	}
 	kept := map[string]bool{}
 	if entry := p.stored("acme"); entry != nil && entry.Access != nil {
@@ -889,7 +889,7 @@ func (p *meeting) checkGivenUp() {
 	}
 	for _, user := range []string{"acme", "operatorA", "operatorB"} {
 		for _, token := range p.server.AccessTokens(user) {
-			p.assertf(kept[token], "an access token that nobody keeps lives on at the service")
+			p.assertf(kept[token], "an access token that the engine does not keep lives on at the service")
 			delete(kept, token)
 		}
 	}
@@ -897,7 +897,7 @@ func (p *meeting) checkGivenUp() {
 	p.assertf(len(p.server.LostGrants()) == 0 && p.server.UsedTwice() == 0, "a refresh token was used twice")
 }
 
-// heal does what the answers ask an operator for. Then the tenant can be read, and all is well.
+// heal does what the answers tell an operator to do, and checks that the tenant can be read then, with the status ok.
 func (p *meeting) heal() {
 	p.healConnectors()
 	if p.engine.status("acme") == statusRejected {
@@ -912,20 +912,20 @@ func (p *meeting) heal() {
 	p.assertf(p.service.AccessTokenAlive(accessTokenOf(resp)), "a dead access token was handed out")
 	p.pass(2 * time.Minute)
 	if p.kind.endsOlder && p.engine.status("acme") == statusDegraded {
-		// An access token that an exchange would end is left to its readers until its planned time.
+		// Until the planned time the engine makes no exchange by itself, because it would end an access token in use.
 		p.write("tenants/acme/refresh", nil)
 	}
-	p.assertf(p.engine.status("acme") == statusOK, "the tenant is %s when all is well", p.engine.status("acme"))
+	p.assertf(p.engine.status("acme") == statusOK, "the tenant is %s after everything was healed", p.engine.status("acme"))
 	p.assertf(p.service.RefreshTokenAlive(p.stored("acme").RefreshToken), "its refresh token is dead")
 }
 
-// checkRestart says whether a restart changes anything.
+// checkRestart checks that a restart changes nothing and calls nothing.
 func (p *meeting) checkRestart() {
 	if p.kind.ownTokens {
 		p.read("token/acme") // leases had tokens of their own
 	}
 	look := func() string {
-		p.tenants.loaded.Purge() // what memory alone knows counts for nothing
+		p.tenants.loaded.Purge() // compare what is stored, without what memory alone knows
 		if t := p.tenants.named("acme"); t != nil {
 			t.mu.Lock()
 			t.used = ""
@@ -960,7 +960,7 @@ func TestPairMatrix(t *testing.T) {
 					t.Parallel()
 					eachPair(&kinds[i], a, func(p *meeting) (comes bool) {
 						if failures.Load() >= 10 {
-							t.FailNow() // enough is known
+							t.FailNow() // ten failures are enough to find the cause
 						}
 						synctest.Test(t, func(t *testing.T) { comes = p.play(t) })
 						if comes {
@@ -982,7 +982,7 @@ func TestPairMatrix(t *testing.T) {
 
 var allSteps = []pairStep{beforeLoad, afterLoad, beforeNote, afterNote, atService, beforeStore, afterStore}
 
-// eachPair plays all pairs with a flow A. play says whether A comes to the step.
+// eachPair plays all pairs with a flow A. play returns whether A comes to the step.
 func eachPair(kind *pairKind, a meetingFlow, play func(*meeting) bool) {
 	n := 0
 	for _, step := range allSteps {
@@ -1006,5 +1006,5 @@ func eachPair(kind *pairKind, a meetingFlow, play func(*meeting) bool) {
 	}
 }
 
-// pairsThinned is how many pairs there are for each that -short, or the race detector, plays.
+// pairsThinned is how many pairs there are for each one that -short, or the race detector, plays.
 const pairsThinned = 36

@@ -81,7 +81,7 @@ func TestConnectorInUseStays(t *testing.T) {
 	assert.Equal(t, 400, status)
 	assert.Contains(t, text, "12 tenants use connector")
 	assert.Contains(t, text, "tenant-09")
-	assert.NotContains(t, text, "tenant-10", "ten are named")
+	assert.NotContains(t, text, "tenant-10", "the error names ten tenants")
 
 	_, status, text = e.try(logical.UpdateOperation, "config", map[string]any{"connector_id": aConnector["connector_id"]})
 	assert.Equal(t, 400, status)
@@ -89,7 +89,7 @@ func TestConnectorInUseStays(t *testing.T) {
 	assert.Equal(t, e.connectorID, e.read("config")["connector_id"])
 	e.write("config", map[string]any{"connector_id": e.connectorID, "connector_secret": "OTHER"})
 
-	e.restart() // the count is not memory's alone
+	e.restart() // a process without the count in memory refuses it too
 	_, status, _ = e.try(logical.DeleteOperation, "config", nil)
 	assert.Equal(t, 400, status)
 	for i := range 12 {
@@ -108,12 +108,12 @@ func TestConnectorInUseStays(t *testing.T) {
 	assert.Equal(t, 204, status)
 	calls, err := e.storage.List(context.Background(), callPrefix)
 	require.NoError(t, err)
-	assert.Empty(t, calls, "what was written down of its calls is gone, too")
+	assert.Empty(t, calls, "the notes of its calls are deleted too")
 	_, status, _ = e.try(logical.DeleteOperation, "config", nil)
-	assert.Equal(t, 204, status, "deleting what is not there")
+	assert.Equal(t, 204, status, "a connector that is not there can be deleted")
 }
 
-// Vault asks whether there is a connector before it checks a policy: a write is a create or an update.
+// Vault asks the engine whether a connector exists before it checks a policy: a write is a create or an update.
 func TestExistenceIsTold(t *testing.T) {
 	e := newConfiguredEngine(t)
 	e.addTenant("acme")
@@ -179,7 +179,7 @@ func TestBadConnectorsAreRefused(t *testing.T) {
 			assert.Equal(t, 400, status)
 		})
 	}
-	assert.Equal(t, before, e.read("config"), "nothing has changed")
+	assert.Equal(t, before, e.read("config"), "the connector is not changed")
 	assert.Equal(t, []string{"default"}, e.ok(logical.ListOperation, "config/", nil).Data["keys"])
 
 	_, status, text := e.try(logical.UpdateOperation, "config/"+strings.Repeat("x", 129), aConnector)
@@ -187,7 +187,7 @@ func TestBadConnectorsAreRefused(t *testing.T) {
 	assert.Contains(t, text, "128 characters")
 }
 
-// A configuration that storage does not take is not used either, and the answer says so.
+// The engine does not use a configuration that storage does not take, and the answer says so.
 func TestConfigThatStorageDoesNotTake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

@@ -58,7 +58,7 @@ func TestReaderIsAnsweredWithinTenSeconds(t *testing.T) {
 		assert.Contains(t, text, "nothing was lost")
 		assert.LessOrEqual(t, time.Since(begun), 10*time.Second)
 
-		time.Sleep(20 * time.Second) // the exchange goes on, and its result is kept
+		time.Sleep(20 * time.Second) // the exchange goes on, and its result is stored
 		e.read("creds/acme")
 		assert.Equal(t, 1, e.kaizala.CallCount())
 	})
@@ -89,7 +89,7 @@ func TestLeaseEndsBeforeItsToken(t *testing.T) {
 	})
 }
 
-// A reader's min_ttl goes by the access token that he would get: by none that has been given up.
+// A reader's min_ttl is compared with the access token that he would get, and not with one that has been given up.
 func TestMinTTLAfterTheTokenIsGivenUp(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classD)
@@ -125,8 +125,8 @@ func TestMinTTLOfAReaderIsHalfALifeAtMost(t *testing.T) {
 	})
 }
 
-// Vault compares times in whole seconds. However a renewal falls between them, it asks for no more than Vault may give, which
-// would warn the client that its TTL "exceeded the effective max_ttl".
+// Vault compares times in whole seconds. At whatever part of a second a renewal comes, the engine asks for no more than Vault may give:
+// otherwise Vault would warn the client that its TTL "exceeded the effective max_ttl".
 func TestRenewalEarnsNoWarning(t *testing.T) {
 	kaizala := func(t *testing.T) *engine {
 		e := newConfiguredEngine(t)
@@ -184,7 +184,7 @@ func TestRenewalEarnsNoWarning(t *testing.T) {
 						_, warnings, err := framework.CalculateTTL(e.system, 0, resp.Secret.TTL, 0, resp.Secret.MaxTTL, 0, resp.Secret.IssueTime)
 						require.Empty(t, warnings, "after %s", time.Since(resp.Secret.IssueTime))
 						if err != nil {
-							break // Vault's own refusal, when max_ttl is over
+							break // Vault refuses the renewal, because max_ttl is over
 						}
 						renewals++
 					}
@@ -214,7 +214,7 @@ func TestLastLeaseRevokedEarlyGivesTheTokenUp(t *testing.T) {
 		e.addTenant("acme")
 		a, b := e.lease("acme"), e.lease("acme")
 		require.NoError(t, e.revokeLease(a))
-		assert.Equal(t, accessTokenOf(b), accessTokenOf(e.lease("acme")), "two leases live on")
+		assert.Equal(t, accessTokenOf(b), accessTokenOf(e.lease("acme")), "two leases on the access token live")
 		require.NoError(t, e.revokeLease(b))
 		require.NoError(t, e.revokeLease(b))
 		assert.NotEqual(t, accessTokenOf(a), accessTokenOf(e.lease("acme")))
@@ -246,8 +246,8 @@ func TestNaturalEndKeepsTheToken(t *testing.T) {
 	})
 }
 
-// A reader who is held up between the look at an access token and its lease gets a lease that ends: Vault takes a TTL or
-// MaxTTL of 0 or less for no limit.
+// A reader is delayed between the check of an access token and its lease, and the time that is left is over: the lease has a TTL of a
+// second at least, because Vault takes a TTL or MaxTTL of 0 or less for no limit.
 func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -262,7 +262,7 @@ func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 	})
 }
 
-// An access token that comes dead is not asked for again and again: after two, the reader learns what to check.
+// The service sends access tokens that are about to expire: after two of them the reader gets an error that says what to check.
 func TestAccessTokensThatComeDead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)

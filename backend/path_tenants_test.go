@@ -22,7 +22,7 @@ func TestRefreshTokenIsVerifiedAndNeverRead(t *testing.T) {
 		e := newConfiguredEngine(t)
 		token := e.newToken("acme")
 		e.write("tenants/acme", map[string]any{"refresh_token": "  " + token + "\n", "ttl": "1h"})
-		assert.Equal(t, 1, e.kaizala.Exchanges("acme"), "it was tried")
+		assert.Equal(t, 1, e.kaizala.Exchanges("acme"), "the refresh token was verified")
 		got := e.read("tenants/acme")
 		assert.NotContains(t, fmt.Sprint(got), token)
 		assert.Equal(t, "ok", got["status"])
@@ -33,7 +33,7 @@ func TestRefreshTokenIsVerifiedAndNeverRead(t *testing.T) {
 		assert.Equal(t, time.Now().Add(365*24*time.Hour).UTC().Format(time.RFC3339), got["refresh_token_expire_time"])
 
 		e.read("creds/acme")
-		assert.Equal(t, 1, e.kaizala.CallCount(), "the verification's access token serves the readers")
+		assert.Equal(t, 1, e.kaizala.CallCount(), "readers get the access token of the verification")
 	})
 }
 
@@ -87,7 +87,7 @@ func TestTenantWriteChangesWhatItNames(t *testing.T) {
 	e.write("tenants/acme", map[string]any{"min_ttl": 60})
 	got := e.read("tenants/acme")
 	assert.Equal(t, []any{int64(3600), int64(7200), int64(60)}, []any{got["ttl"], got["max_ttl"], got["min_ttl"]})
-	assert.Equal(t, token, accessTokenOf(e.lease("acme")), "settings cost no exchange")
+	assert.Equal(t, token, accessTokenOf(e.lease("acme")), "a write of settings makes no exchange")
 
 	e.ok(logical.PatchOperation, "tenants/acme", map[string]any{"ttl": nil, "min_ttl": nil})
 	got = e.read("tenants/acme")
@@ -123,7 +123,7 @@ func TestDeletedTenantIsGone(t *testing.T) {
 		assert.Equal(t, 400, status)
 		require.NoError(t, e.revokeLease(lease))
 		assert.Nil(t, e.stored("acme"))
-		synctest.Wait() // for the index that is built since the start
+		synctest.Wait() // until the index is built
 		assert.Empty(t, e.tenants.byName)
 	})
 }
@@ -260,7 +260,7 @@ func TestFailedWriteLeavesReadersAlone(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
 		token := accessTokenOf(e.lease("acme"))
-		for _, took := range []bool{false, true} { // whether storage took the write all the same
+		for _, took := range []bool{false, true} { // whether storage takes the write that it reports as failed
 			e.storage.failWith(func(op, key string) error {
 				if op == "put" && took {
 					entry := *e.stored("acme")
@@ -304,7 +304,7 @@ func TestNewTenantInMemoryAloneIsNotUnknown(t *testing.T) {
 	})
 }
 
-// A write says what of it has no effect, and what has gone wrong with it.
+// The answer to a write warns of a setting without effect, and not of the failure of an earlier exchange.
 func TestWarningsOfAWrite(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -318,7 +318,7 @@ func TestWarningsOfAWrite(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
 		e.pass(44*time.Minute + 30*time.Second)
 		require.Equal(t, statusDegraded, e.status("acme"))
-		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "2h"}), "it is not the write that failed")
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "2h"}), "the failed exchange is not the write's")
 		warnings := e.ok(logical.ReadOperation, "creds/acme", nil).Warnings
 		require.Len(t, warnings, 1)
 		assert.Contains(t, warnings[0], "this one ends at")
@@ -328,7 +328,7 @@ func TestWarningsOfAWrite(t *testing.T) {
 	})
 }
 
-// A refresh that ends the access token of before says so; one that ends none does not.
+// The answer to a refresh warns if the refresh has ended an older access token, and not otherwise.
 func TestWarningsOfARefresh(t *testing.T) {
 	for name, c := range map[string]struct {
 		kind   func(*oauth2test.Options)
@@ -339,17 +339,17 @@ func TestWarningsOfARefresh(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, c.kind, c.fields)
 				e.add("acme", nil)
-				assert.Empty(t, e.write("tenants/acme/refresh", nil).Warnings, "there was none")
+				assert.Empty(t, e.write("tenants/acme/refresh", nil).Warnings, "there was no access token")
 				assert.Equal(t, c.ends, len(e.write("tenants/acme/refresh", nil).Warnings) == 1)
 				e.lease("acme")
 				e.write("tenants/acme/refresh", nil)
-				assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}), "it is not the write that ended it")
+				assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}), "the refresh, and not the write, ended the access token")
 			})
 		})
 	}
 }
 
-// A write of another refresh token begins anew: nothing of what the service said of the one before is left.
+// A write of another refresh token clears the rejection, the last error and the move of the one before.
 func TestWriteBeginsAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -372,7 +372,7 @@ func TestWriteBeginsAnew(t *testing.T) {
 	})
 }
 
-// What a request about a tenant that is not there comes to.
+// Requests about a tenant that does not exist, whose connector does not exist, or that storage fails to read.
 func TestRequestsAboutNoTenant(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -403,14 +403,14 @@ func TestRequestsAboutNoTenant(t *testing.T) {
 		e.waitForIndex()
 		e.storage.refuse("get", tenantPrefix)
 		_, _, err := e.HandleExistenceCheck(t.Context(), &logical.Request{Operation: logical.CreateOperation, Path: "tenants/acme", Storage: e.storage})
-		require.Error(t, err, "whether it is there is not known")
+		require.Error(t, err, "storage fails, so it is unknown whether the tenant exists")
 		e.storage.refuse("list", tenantPrefix)
 		_, status, _ = e.try(logical.ListOperation, "tenants/", nil)
 		assert.Equal(t, 500, status)
 	})
 }
 
-// A client without a secret is complete without one.
+// A connector whose token_endpoint_auth_method is none needs no connector_secret.
 func TestOAuthPublicClient(t *testing.T) {
 	e := newOAuthEngine(t, oauth2test.ClassA, map[string]any{"token_endpoint_auth_method": oauth2test.AuthNone, "connector_secret": nil})
 	via, err := e.connectors.of(t.Context(), defaultConnector)
@@ -418,7 +418,7 @@ func TestOAuthPublicClient(t *testing.T) {
 	assert.NoError(t, via.incomplete)
 }
 
-// ttl may be all of max_ttl.
+// ttl may be equal to max_ttl.
 func TestTTLUpToMaxTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

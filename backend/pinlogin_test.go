@@ -21,7 +21,7 @@ const (
 	redeemPINPath = "/v1/loginWithPinAndApplicationId"
 )
 
-// pinCalls are the calls of the PIN login that Kaizala has seen.
+// pinCalls returns the number of calls that Kaizala got at a path of the PIN login.
 func (e *engine) pinCalls(path string) (n int) {
 	for _, call := range e.kaizala.Calls() {
 		if call.Path == path {
@@ -35,7 +35,7 @@ func (e *engine) pin(data map[string]any) (*logical.Response, int, string) {
 	return (&grantEngine{engine: e}).ask(logical.UpdateOperation, "tenants/acme/pin", data)
 }
 
-// phone has a PIN sent to the user acme.
+// phone makes Kaizala send a PIN to the user acme.
 func (e *engine) phone() map[string]any {
 	e.t.Helper()
 	resp, status, text := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
@@ -84,7 +84,7 @@ func TestPINLogin(t *testing.T) {
 	})
 }
 
-// A refresh token that does not tell its end itself ends when Kaizala says beside it.
+// An opaque refresh token does not have its end in itself: its end is the refreshTokenExpiry of Kaizala's answer.
 func TestEndOfAnOpaqueRefreshTokenOfAPIN(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -121,7 +121,7 @@ func TestPINs(t *testing.T) {
 		_, status, _ = e.pin(map[string]any{"pin": "123456"})
 		assert.Equal(t, 400, status, "the attempt is over")
 
-		// Too many wrong ones, and Kaizala takes no right one.
+		// After too many wrong PINs, Kaizala does not accept the right one.
 		e.phone()
 		pin := e.sentPIN()
 		for range kaizalatest.PINTries {
@@ -129,11 +129,11 @@ func TestPINs(t *testing.T) {
 		}
 		_, status, _ = e.pin(map[string]any{"pin": pin})
 		assert.Equal(t, 400, status)
-		e.phone() // a new one is good
+		e.phone() // a new PIN is accepted
 		_, status, text = e.pin(map[string]any{"pin": e.sentPIN()})
 		assert.Equal(t, 200, status, text)
 
-		// Ten minutes, and no longer; the number goes then, in storage too.
+		// An attempt lasts for ten minutes. Then the phone number is deleted, also from storage.
 		e.phone()
 		pin = e.sentPIN()
 		e.pass(attemptLife - time.Second)
@@ -146,7 +146,7 @@ func TestPINs(t *testing.T) {
 		e.pass(2 * time.Minute)
 		assert.NotContains(t, e.storedText(), strings.TrimPrefix(e.kaizala.PhoneNumber("acme"), "+"))
 
-		// Another process goes on, and whatever ends the attempt takes the number with it.
+		// A write or a delete ends the attempt and deletes the phone number. Another process goes on with an attempt.
 		for name, end := range map[string]func(){
 			"write":  func() { e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")}) },
 			"delete": func() { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
@@ -189,11 +189,11 @@ func TestPINRequestsThatAreRefused(t *testing.T) {
 			assert.NotContains(t, text, "123456", name)
 		}
 		assert.Zero(t, e.pinCalls(redeemPINPath))
-		assert.Equal(t, 1, e.pinCalls(sendPINPath), "the one that Kaizala refuses")
+		assert.Equal(t, 1, e.pinCalls(sendPINPath), "only the request with the unknown number reaches Kaizala")
 	})
 }
 
-// The refresh token that a PIN has brought is the only one, so an outage does not cost it.
+// A refresh token that a PIN has brought is not lost if its verification fails in an outage: the person could not get it again.
 func TestPINWhileTheServiceFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -203,8 +203,8 @@ func TestPINWhileTheServiceFails(t *testing.T) {
 		assert.Equal(t, http.StatusServiceUnavailable, status, text)
 		assert.Contains(t, text, "nothing was stored")
 
-		// The exchange alone fails.
-		e.kaizala.Inject(kaizalatest.Fault{Status: 200, Body: "{}", Process: true, Times: 1}) // a lost PIN answer is refused next
+		// Kaizala redeems the PIN, and its answer is lost: the PIN cannot be used again.
+		e.kaizala.Inject(kaizalatest.Fault{Status: 200, Body: "{}", Process: true, Times: 1})
 		_, status, _ = e.pin(map[string]any{"pin": e.sentPIN()})
 		assert.Equal(t, http.StatusServiceUnavailable, status)
 		e.phone()
@@ -226,7 +226,7 @@ func TestPINWhileTheServiceFails(t *testing.T) {
 	})
 }
 
-// A service that is slow is waited for 10 seconds, and what comes later is stored.
+// Kaizala answers a PIN after 12 seconds: the request is answered within 10 seconds, and the refresh token is stored later.
 func TestSlowPIN(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -246,7 +246,7 @@ func TestSlowPIN(t *testing.T) {
 	})
 }
 
-// A refresh token that comes for a PIN, and that Kaizala refuses at once, connects nothing.
+// Kaizala refuses the refresh token of a PIN in its verification: the tenant is not connected.
 func TestRefreshTokenOfAPINIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -254,7 +254,7 @@ func TestRefreshTokenOfAPINIsRefused(t *testing.T) {
 		notes := 0
 		e.storage.surround(func(op, key string, do func() error) error {
 			if op == "put" && strings.HasPrefix(key, callPrefix) {
-				if notes++; notes == 2 { // the first is the PIN's
+				if notes++; notes == 2 { // the first note is that of the PIN's call
 					e.kaizala.Inject(kaizalatest.Fault{Status: http.StatusUnauthorized, Body: `{"errorCode": "InvalidToken"}`, Times: 1})
 				}
 			}
@@ -267,7 +267,7 @@ func TestRefreshTokenOfAPINIsRefused(t *testing.T) {
 	})
 }
 
-// A PIN that waits for its place while the connector is written is sent by what the connector is then.
+// The connector is written while a PIN waits for its call: the PIN is sent with the written connector.
 func TestPINMeetsAConfigWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -287,8 +287,8 @@ func TestPINMeetsAConfigWrite(t *testing.T) {
 	})
 }
 
-// What a PIN has brought is kept while storage does not take it: the answer is pending, and the tenant is there
-// once storage is.
+// Storage does not take the refresh token of a PIN: memory keeps it, the answer is pending, and the tenant is stored when
+// storage works again.
 func TestPINWhileStorageTakesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

@@ -20,7 +20,7 @@ import (
 
 // rapidTB lets an engine run under rapid, which has a T of its own.
 type rapidTB struct {
-	testing.TB // nil: whatever is not below is not used
+	testing.TB // nil: the engine uses only the methods below
 	rt         *rapid.T
 	cleanups   []func()
 }
@@ -31,14 +31,14 @@ func (t *rapidTB) Error(args ...any)                 { t.rt.Error(args...) }
 func (t *rapidTB) Errorf(format string, args ...any) { t.rt.Errorf(format, args...) }
 func (t *rapidTB) FailNow()                          { t.rt.FailNow() }
 
-// model is what somebody knows of the engine who has only seen its answers.
+// model is the state that a client expects from the engine's answers alone.
 type model struct {
 	*engine
 	rt      *rapid.T
 	tenants map[string]*modelTenant
 	broken  bool // storage takes no writes
-	failing bool // the service does
-	losing  bool // it does so with answers that hold new refresh tokens
+	failing bool // the service fails
+	losing  bool // the service fails after it has replaced refresh tokens
 	share   int
 }
 
@@ -46,11 +46,11 @@ type modelTenant struct {
 	leases []*logical.Response
 	// retired are access tokens that must not be handed out again.
 	retired []string
-	// exists and ttl are nil where a write has failed: it may have been done.
+	// exists and ttl are nil after a write has failed: storage may have taken it.
 	exists *bool
 	ttl    *time.Duration
-	// lost: its refresh token is gone, and nobody could have kept it. The process
-	// ended before storage had it, or it never arrived.
+	// lost: the refresh token is gone, and the engine could not have kept it: the
+	// process ended before storage had it, or the answer with it never arrived.
 	lost bool
 }
 
@@ -82,7 +82,7 @@ func (m *model) writeToken(*rapid.T) {
 	name, tenant := m.pick()
 	verify := rapid.Bool().Draw(m.rt, "verify")
 	m.kaizala.SetRefreshTokenAge(rapid.SampledFrom([]time.Duration{0, inWindow - time.Hour, inWindow, 364 * day}).Draw(m.rt, "age"))
-	token := m.newToken(name) // and the one before is dead
+	token := m.newToken(name) // which ends the refresh token before
 	_, status := m.request(logical.UpdateOperation, "tenants/"+name, map[string]any{"refresh_token": token, "verify": verify})
 	if status < 300 {
 		for _, lease := range tenant.leases {
@@ -95,8 +95,8 @@ func (m *model) writeToken(*rapid.T) {
 		}
 		return
 	}
-	// The service has been told to give out a new token, and the engine has it not:
-	// until it is written again, the tenant's user has cut himself off.
+	// The service has given out a new refresh token, which has ended the older one,
+	// and the engine may not have it: the tenant is lost until the next write.
 	tenant.exists, tenant.ttl, tenant.lost = nil, nil, true
 }
 
@@ -157,8 +157,8 @@ func (m *model) refresh(*rapid.T) {
 	}
 }
 
-// revokeAll revokes all leases of a tenant, and before their time where some of
-// it is left. The last lease on an access token that ends early retires it.
+// revokeAll revokes all leases of a tenant. If the last lease on an access token is
+// revoked before its end, the token is retired.
 func (m *model) revokeAll(*rapid.T) {
 	_, tenant := m.pick()
 	for i, lease := range tenant.leases {
@@ -179,7 +179,7 @@ func (m *model) revokeAll(*rapid.T) {
 func (m *model) clockJumps(*rapid.T) {
 	d := time.Duration(rapid.SampledFrom([]int{1, 30, 60, 25 * 60, 10 * 24 * 60, 40 * 24 * 60, 329 * 24 * 60}).Draw(m.rt, "minutes")) * time.Minute
 	if m.failing || m.broken {
-		d = min(d, 3*time.Hour) // a failure is tried again each minute, which takes real time here
+		d = min(d, 3*time.Hour) // the engine tries again each minute, and each try takes real time
 	}
 	time.Sleep(d)
 	m.minute()
@@ -221,7 +221,7 @@ func (m *model) storageHeals(*rapid.T) {
 	m.broken = false
 }
 
-// processEnds with or without a word; what storage has refused goes with it.
+// processEnds ends the process by a stop or a crash. What storage has refused is lost with it.
 func (m *model) processEnds(*rapid.T) {
 	crash := rapid.Bool().Draw(m.rt, "crash")
 	busy := crash && rapid.Bool().Draw(m.rt, "in the middle of exchanges")
@@ -242,7 +242,7 @@ func (m *model) processEnds(*rapid.T) {
 	}
 	if crash {
 		m.crash()
-		m.broken = false // a crash comes with storage of its own
+		m.broken = false // the process after a crash has another storage, which works
 	} else {
 		m.restart()
 	}
@@ -256,7 +256,7 @@ func (m *model) processEnds(*rapid.T) {
 	synctest.Wait()
 }
 
-// check is what holds after each step.
+// check checks what must hold after each step.
 func (m *model) check(*rapid.T) {
 	synctest.Wait()
 	for name, tenant := range m.tenants {
@@ -271,10 +271,10 @@ func (m *model) check(*rapid.T) {
 		case tenant.exists == nil, busy:
 		case !*tenant.exists:
 			if entry != nil {
-				m.rt.Fatalf("%s: deleted, and there again", name)
+				m.rt.Fatalf("%s: the tenant was deleted, and exists again", name)
 			}
 		case held == "":
-			m.rt.Fatalf("%s: has vanished", name)
+			m.rt.Fatalf("%s: the tenant does not exist any more", name)
 		case !tenant.lost && !m.kaizala.RefreshTokenAlive(held) && time.Now().Before(m.expires(held)):
 			m.rt.Fatalf("%s: its refresh token is lost", name)
 		case tenant.ttl != nil && entry != nil && entry.TTL != *tenant.ttl:
@@ -295,7 +295,7 @@ func (m *model) expires(token string) time.Time {
 	return facts.Expires
 }
 
-// stepper lets storage operations happen one at a time.
+// stepper carries out storage operations one at a time.
 type stepper struct {
 	mu     sync.Mutex
 	parked map[string][]chan struct{} // by operation and key
@@ -310,7 +310,7 @@ func (s *stepper) around(op, key string, do func() error) error {
 	return do()
 }
 
-// step lets one operation happen, which pick chooses, and says whether there was one.
+// step carries out the operation that pick chooses, and returns whether there was one.
 func (s *stepper) step(pick func([]string) string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -325,8 +325,8 @@ func (s *stepper) step(pick func([]string) string) bool {
 	return true
 }
 
-// together makes requests at the same time, and takes their storage operations, and the engine's own, in an order that is drawn.
-// Each tenant is changed by one of them at most, so that the model knows what has to come of it.
+// together makes requests at the same time, and carries out their storage operations, and those of the engine's background work, in a
+// drawn order. At most one of the requests changes each tenant, so that the model knows the result.
 func (m *model) together(*rapid.T) {
 	if m.broken {
 		return
@@ -418,7 +418,7 @@ func (m *model) together(*rapid.T) {
 		case r.what == "delete":
 			tenant.exists = nil
 		case r.what == "creds" && r.status == http.StatusOK:
-			// Beside a write it may be on the access token before the write, or after it.
+			// A lease that was read during a write may be on the access token from before the write, or from after it.
 			r.resp.Secret.IssueTime = time.Now()
 			if r.resp.Secret.TTL == 0 {
 				r.resp.Secret.TTL = r.resp.Secret.MaxTTL
@@ -428,7 +428,7 @@ func (m *model) together(*rapid.T) {
 	}
 }
 
-// heals: with all well again, each tenant that was not lost can be read.
+// heals checks that each tenant that was not lost can be read when storage and service work again.
 func (m *model) heals() {
 	m.serviceHeals(nil)
 	m.storageHeals(nil)
@@ -440,10 +440,10 @@ func (m *model) heals() {
 			continue
 		}
 		if _, status := m.request(logical.ReadOperation, "creds/"+name, nil); status != http.StatusOK {
-			m.rt.Fatalf("%s cannot be read when all is well: %d", name, status)
+			m.rt.Fatalf("%s cannot be read when storage and service work: %d", name, status)
 		}
 		if status := m.engine.status(name); status != statusOK {
-			m.rt.Fatalf("%s is %s when all is well", name, status)
+			m.rt.Fatalf("%s is %s when storage and service work", name, status)
 		}
 	}
 }

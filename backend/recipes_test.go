@@ -32,7 +32,7 @@ type recipe struct {
 	endpoint string
 	// newEach: each exchange brings another refresh token.
 	newEach bool
-	// told: the answer tells the refresh token's life.
+	// told: the answer has the refresh token's life.
 	told bool
 }
 
@@ -129,11 +129,11 @@ func recipeFile(t *testing.T, name string) map[string]any {
 	return fields
 }
 
-// Each recipe is written as its two writers do, and serves a tenant of a service with its quirks.
+// Each recipe is written by the operator and the connector's owner, and then serves a tenant of a service with its quirks.
 func TestRecipes(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join("..", "bootstrap", "services", "*.json"))
 	require.NoError(t, err)
-	assert.Len(t, files, len(recipes), "each file has its test")
+	assert.Len(t, files, len(recipes), "each file has a recipe in this test")
 	for _, r := range recipes {
 		t.Run(r.name, func(t *testing.T) { synctest.Test(t, r.test) })
 	}
@@ -179,7 +179,7 @@ func (r recipe) test(t *testing.T) {
 	_, told := e.read("tenants/acme")["refresh_token_expire_time"]
 	assert.Equal(t, r.told || file["refresh_token_life"] != nil, told)
 
-	// The service refuses the refresh token in its own way, and the tenant user hears of it.
+	// The service refuses the refresh token in its own way, and the error says so to the tenant user.
 	service.Inject(oauth2test.Fault{Answer: r.refusal, Times: 1})
 	_, status, why := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 	assert.Equal(t, http.StatusBadRequest, status)
@@ -187,8 +187,8 @@ func (r recipe) test(t *testing.T) {
 	assert.Equal(t, statusRejected, e.status("acme"))
 }
 
-// A service that tells at each exchange what is left of one life, as QuickBooks does, does not put off the exchanges near its
-// end: their time does not move.
+// Each answer of a service like QuickBooks has the rest of the same life of a refresh token. The last tenth of that life, in which
+// the engine makes more exchanges, does not move with these answers.
 func TestToldRestOfALifeDoesNotMoveItsLastTenth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		service := oauth2test.New()

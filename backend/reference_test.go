@@ -18,7 +18,7 @@ func TestGeneratedReference(t *testing.T) {
 	isCurrent(t, "reference.md", reference(newEngine(t).Backend))
 }
 
-// reference is reference.md: what the engine says of its own paths.
+// reference is the text of reference.md, made from the engine's own descriptions of its paths.
 func reference(b *framework.Backend) string {
 	var out strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&out, format+"\n", args...) }
@@ -26,7 +26,7 @@ func reference(b *framework.Backend) string {
 	line("# Paths and fields\n\n%s\n", paragraph(b.Help))
 	line("Paths are relative to the mount, `kaizala/` in most examples. `vault path-help kaizala/creds/acme` shows the")
 	line("same in a terminal. A *duration* is a text such as `90s`, `15m` or `24h`, or a number of seconds.")
-	shown := map[string]string{} // where each table stands
+	shown := map[string]string{} // the heading under which each table is
 	table := func(path, title, head string, rows []string) {
 		text := head + "\n" + strings.Join(rows, "\n")
 		if at, found := shown[text]; found && len(rows) > 3 {
@@ -77,8 +77,8 @@ func reference(b *framework.Backend) string {
 	return out.String()
 }
 
-// operations are those of a path in the order in which they are shown. A create
-// is documented with the update that it shares its form with.
+// operations are the operations of a path in the order in which they are shown. A
+// create is documented with the update, which has the same fields.
 var operations = []struct {
 	operation                logical.Operation
 	name, method, capability string
@@ -155,8 +155,8 @@ func shortest(d time.Duration) string {
 
 var placeholder = regexp.MustCompile(`<(\w+)>`)
 
-// paragraph undoes the line breaks that a terminal wants, and what Markdown
-// would take for HTML.
+// paragraph removes the line breaks that are for a terminal, and escapes what
+// Markdown would take for HTML.
 func paragraph(text string) string {
 	return placeholder.ReplaceAllString(strings.Join(strings.Fields(text), " "), ":$1")
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// altered is a service that is other than the emulator in one respect.
+// altered is the emulator with changed requests or answers.
 type altered struct {
 	http.RoundTripper
 	request func(*http.Request)
@@ -44,7 +44,7 @@ func (a altered) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// alter puts a service that is altered in the emulator's place.
+// alter replaces the emulator by an altered one.
 func (e *engine) alter(a altered) {
 	a.RoundTripper = e.kaizala.Transport()
 	e.connectors.transport = a
@@ -57,7 +57,7 @@ func TestThousandTenantsDoNotComeDueTogether(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenants(1000)
 		time.Sleep(inWindow - day)
-		assert.Zero(t, e.kaizala.CallCount(), "before the window there is no need")
+		assert.Zero(t, e.kaizala.CallCount(), "no call before the rotation window")
 		e.restart()
 		time.Sleep(9 * day)
 		assert.Equal(t, 1000, e.kaizala.CallCount())
@@ -76,20 +76,20 @@ func TestTenantPastItsTimeGoesAtTheNextTick(t *testing.T) {
 		assert.Equal(t, 1, e.kaizala.CallCount())
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
 	})
-	synctest.Test(t, func(t *testing.T) { // Vault was down when its time came
+	synctest.Test(t, func(t *testing.T) { // Vault was down when the tenant was due
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
 		e.stop()
 		time.Sleep(360 * day)
 		e.start()
-		assert.Zero(t, e.kaizala.CallCount(), "not in initialization")
+		assert.Zero(t, e.kaizala.CallCount(), "the initialization makes no call")
 		e.pass(time.Minute)
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
 	})
 }
 
-// A mount whose process was replaced without a word has no timer of its own: the
-// periodic function alone has to do.
+// The index's timer does not fire: the periodic function alone makes the exchange
+// that is due.
 func TestPeriodicFunctionAloneRenews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -126,8 +126,8 @@ func TestOpaqueTokenIsExchangedEachMonth(t *testing.T) {
 			last = call.Start
 		}
 		assert.LessOrEqual(t, time.Since(last), (30 * day))
-		assert.LessOrEqual(t, len(calls), 16, "and not much more often")
-		time.Sleep(40 * day) // the window comes, and with it a token that says when it ends
+		assert.LessOrEqual(t, len(calls), 16, "not much more often than once a month")
+		time.Sleep(40 * day) // in the rotation window a refresh token comes whose end is known
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
 	})
 }
@@ -139,7 +139,7 @@ func TestIdleTickReadsNoStorage(t *testing.T) {
 		e.read("creds/t1")
 		e.restart()
 		e.pass(time.Minute)
-		synctest.Wait() // the first tick reads what a process reads once
+		synctest.Wait() // the first tick reads the keys that each process reads once
 		ops := e.storage.ops.Load()
 		e.pass(3 * time.Hour)
 		assert.Equal(t, ops, e.storage.ops.Load())
@@ -161,12 +161,13 @@ func TestAccessTokensInUseAreRenewedAhead(t *testing.T) {
 			assert.Equal(t, before, e.kaizala.CallCount(), "no reader waits for Kaizala (%d calls before)", calls)
 		}
 		assert.LessOrEqual(t, e.kaizala.Exchanges("busy"), 11)
-		assert.LessOrEqual(t, e.kaizala.Exchanges("idle"), 2, "nobody uses it any more")
+		assert.LessOrEqual(t, e.kaizala.Exchanges("idle"), 2, "an access token that is not read is not renewed")
 	})
 }
 
-// Where the service goes on without replacing a refresh token, people are told
-// from 30 days ahead of its end: readers, whoever looks, and the log once a day.
+// If the service does not replace a refresh token, then in its last 30 days the
+// answers to readers and to reads of the tenant have a warning, and the log has one
+// line a day.
 func TestWarningThirtyDaysAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -193,9 +194,9 @@ func TestWarningThirtyDaysAhead(t *testing.T) {
 		}
 		lines := e.log.count(line)
 		e.pass(10 * day)
-		assert.InDelta(t, 10, e.log.count(line)-lines, 1, "once a day")
+		assert.InDelta(t, 10, e.log.count(line)-lines, 1, "one line a day")
 		assert.Equal(t, e.log.count(line), strings.Count(strings.Join(e.events.all(), "\n"), eventExpiring+" acme"))
-		// From 90 % on it is exchanged about once a day in the hope of a new one.
+		// From 90 % of its life on, the refresh token is exchanged about once a day, because the service may replace it.
 		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 2)
 
 		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
@@ -226,7 +227,7 @@ func TestExpiredTenant(t *testing.T) {
 	})
 }
 
-// An event that Vault does not take holds up no reader, no write and, for longer than the bound, no end of the engine.
+// Vault does not take an event: no reader and no write waits for that, and the stop of the engine waits only for its limit.
 func TestEventHoldsUpNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -247,7 +248,7 @@ func TestEventsAreSentOnce(t *testing.T) {
 		e.read("creds/acme")
 		synctest.Wait()
 		assert.Equal(t, []string{eventRotated + " acme"}, e.events.all())
-		e.newToken("acme") // kills the one that is stored
+		e.newToken("acme") // ends the stored refresh token
 		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		_, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		synctest.Wait()
@@ -255,12 +256,12 @@ func TestEventsAreSentOnce(t *testing.T) {
 	})
 }
 
-// After a long downtime more tenants are due than the share serves in time: whose refresh token ends first goes first, and
-// none of them dies behind one that has days.
+// After a long downtime more tenants are due than the share can serve at once: the tenants whose refresh tokens end first are served
+// first, so that none of these tokens ends while the engine exchanges others that have days left.
 func TestWhoEndsFirstGoesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
-		e.setShare(5) // four a minute for background work
+		e.setShare(5) // four of the five are for background work
 		var hasty, patient []string
 		for i := range 50 {
 			hasty = append(hasty, e.newToken(fmt.Sprint("hasty", i)))
@@ -289,11 +290,11 @@ func TestWhoEndsFirstGoesFirst(t *testing.T) {
 	})
 }
 
-// A connector that is written, or accepted again, has its failed tenants tried at once, without a reader.
+// After a refused connector is written, or accepted again, its failed tenants are tried at once, without a reader.
 func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 	for name, right := range map[string]func(*engine){
 		"written":  func(e *engine) { e.write("config", map[string]any{"connector_secret": e.secret}) },
-		"accepted": func(*engine) { time.Sleep(probeEvery) }, // one of them is the probe
+		"accepted": func(*engine) { time.Sleep(probeEvery) }, // the exchange of one of the tenants is the probe
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -322,7 +323,7 @@ func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 	}
 }
 
-// A record that the registry has dropped leaves the index to the record that has its name now.
+// A record that the registry has dropped does not change the index entry of the record with the same name.
 func TestDroppedRecordLeavesTheIndexAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)

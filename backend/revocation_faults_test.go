@@ -18,10 +18,10 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// What storage fails while a tenant is deleted or written, or a lease ends, is tried again by whoever asked: nothing is left alive
-// at the service once it has gone through.
+// Storage fails during a delete of a tenant or the revocation of a lease: the request fails. When it is repeated and succeeds, no token
+// that it should end is alive at the service.
 func TestOAuthStorageFailsWhileTokensAreGivenUp(t *testing.T) {
-	older := func(e *oauthEngine) func() (int, string) { // leases live on an access token that a newer one has replaced
+	older := func(e *oauthEngine) func() (int, string) { // a lease lives on an access token that a newer token has replaced
 		e.add("acme", nil)
 		e.lease("acme")
 		e.pass(50 * time.Minute)
@@ -113,8 +113,8 @@ func (e *oauthEngine) revokeStatus(lease *logical.Response) (int, string) {
 	return statusOf(logical.RevokeOperation, resp, err)
 }
 
-// A process that ended between the two writes which give an access token up leaves one that is not handed out, whatever storage
-// cannot give to the next process.
+// A process ends between the two writes that give an access token up: the next process does not hand the token out, also if storage
+// fails to read the intents or the connector at first.
 func TestOAuthTokenThatIsGivenUpByHalf(t *testing.T) {
 	for _, fails := range []string{intentPrefix, connectorPrefix} {
 		bubble(t, func(t *testing.T) {
@@ -146,7 +146,7 @@ func TestOAuthTokenThatIsGivenUpByHalf(t *testing.T) {
 	}
 }
 
-// What a start cannot read is read by a later minute.
+// The start of the engine cannot read a key: the engine reads it again within minutes.
 func TestStartThatStorageFails(t *testing.T) {
 	for _, c := range []struct{ op, key string }{
 		{"list", intentPrefix}, {"list", intentPrefix + "default/"}, {"get", intentPrefix}, {"list", heldPrefix}, {"get", heldPrefix},
@@ -178,11 +178,11 @@ func TestStartThatStorageFails(t *testing.T) {
 				assert.Equal(t, c.key == connectorPrefix, loaded)
 				assert.Contains(t, e.storedText(), intentPrefix)
 				_, status, _ := e.try(logical.UpdateOperation, "tenants/next", map[string]any{"refresh_token": e.server.Grant(e.clientID, "next"), "verify": false})
-				assert.Equal(t, slices.Contains([]string{attemptKeys, stateKeys}, c.key), status == 204, "whether its revocation waits is not known")
+				assert.Equal(t, slices.Contains([]string{attemptKeys, stateKeys}, c.key), status == 204, "the engine does not know whether this refresh token waits for its revocation")
 				e.storage.heal()
 				e.server.ClearFaults()
 				e.pass(2 * time.Minute)
-				assert.NotContains(t, e.storedText(), intentPrefix, "it is revoked")
+				assert.NotContains(t, e.storedText(), intentPrefix, "the token is revoked")
 				e.pass(2 * time.Hour)
 				for _, over := range []string{heldPrefix, stateKeys} {
 					assert.NotContains(t, e.storedText(), over)
@@ -194,7 +194,7 @@ func TestStartThatStorageFails(t *testing.T) {
 	}
 }
 
-// A node that may not write revokes nothing, and goes on once it may.
+// A standby revokes nothing and deletes no records, and does both when it becomes the active node.
 func TestOAuthRevocationsOnANodeThatMayNotWrite(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 5 * time.Minute }, classA)
@@ -217,7 +217,7 @@ func TestOAuthRevocationsOnANodeThatMayNotWrite(t *testing.T) {
 		e.system.replication.Store(uint32(consts.ReplicationPerformanceStandby))
 		e.storage.failWith(func(op, key string) error {
 			if op == "delete" {
-				t.Error("another node sweeps", key)
+				t.Error("the standby deletes", key)
 			}
 			return nil
 		})
@@ -233,13 +233,13 @@ func TestOAuthRevocationsOnANodeThatMayNotWrite(t *testing.T) {
 			return nil
 		})
 		e.pass(5 * time.Minute)
-		assert.Equal(t, 1, swept, "once")
+		assert.Equal(t, 1, swept, "one delete")
 		e.kept()
 	})
 }
 
-// Storage takes an intent and does not say so, and Vault does not try again: the token is revoked all the same, and the intent does not
-// stay in storage until the next start.
+// Storage takes an intent and reports an error, and Vault does not repeat the revocation: the token is revoked all the same, and the
+// intent is deleted without a restart.
 func TestOAuthIntentIsStoredWithoutAWord(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -247,7 +247,7 @@ func TestOAuthIntentIsStoredWithoutAWord(t *testing.T) {
 		lease := e.lease("acme")
 		e.pass(50 * time.Minute)
 		current := e.read("token/acme")["access_token"].(string)
-		require.NotEqual(t, accessTokenOf(lease), current, "a newer one has replaced it")
+		require.NotEqual(t, accessTokenOf(lease), current, "a newer access token has replaced it")
 		e.storage.surround(func(op, key string, do func() error) error {
 			err := do()
 			if op == "put" && strings.HasPrefix(key, intentPrefix) {
@@ -267,7 +267,7 @@ func TestOAuthIntentIsStoredWithoutAWord(t *testing.T) {
 	})
 }
 
-// What another node has written or settled is what counts once this one is told.
+// Another node stores or deletes an intent or a record: this node acts on that when the key is invalidated.
 func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -290,7 +290,7 @@ func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 		assert.Len(t, e.revocations(), calls)
 		e.put(key, []byte(text))
 		e.pass(2 * time.Minute)
-		assert.Len(t, e.revocations(), calls, "it has not been told")
+		assert.Len(t, e.revocations(), calls, "the key is not invalidated yet")
 		e.InvalidateKey(t.Context(), key)
 		e.pass(time.Minute)
 		synctest.Wait()
@@ -299,7 +299,7 @@ func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 		record := heldPrefix + "acme/X"
 		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, record, &held{Format: entryFormat, Connector: "default", Expires: time.Now()}))
 		e.pass(2 * time.Minute)
-		assert.NotEmpty(t, e.get(record), "it has not been told")
+		assert.NotEmpty(t, e.get(record), "the key is not invalidated yet")
 		e.InvalidateKey(t.Context(), record)
 		e.pass(2 * time.Minute)
 		synctest.Wait()
@@ -307,7 +307,7 @@ func TestOAuthRevocationsOfAnotherNode(t *testing.T) {
 	})
 }
 
-// How long Vault is held up by a revocation, and how many are made at once.
+// How long the revocation of a lease waits for its call, and how many calls are made at once.
 func TestOAuthRevocationsThatAreSlow(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -324,21 +324,21 @@ func TestOAuthRevocationsThatAreSlow(t *testing.T) {
 			e.revoke(leases[next])
 			next++
 			synctest.Wait()
-			assert.True(t, slices.ContainsFunc(e.revocations(), func(c oauth2test.Call) bool { return c.Token == token }), "it is made at once, waited for or not")
+			assert.True(t, slices.ContainsFunc(e.revocations(), func(c oauth2test.Call) bool { return c.Token == token }), "the call is made at once, whether or not the request waits for it")
 			return time.Since(begun)
 		}
 		slow := oauth2test.Fault{Delay: 3 * time.Second, Times: 1}
 		assert.Equal(t, 3*time.Second, revoke(slow))
 		assert.Zero(t, revoke(slow), "the service is slow")
 		time.Sleep(2 * time.Minute)
-		assert.Zero(t, revoke(oauth2test.Fault{Delay: time.Second, Times: 1}), "it was slow the last time")
+		assert.Zero(t, revoke(oauth2test.Fault{Delay: time.Second, Times: 1}), "the last call was slow")
 		time.Sleep(2 * time.Minute)
 		for range 6 {
 			assert.Equal(t, 1900*time.Millisecond, revoke(oauth2test.Fault{Delay: 1900 * time.Millisecond, Times: 1}))
 		}
-		assert.Zero(t, revoke(oauth2test.Fault{Delay: 1900 * time.Millisecond, Times: 1}), "more than 10 s of a minute have been waited")
+		assert.Zero(t, revoke(oauth2test.Fault{Delay: 1900 * time.Millisecond, Times: 1}), "requests have waited for more than 10 s of this minute")
 		time.Sleep(2 * time.Minute)
-		assert.Equal(t, time.Second, revoke(oauth2test.Fault{Delay: time.Second, Times: 1}), "that was long ago")
+		assert.Equal(t, time.Second, revoke(oauth2test.Fault{Delay: time.Second, Times: 1}), "the waits are more than a minute ago")
 		assert.Zero(t, revoke(oauth2test.Fault{Times: 1, Answer: oauth2test.BadGateway}))
 		assert.Zero(t, revoke(slow), "the service fails")
 
@@ -351,7 +351,7 @@ func TestOAuthRevocationsThatAreSlow(t *testing.T) {
 		for i := range 4 {
 			synctest.Wait()
 			under := slices.DeleteFunc(e.revocations(), func(c oauth2test.Call) bool { return !c.End.IsZero() })
-			assert.Len(t, under, 4, "at once")
+			assert.Len(t, under, 4, "calls at once")
 			if i == 2 {
 				e.crash()
 			} else {
@@ -376,7 +376,7 @@ func TestOAuthLeaseIsRevokedTwiceAtOnce(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Delay: 2 * time.Second})
 		e.storage.surround(func(op, key string, do func() error) error {
 			if op == "put" && strings.HasPrefix(key, intentPrefix) {
-				time.Sleep(time.Second) // until both have found the token's record
+				time.Sleep(time.Second) // until both revocations have read the token's record
 			}
 			return do()
 		})
@@ -392,7 +392,8 @@ func TestOAuthLeaseIsRevokedTwiceAtOnce(t *testing.T) {
 	})
 }
 
-// A refresh token that is in doubt, since storage has not said whether its tenant is deleted, is not sent before storage says so.
+// Storage deletes a tenant and reports an error: the refresh token is not revoked before a read of storage shows that the tenant is
+// gone.
 func TestOAuthDeleteInDoubt(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
@@ -412,7 +413,7 @@ func TestOAuthDeleteInDoubt(t *testing.T) {
 
 func first[A, B any](a A, _ B) A { return a }
 
-// What a write of the connector drops: what it cannot revoke any more, and nothing else.
+// A write of the connector drops the pending revocations that the connector cannot make any more, and no others.
 func TestOAuthConnectorWriteDrops(t *testing.T) {
 	for _, c := range []struct {
 		change  map[string]any
@@ -434,7 +435,7 @@ func TestOAuthConnectorWriteDrops(t *testing.T) {
 			if c.dropped != "" {
 				e.storage.refuse("delete", intentPrefix)
 				_, status, _ := e.try(logical.UpdateOperation, "config", c.change)
-				assert.Equal(t, 500, status, "what cannot be dropped")
+				assert.Equal(t, 500, status, "storage does not delete the intents")
 				e.storage.heal()
 			}
 			resp := e.write("config", c.change)
@@ -451,7 +452,7 @@ func TestOAuthConnectorWriteDrops(t *testing.T) {
 	}
 }
 
-// A token that has ended is pending no more, though the service refuses the connector and nothing can be sent.
+// The service refuses the connector, so no revocation can be sent: a token that has expired is not pending any more.
 func TestOAuthTokenEndsWhileTheConnectorIsRefused(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 5 * time.Minute }, classA)
@@ -467,7 +468,8 @@ func TestOAuthTokenEndsWhileTheConnectorIsRefused(t *testing.T) {
 	})
 }
 
-// A write that fails to take a refresh token out of what is to be revoked is no write: the token goes as its delete says.
+// A write of a refresh token whose revocation is pending fails if it cannot delete the intent: the tenant is not written, and the
+// refresh token is revoked.
 func TestOAuthRefreshTokenThatCannotBeSpared(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
@@ -483,7 +485,7 @@ func TestOAuthRefreshTokenThatCannotBeSpared(t *testing.T) {
 		e.storage.heal()
 		assert.Nil(t, e.stored("acme"))
 		e.write("tenants/acme", write)
-		assert.NotContains(t, e.storedText(), intentPrefix, "it is spared as soon as it is written")
+		assert.NotContains(t, e.storedText(), intentPrefix, "the write deletes the intent")
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		e.storage.refuse("delete", intentPrefix)
 		_, status, _ = e.try(logical.UpdateOperation, "tenants/acme", write)
@@ -495,8 +497,7 @@ func TestOAuthRefreshTokenThatCannotBeSpared(t *testing.T) {
 	})
 }
 
-// A delete of a tenant that nothing can be revoked of needs no storage that can be read; one of a refresh token that has to be
-// revoked reads it.
+// A delete reads the tenant from storage only if it has to revoke its refresh token.
 func TestDeleteReadsWhatItRevokesAlone(t *testing.T) {
 	for name, c := range map[string]struct {
 		fields map[string]any
@@ -525,7 +526,7 @@ func TestDeleteReadsWhatItRevokesAlone(t *testing.T) {
 	}
 }
 
-// A token for one lease whose record storage cannot give for a moment is that lease's.
+// Storage fails for a moment to read the record of an access token for one lease: the token still belongs to its lease, and lives.
 func TestOAuthOwnTokenWhoseRecordCannotBeRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -544,7 +545,7 @@ func TestOAuthOwnTokenWhoseRecordCannotBeRead(t *testing.T) {
 	})
 }
 
-// Records that nobody can read cost no other record, and no lease or tenant.
+// A record that is no valid JSON does not stop the work on other records: leases are revoked, and tenants deleted.
 func TestUnreadableRecords(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -580,7 +581,7 @@ func TestUnreadableRecords(t *testing.T) {
 	})
 }
 
-// A connector that another node has changed or deleted revokes what it still can, and the rest is forgotten.
+// Another node has deleted a connector, or set its revocation to none: its pending revocations are dropped.
 func TestOAuthIntentsOfAConnectorThatRevokesNoMore(t *testing.T) {
 	for name, change := range map[string]func(*oauthEngine){
 		"deleted": func(e *oauthEngine) {
@@ -607,7 +608,7 @@ func TestOAuthIntentsOfAConnectorThatRevokesNoMore(t *testing.T) {
 	}
 }
 
-// A tenant that has left memory costs a reader one read of storage, though its access token could be on its way out.
+// A read of a tenant that has left memory needs one read of storage, also at a connector that revokes access tokens.
 func TestOAuthTenantThatHasLeftMemoryCostsOneRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -622,7 +623,8 @@ func TestOAuthTenantThatHasLeftMemoryCostsOneRead(t *testing.T) {
 	})
 }
 
-// The refresh token of a deleted tenant is revoked after a restart though a tenant of that name has another one by then.
+// A tenant is deleted and created again with another refresh token: after a restart, the deleted refresh token is revoked, and the new
+// one is not.
 func TestOAuthRevocationOfARefreshTokenBesideItsSuccessor(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)

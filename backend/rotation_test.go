@@ -25,8 +25,8 @@ func newRotatingEngine(t *testing.T) *engine {
 	return e
 }
 
-// during calls f while the tenant's exchange is under way at the service, and
-// returns once that has ended.
+// during calls f while the service carries out the tenant's exchange, and returns
+// when the exchange has ended.
 func (e *engine) during(f func()) {
 	e.kaizala.Inject(kaizalatest.Fault{Delay: 4 * time.Second, Times: 1})
 	go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
@@ -68,7 +68,7 @@ func TestOperatorWinsOverAnExchange(t *testing.T) {
 					written = e.stored("acme")
 				})
 				entry := e.stored("acme")
-				// Its own exchange may have come by now; the old one's result has not.
+				// The written refresh token may have had its own exchange by now; the result of the older one is not stored.
 				assert.Equal(t, written.Connector, entry.Connector)
 				if name == "refresh_token" {
 					assert.Equal(t, written.RefreshToken, entry.RefreshToken)
@@ -88,12 +88,12 @@ func TestDeleteWinsOverAnExchange(t *testing.T) {
 		e.pass(time.Hour)
 		assert.Nil(t, e.stored("acme"))
 		assert.Equal(t, calls, e.kaizala.CallCount())
-		assert.Nil(t, e.tenants.named("acme"), "nothing of it stays in memory")
+		assert.Nil(t, e.tenants.named("acme"), "memory has no record of the tenant")
 	})
 }
 
-// Another node's write, or another reason for the state to leave memory, takes
-// nothing from an exchange under way.
+// The tenant's state leaves memory during an exchange, for example because another
+// node has written the tenant: the result of the exchange is stored all the same.
 func TestStateThatLeavesMemoryDuringARotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -144,7 +144,7 @@ func TestVerificationThatRotatesWhileStorageFails(t *testing.T) {
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.held("acme"), "kept in memory")
 		_, status, _ = e.try(logical.ReadOperation, "creds/acme", nil)
 		assert.GreaterOrEqual(t, status, 400, "nothing is handed out before it is stored")
-		assert.Equal(t, 1, e.kaizala.CallCount(), "the write is tried again, not the exchange")
+		assert.Equal(t, 1, e.kaizala.CallCount(), "the engine repeats the write to storage, not the exchange")
 
 		e.storage.heal()
 		e.pass(2 * time.Minute)
@@ -156,8 +156,8 @@ func TestVerificationThatRotatesWhileStorageFails(t *testing.T) {
 	})
 }
 
-// While the new tokens wait for storage, the access token from before goes on
-// being handed out, and stopping the engine is a last chance to store.
+// While storage does not take new tokens, readers still get the older access token.
+// The stop of the engine tries to store the new tokens once more.
 func TestUnstoredRotationLeavesTheOlderTokenInUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -187,7 +187,7 @@ func TestUnstoredRotationLeavesTheOlderTokenInUse(t *testing.T) {
 	})
 }
 
-// A storage that hangs is no storage that fails: the result waits for it.
+// Storage does not answer for two minutes: the result of an exchange waits, and is stored then.
 func TestRotationBehindAHangingWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -214,8 +214,8 @@ func TestRotationBehindAHangingWrite(t *testing.T) {
 	})
 }
 
-// Where storage does not take writes, nobody is called; once it does, readers do
-// not wait for a backoff that was to spare the service.
+// While storage takes no writes, the engine makes no call. When storage works
+// again, readers do not wait for the backoff.
 func TestNoCallWhileStorageFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -240,8 +240,8 @@ func TestNoCallWhileStorageFails(t *testing.T) {
 	})
 }
 
-// Storage may have taken a write and not have been able to say so: whoever looks
-// again sees what it has.
+// Storage takes a write and reports an error: the next read shows what storage
+// has.
 func TestWriteThatStorageTookUnheard(t *testing.T) {
 	for name, verify := range map[string]bool{"verified": true, "unverified": false} {
 		t.Run(name, func(t *testing.T) {

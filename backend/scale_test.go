@@ -32,8 +32,8 @@ func TestCachedReadAsksNobody(t *testing.T) {
 	assert.Equal(t, 1, e.kaizala.CallCount())
 }
 
-// emptyBackend is the SDK's framework with one path of the engine's, fields and
-// all, whose handler does nothing.
+// emptyBackend is the SDK's framework with one path of the engine, with its fields,
+// and a handler that does nothing.
 func emptyBackend(t testing.TB, e *engine, name string) *framework.Backend {
 	t.Helper()
 	path := e.Route(name + "/acme")
@@ -116,8 +116,8 @@ func TestRevocationStorm(t *testing.T) {
 	assert.Equal(t, ops, e.storage.ops.Load(), "one lease is still live: there is nothing to store")
 	assert.Equal(t, accessTokenOf(kept), accessTokenOf(e.lease("acme")))
 
-	// The count of leases is lost with the process: the first of these gives the
-	// token up, and the others find it so. Storage takes its time over that.
+	// The process loses the count of leases: the first of these revocations gives the
+	// token up, and the others find it given up. Storage is slow in that write.
 	e.restart()
 	e.waitForIndex()
 	leases = e.leases("acme", storm)
@@ -135,7 +135,7 @@ func TestRevocationStorm(t *testing.T) {
 	revoked.Go(func() { e.revokeAtOnce(leases) })
 	<-writing
 	for range 1000 {
-		e.mustRead("creds/other") // hangs, were it to wait for the storm
+		e.mustRead("creds/other") // it would hang if it waited for the revocations
 	}
 	close(written)
 	revoked.Wait()
@@ -155,8 +155,8 @@ func TestAHundredThousandTenants(t *testing.T) {
 	}
 	e.fill(n)
 
-	// The index cannot get on, and readers are served all the same. Readers ask
-	// for tenant-000000 alone, which the index waits for like any other.
+	// The index cannot go on, and readers are served all the same. Readers read only
+	// tenant-000000, which the index waits for like any other.
 	indexer, stop := context.WithCancel(context.Background())
 	defer stop()
 	var reading, most, gets atomic.Int64
@@ -210,7 +210,7 @@ func TestAHundredThousandTenants(t *testing.T) {
 		assert.Len(t, resp.Data["keys"], n)
 		assert.Len(t, resp.Data["key_info"], n)
 		assert.Empty(t, resp.Warnings)
-		assert.Equal(t, ops+1, e.storage.ops.Load(), "the LIST itself")
+		assert.Equal(t, ops+1, e.storage.ops.Load(), "storage is only listed")
 	})
 
 	t.Run("no more tokens in memory than the bound", func(t *testing.T) {
@@ -222,7 +222,7 @@ func TestAHundredThousandTenants(t *testing.T) {
 			})
 			return loaded
 		}
-		assert.Equal(t, 1, inMemory(), "the index takes no tokens into memory")
+		assert.Equal(t, 1, inMemory(), "the index keeps no tokens in memory")
 		for i := range bound + 1000 {
 			e.mustRead("token/" + tenantName(i))
 		}

@@ -14,9 +14,10 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// Sentences of SERVICES.md that an outside program can check, and that did not hold.
+// Each test checks one sentence of SERVICES.md that a program outside the engine can check, and that a version of the engine broke.
 
-// Section 3: what may end an access token before a lease on it says so, and so does the tenant until such leases are over.
+// Section 3: a request that may end an access token before a lease on it answers with a warning, and reads of the tenant have the
+// warning until such leases are over.
 func TestWhatEndsAnAccessTokenSaysSo(t *testing.T) {
 	for name, c := range map[string]struct {
 		path string
@@ -53,23 +54,23 @@ func TestWhatEndsAnAccessTokenSaysSo(t *testing.T) {
 				require.Len(t, status.Warnings, 1)
 				assert.Contains(t, status.Warnings[0], "leases on it are of no use any more")
 				time.Sleep(time.Until(bound))
-				assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, "no lease on it is left")
+				assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, "all leases on the token are over")
 			})
 		})
 	}
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classD)
 		e.add("acme", nil)
-		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "there was none")
-		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "nobody had read it")
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "there was no access token")
+		assert.Nil(t, e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")}), "no reader had got the access token")
 		e.lease("acme")
-		e.pass(time.Hour) // its planned exchange comes
+		e.pass(time.Hour) // the planned exchange is made in this time
 		assert.Empty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings)
 	})
 }
 
-// Section 5: a state is used up before its code is sent. Where storage does not take that, nothing was sent, the person can try
-// again, and ten minutes end the attempt.
+// Section 5: a state is marked as used in storage before its code is sent. If storage does not take that, nothing is sent, the person
+// can try again, and the attempt expires after ten minutes.
 func TestStateThatStorageCannotUseUp(t *testing.T) {
 	for name, again := range map[string]bool{"again": true, "not again": false} {
 		t.Run(name, func(t *testing.T) {
@@ -100,8 +101,8 @@ func TestStateThatStorageCannotUseUp(t *testing.T) {
 	}
 }
 
-// Section 5: a newer attempt ends the one before. One that could not be stored ends nothing: the person who has entered the code
-// connects the tenant.
+// Section 5: a newer attempt ends the attempt before it, unless storage does not take the newer one: the person who enters the code of
+// the older attempt then connects the tenant.
 func TestAttemptThatStorageRefusesEndsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -127,8 +128,8 @@ func TestAttemptThatStorageRefusesEndsNothing(t *testing.T) {
 	})
 }
 
-// Section 4: writing a refresh token that an intent holds takes it out of the intent, also where that waits for its place in
-// the share.
+// Section 4: a write of a refresh token whose revocation is pending cancels the revocation, also while that waits for its place in the
+// share.
 func TestRefreshTokenIsSparedWhileItsRevocationWaits(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
@@ -142,7 +143,7 @@ func TestRefreshTokenIsSparedWhileItsRevocationWaits(t *testing.T) {
 		time.Sleep(40 * time.Second)
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
 		synctest.Wait()
-		require.Empty(t, e.revocations(), "there is no place for it yet")
+		require.Empty(t, e.revocations(), "the share has no place for the revocation yet")
 		time.Sleep(5 * time.Second)
 		e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
 		e.pass(2 * time.Minute)
@@ -151,12 +152,13 @@ func TestRefreshTokenIsSparedWhileItsRevocationWaits(t *testing.T) {
 		assert.NotContains(t, e.storedText(), intentPrefix)
 		for _, name := range []string{"v", "w", "x", "y", "z"} {
 			e.add(name, nil)
-			e.read("token/" + name) // with the five places that there are
+			e.read("token/" + name) // each takes one of the five places of the share
 		}
 	})
 }
 
-// Section 1: another revocation drops what is pending, an exchange that has to end an access token too, and says how many.
+// Section 1: a write of another value of revocation drops the pending revocations, also the exchanges that were to end an access token,
+// and the answer says how many.
 func TestAnotherRevocationDropsOwedExchanges(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
@@ -175,11 +177,11 @@ func TestAnotherRevocationDropsOwedExchanges(t *testing.T) {
 	})
 }
 
-// Section 4: a token past its end is never sent, a refresh token neither, nor one in its last seconds.
+// Section 4: no token is sent to the revocation endpoint after its end or in its last seconds, also no refresh token.
 func TestRefreshTokenPastItsEndIsNotRevoked(t *testing.T) {
 	for name, c := range map[string]struct {
-		deleted time.Duration // before the refresh token's end
-		fails   bool          // the service, until that is over
+		deleted time.Duration // how long before the refresh token's end the tenant is deleted
+		fails   bool          // the service fails until the refresh token's end
 		calls   bool
 	}{
 		"long before":                  {deleted: time.Minute, calls: true},
@@ -199,7 +201,7 @@ func TestRefreshTokenPastItsEndIsNotRevoked(t *testing.T) {
 				e.add("acme", nil)
 				e.lease("acme")
 				end, token := e.stored("acme").Facts.Expires, e.stored("acme").RefreshToken
-				e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Answer: oauth2test.BadGateway}) // it stays as it is
+				e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Answer: oauth2test.BadGateway}) // so the refresh token is not exchanged
 				time.Sleep(time.Until(end) - c.deleted)
 				if c.fails {
 					e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
@@ -226,7 +228,7 @@ func TestRefreshTokenPastItsEndIsNotRevoked(t *testing.T) {
 	}
 }
 
-// Section 4: retire_on_revoke=false has no effect where the service revokes, also while memory does not know the connector.
+// Section 4: retire_on_revoke=false has no effect at a connector that revokes access tokens, also while the connector is not in memory.
 func TestKeepOnRevokeHasNoEffectThoughMemoryHasNoConnector(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -242,7 +244,8 @@ func TestKeepOnRevokeHasNoEffectThoughMemoryHasNoConnector(t *testing.T) {
 	})
 }
 
-// Section 1: a tenant with token_per_lease keeps its connector able to, also one that storage took without saying so.
+// Section 1: while a tenant has token_per_lease, a write of its connector cannot take away what that needs, also if storage took the
+// write of the tenant and reported an error.
 func TestConnectorOfATenantThatStorageTookUnheard(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
@@ -257,8 +260,8 @@ func TestConnectorOfATenantThatStorageTookUnheard(t *testing.T) {
 	})
 }
 
-// Section 2: a lost answer is followed by one more try at once, also where the tenant's fifth of the share is used up: it is no
-// new exchange.
+// Section 2: after a lost answer the engine tries once more at once, also if the tenant's fifth of the share is used up, because the
+// second try belongs to the same exchange.
 func TestLostAnswerIsTriedAgainWhateverTheFifth(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = 10 * time.Second }, map[string]any{"exchanges_per_minute": 5})
@@ -272,7 +275,7 @@ func TestLostAnswerIsTriedAgainWhateverTheFifth(t *testing.T) {
 	})
 }
 
-// Section 5: what a person has granted is not lost to a storage that cannot be read for a moment.
+// Section 5: a grant is not lost if storage fails one read.
 func TestGrantOutlivesAReadThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -293,7 +296,7 @@ func TestGrantOutlivesAReadThatFails(t *testing.T) {
 	})
 }
 
-// Section 2: the access token of a verification that is not stored is given up.
+// Section 2: if storage does not take a verified write, the access token of the verification is revoked.
 func TestUnstoredVerificationGivesItsAccessTokenUp(t *testing.T) {
 	for name, fail := range map[string]func(*storage){
 		"tenants": func(s *storage) { s.refuse("put", tenantPrefix) },
@@ -324,7 +327,7 @@ func TestUnstoredVerificationGivesItsAccessTokenUp(t *testing.T) {
 	}
 }
 
-// Section 5: a connector that two requests read from storage at once is the same for both: neither is told that it was written.
+// Section 5: two requests read a connector from storage at the same time: neither takes the other's read for a write of the connector.
 func TestConnectorThatTwoRequestsLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -347,7 +350,7 @@ func TestConnectorThatTwoRequestsLoad(t *testing.T) {
 	})
 }
 
-// Section 1: the warning counts what another process has left, too, before this one has read it.
+// Section 1: the warning also counts the pending revocations that an earlier process stored and this process has not read yet.
 func TestAnotherRevocationDropsWhatIsNotReadYet(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "access_token"})

@@ -16,8 +16,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
-// With the service hanging, 500 tenants due and readers waiting, the engine stops
-// within its bounds, and so do its readers.
+// The service hangs, 200 tenants are due and readers wait: the engine stops within
+// its limit, and the readers get their answers within theirs.
 func TestStopWhileTheServiceHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -51,7 +51,7 @@ func TestStopWhileTheServiceHangs(t *testing.T) {
 		_, status, text := e.try(logical.ReadOperation, "creds/t1", nil)
 		assert.Equal(t, http.StatusServiceUnavailable, status, text)
 		time.Sleep(time.Hour)
-		assert.Equal(t, calls, e.kaizala.CallCount(), "a stopped engine calls nobody")
+		assert.Equal(t, calls, e.kaizala.CallCount(), "a stopped engine makes no call")
 
 		e.kaizala.ClearFaults()
 		e.start()
@@ -62,8 +62,8 @@ func TestStopWhileTheServiceHangs(t *testing.T) {
 	})
 }
 
-// An exchange whose answer comes within the grace is stored before the engine is
-// gone.
+// The answer to an exchange comes while the stop waits for it: it is stored before
+// the stop ends.
 func TestStopWaitsForAnExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -96,7 +96,7 @@ func TestStopDuringALateVerification(t *testing.T) {
 					assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), stored.RefreshToken)
 				} else {
 					assert.Nil(t, stored)
-					assert.True(t, e.kaizala.RefreshTokenAlive(token), "the service was not asked in vain")
+					assert.True(t, e.kaizala.RefreshTokenAlive(token), "the service has not replaced the refresh token")
 				}
 				e.start()
 			})
@@ -104,7 +104,7 @@ func TestStopDuringALateVerification(t *testing.T) {
 	}
 }
 
-// Storage that hangs holds the stop up no longer than a service that does.
+// Storage hangs: the stop ends within the same limit as with a service that hangs.
 func TestStopWhileStorageHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
@@ -125,8 +125,8 @@ func TestStopWhileStorageHangs(t *testing.T) {
 	})
 }
 
-// An exchange that still waits, for its place or for its note, when the engine's stop begins is not made: the stop might cut its
-// answer off. No process after this one asks what became of it.
+// The stop begins while an exchange waits for its place in the share or for its note: it is not made, because the stop could lose its
+// answer. The next process does not take it for an exchange whose answer was lost.
 func TestStopDuringAWaitBeforeTheCall(t *testing.T) {
 	for name, hold := range map[string]func(e *engine){
 		"for a place": func(e *engine) {

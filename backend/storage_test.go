@@ -25,7 +25,7 @@ import (
 )
 
 // entriesOfFormat are the entries that an engine of that format has written, by
-// key. They are never written anew: a storage format lives for ever. Their times
+// key. The files are never changed: each later engine has to read them. Their times
 // are those of a synctest bubble, which begins in the year 2000.
 func entriesOfFormat(t *testing.T, format int) map[string][]byte {
 	t.Helper()
@@ -46,7 +46,7 @@ func entriesOfFormat(t *testing.T, format int) map[string][]byte {
 	return entries
 }
 
-// put stores what an engine finds when it starts.
+// put stores an entry directly, as a start of the engine finds it.
 func (e *engine) put(key string, value []byte) {
 	e.t.Helper()
 	require.NoError(e.t, e.storage.InmemStorage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: value}))
@@ -105,11 +105,11 @@ func TestEveryFormatLoads(t *testing.T) {
 				hr := must(e.connectors.get(context.Background(), "hr"))
 				assert.Equal(t, time.Date(2000, 1, 1, 0, 10, 0, 0, time.UTC), hr.share.PausedUntil().UTC())
 				opaque := share.Want{Tenant: "opaque"}
-				assert.True(t, hr.share.FreeAt(opaque).After(time.Now()), "its calls of before count")
+				assert.True(t, hr.share.FreeAt(opaque).After(time.Now()), "its stored calls count")
 				assert.NotNil(t, must(e.connectors.get(context.Background(), "refused")).refusal.Load())
 				assert.Zero(t, e.kaizala.CallCount())
 
-				// A write of one setting keeps the rest, and is in today's format.
+				// A write of one setting keeps the other settings, and stores the entry in the present format.
 				e.write("tenants/user", map[string]any{"min_ttl": "20m"})
 				after := e.stored("user")
 				assert.Equal(t, entryFormat, after.Format)
@@ -133,7 +133,7 @@ func must[T any](value T, err error) T {
 	return value
 }
 
-// checkOAuthFixtures asks for what version 0.2.0 has stored of OAuth 2.0.
+// checkOAuthFixtures checks the OAuth 2.0 entries that version 0.2.0 has stored.
 func checkOAuthFixtures(t *testing.T, e *engine) {
 	synctest.Wait()
 	as := e.read("config/as")
@@ -155,7 +155,7 @@ func checkOAuthFixtures(t *testing.T, e *engine) {
 	assert.EqualValues(t, 2, e.read("tenants/own")["pending_revocations"])
 }
 
-// checkAttemptFixtures goes on with the attempts that version 0.2.0 has stored: each of the three flows ends as it would have.
+// checkAttemptFixtures goes on with the attempts that version 0.2.0 has stored: each of the three flows ends as in that version.
 func checkAttemptFixtures(t *testing.T, e *engine, server *oauth2test.Server) {
 	as := &grantEngine{engine: e, server: server}
 	status := func(path string) string { return e.read("tenants/" + path)["status"].(string) }
@@ -166,14 +166,14 @@ func checkAttemptFixtures(t *testing.T, e *engine, server *oauth2test.Server) {
 	_, code, _ := as.ask(logical.ReadOperation, "tenants/phoned/authorize", nil)
 	assert.Equal(t, 404, code)
 
-	// The services are others by now, and know none of it: what counts is that each is asked.
+	// The services of this test do not know these attempts. The test checks that the engine calls each of them.
 	server.SetURL("https://as.example")
 	e.write("config/as", map[string]any{"token_url": server.TokenURL()})
 	time.Sleep(time.Minute)
 	assert.NotEmpty(t, as.polls())
 	used := as.visit(logical.ReadOperation, "callback", map[string]any{"state": strings.Repeat("u", 43), "code": "code"})
 	assert.Contains(t, used.text(), "has been used")
-	e.write("config/as", map[string]any{"connector_secret": "another"}) // the one of before has been refused
+	e.write("config/as", map[string]any{"connector_secret": "another"}) // the service has refused the one before
 	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1"})
 	assert.Contains(t, confirmed.text(), "Started by token-ada")
 	assert.Equal(t, 1, as.sent(codeGrant))
@@ -208,8 +208,8 @@ func seenFields(in string, value any, seen map[string]bool) {
 	}
 }
 
-// A field that is renamed or changes its meaning needs a new format: what the
-// engine makes of an entry of today's format, and writes again, is that entry.
+// Reading and writing an entry of the present format does not change it. So a change
+// that renames a field, or changes its meaning, needs a new format.
 func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 	seen := map[string]bool{}
 	roundTrip := func(key string, value []byte, entry any) {
@@ -231,7 +231,7 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 		case strings.HasPrefix(key, connectorPrefix):
 			roundTrip(key, value, &connectorEntry{})
 		case strings.HasPrefix(key, callPrefix):
-			roundTrip(key, value, &map[string]any{}) // package share knows more
+			roundTrip(key, value, &map[string]any{}) // package share tests these entries
 		case strings.HasPrefix(key, heldPrefix):
 			roundTrip(key, value, &held{})
 		case strings.HasPrefix(key, intentPrefix):
@@ -267,7 +267,7 @@ func TestTodaysFormatIsWhatTheFixturesHold(t *testing.T) {
 	assert.Greater(t, len(every), 110)
 }
 
-// damage is what an engine may find in storage and can make nothing of.
+// damage are stored entries that the engine cannot read.
 var damage = map[string]struct{ connector, tenant, says string }{
 	"newer format": {
 		`{"format": NEWER, "connector_id": {"was": "a string"}}`,
@@ -313,7 +313,7 @@ func TestUnreadableEntries(t *testing.T) {
 				{logical.PatchOperation, "config/hr", map[string]any{"request_timeout": "9s"}},
 				{logical.UpdateOperation, "tenants/new", map[string]any{"refresh_token": e.newToken("new"), "connector": "hr"}},
 			} {
-				// Vault hides what an existence check complains of, so the handler has to.
+				// Vault does not show the error of an existence check, so the request itself has to return it.
 				req := &logical.Request{Operation: try.op, Path: try.path, Data: try.data, Storage: e.storage}
 				if try.op == logical.UpdateOperation {
 					_, _, err := e.HandleExistenceCheck(context.Background(), req)
@@ -324,8 +324,8 @@ func TestUnreadableEntries(t *testing.T) {
 				assert.Contains(t, text, damaged.says, "%s %s", try.op, try.path)
 				assert.NotContains(t, text, "SECRETTEXT")
 			}
-			assert.Equal(t, damaged.tenant, e.get("tenants/acme"), "it is as it was")
-			assert.Equal(t, damaged.connector, e.get("config/hr"), "it is as it was")
+			assert.Equal(t, damaged.tenant, e.get("tenants/acme"), "the entry is not changed")
+			assert.Equal(t, damaged.connector, e.get("config/hr"), "the entry is not changed")
 
 			e.read("creds/well")
 			listed := e.ok(logical.ListOperation, "tenants/", nil)
@@ -334,7 +334,7 @@ func TestUnreadableEntries(t *testing.T) {
 			assert.Contains(t, listed.Warnings[0], "key_info of 1 tenants is missing")
 			assert.Equal(t, 1, e.log.count(damaged.says), "the log says why")
 			assert.NotContains(t, e.log.String(), "SECRETTEXT")
-			require.NoError(t, e.revokeLease(lease), "no lease becomes irrevocable")
+			require.NoError(t, e.revokeLease(lease), "the lease can be revoked")
 			assert.Equal(t, damaged.tenant, e.get("tenants/acme"))
 
 			e.ok(logical.DeleteOperation, "tenants/acme", nil)
@@ -346,8 +346,8 @@ func TestUnreadableEntries(t *testing.T) {
 	}
 }
 
-// One tenant that storage cannot give costs no other a read: not a LIST, not a tick, and not the deletion of a connector that
-// nobody uses.
+// Storage fails to read one tenant: a LIST and a tick do not read the other tenants again because of that, and a connector without
+// tenants can be deleted.
 func TestOneKeyThatStorageCannotGive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
@@ -389,14 +389,14 @@ func TestLock(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		require.ErrorIs(t, l.acquire(ctx), context.DeadlineExceeded)
-		assert.True(t, l.busy(), "one who gives up leaves the lock to its holder")
+		assert.True(t, l.busy(), "a caller whose wait ends does not take the lock from its holder")
 		l.release()
 		assert.False(t, l.busy())
 		assert.Nil(t, l.held)
 	})
 }
 
-// From the second in which its refresh token ends, a tenant is expired, unless that end is assumed.
+// A tenant is expired from the second in which its refresh token ends, unless that end is only assumed.
 func TestStatusAtTheEnd(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
 	s := tenantSummary{stored: true, verified: true, expires: now.Unix()}
@@ -406,8 +406,8 @@ func TestStatusAtTheEnd(t *testing.T) {
 	assert.Equal(t, statusOK, s.status(now, nil))
 }
 
-// A start at which storage gives nothing knows no tenant, and does not take that for none: no connector goes, and the next tick
-// builds the index.
+// Storage fails to list or read the tenants at the start. The engine does not take that for a mount without tenants: the connector is not
+// deleted, and the next tick builds the index.
 func TestStartWhileStorageGivesNothing(t *testing.T) {
 	for name, fails := range map[string]func(op, key string) bool{
 		"the list":   func(op, key string) bool { return op == "list" && key == tenantPrefix },

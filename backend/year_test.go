@@ -15,18 +15,18 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// yearTenant is a tenant in the simulated year, with an app that comes and goes.
+// yearTenant is a tenant in the simulated year, with an app that starts and ends.
 type yearTenant struct {
 	name    string
 	inUse   bool
-	changes int // the minute when the app comes or goes
+	changes int // the minute when the app starts or ends next
 	lease   *logical.Response
-	evicted bool // its access token was given up, and nobody has read since
+	evicted bool // its access token was given up, and no reader has come since
 	usedOn  int  // the last day on which it was read
 }
 
-// TestYear lets 200 tenants live for 370 days that nobody looks after: within the
-// documented limits, through restarts and a day's outage in the rotation window.
+// TestYear runs 200 tenants for 370 days without an operator: within the documented
+// limits, through restarts and an outage of a day in the rotation window.
 func TestYear(t *testing.T) {
 	if testing.Short() {
 		t.Skip("simulates a year")
@@ -35,7 +35,7 @@ func TestYear(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tenants := 200
 		if raceDetector {
-			tenants = 20 // it finds no more races among more of them, and takes ten times as long
+			tenants = 20 // 200 take ten times as long, and the race detector finds no more races with them
 		}
 		const (
 			days        = 370
@@ -46,8 +46,8 @@ func TestYear(t *testing.T) {
 			outageEnds  = 326 * perDay
 			appsEvery   = 30 // minutes
 		)
-		// Vault comes each minute. Where nothing happens it comes less often here:
-		// the engine's own timer serves whatever is due in between.
+		// Vault calls the periodic function each minute. Here it is called less often
+		// far from an event: the engine's own timer makes the exchanges in between.
 		near := func(minute, event int) bool { return minute >= event-60 && minute < event+2*perDay }
 		chance := rand.New(rand.NewPCG(1, 2))
 		e := newEngine(t)
@@ -57,12 +57,12 @@ func TestYear(t *testing.T) {
 		for i := range all {
 			all[i] = &yearTenant{name: fmt.Sprintf("t%03d", i), changes: (1 + chance.IntN(120*perDay/appsEvery)) * appsEvery, usedOn: -1}
 			e.addTenant(all[i].name)
-			time.Sleep(400 * time.Hour / time.Duration(tenants)) // not all on one day: 330 days later the outage finds them at all stages
+			time.Sleep(400 * time.Hour / time.Duration(tenants)) // spread over days, so that the outage 330 days later finds tenants before, in and after their rotation
 		}
 
 		var exchanges, afterEvictions, usedDays, busiest, failedReads int
-		// count is also called as a process ends: the next one does not know of the
-		// calls that it made, so the share is counted for each.
+		// count is also called at the end of a process: the next process does not know
+		// the last calls, so the calls in a minute are counted for each process.
 		count := func() {
 			exchanges += e.kaizala.TotalExchanges()
 			busiest = max(busiest, e.kaizala.MaxPerMinute(e.connectorID))
