@@ -134,6 +134,12 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	if t == nil {
 		return answer(unknownTenant(name))
 	}
+	if ended, err := b.hasEnded(ctx, secret, name, v); ended || err != nil {
+		if err == nil {
+			err = badValue("the access token of this lease was given up, by a refresh, a write or a revocation: read creds/%s for a new one", name)
+		}
+		return answer(err)
+	}
 	b.node.askTTLs()
 	secret.MaxTTL = end.Sub(issued)
 	for _, most := range []time.Duration{v.entry.MaxTTL, time.Duration(b.node.maxTTL.Load())} {
@@ -146,6 +152,26 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	// Vault counts from its answer, which storage may have kept waiting.
 	secret.InternalData[leaseRenewed] = strconv.FormatInt(time.Now().UnixNano(), 10)
 	return &logical.Response{Secret: secret}, nil
+}
+
+// hasEnded says whether a lease's access token has ended at the service before the lease: it was given up where that ends it, or
+// where an exchange does.
+func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
+	generation, _ := secret.InternalData[leaseGeneration].(string)
+	if a := v.access; a != nil && a.Generation == generation {
+		return !a.Planned.IsZero() && v.isEnded(), nil
+	}
+	via, err := b.connectors.get(ctx, v.entry.Connector)
+	switch {
+	case via == nil:
+		return false, ignoreUnusable(err)
+	case via.about.ExchangeInvalidates:
+		return true, nil
+	case via.about.Revocation == tokenservice.RevokeAccessToken:
+		held, err := b.revocations.holds(ctx, tenant, generation)
+		return !held, err
+	}
+	return false, nil
 }
 
 // leaseTime reads a time from a lease's internal data.
