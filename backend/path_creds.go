@@ -63,9 +63,9 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 	}
 	resp := b.newLease(v, token, r.own)
 	b.warn(resp, t, v)
+	// Where the reader has gone, Vault may or may not register the lease.
 	switch err := ctx.Err(); {
 	case err == nil:
-	// Vault may or may not register a lease for a reader who has gone.
 	case r.own:
 		return nil, errors.Join(err, b.endHeld(context.WithoutCancel(ctx), r.tenant, token.Generation))
 	default:
