@@ -19,14 +19,14 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// How the pages look in a real browser, on a phone and on a desk, in light and dark. The browser starts once, which takes it
-// seconds, and shows all of them side by side, each in a frame that is a viewport of its own. The pictures are left in the
-// folder that KAIZALA_SCREENSHOTS names, for people to look at.
+// How the pages look in a real browser, on a phone and on a desktop, in light and dark. The browser starts once, which takes
+// seconds, and shows all of them side by side, each in a frame with its own viewport. The pictures are written to the folder
+// KAIZALA_SCREENSHOTS, so that people can check them.
 func TestPagesInABrowser(t *testing.T) {
 	t.Parallel()
 	browser, err := exec.LookPath("chromium")
 	if err != nil || testing.Short() {
-		t.Log("LEFT OUT: the pages were not looked at in a browser. That needs chromium in PATH, and a run without -short.")
+		t.Log("LEFT OUT: the pages were not checked in a browser. That needs chromium in PATH, and a run without -short.")
 		return
 	}
 	type frame struct {

@@ -18,7 +18,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// body is a good answer, changed: nil deletes a field, and json.RawMessage is written as it is.
+// body is a valid answer with changes: nil deletes a field, and json.RawMessage is written as it is.
 func body(t testing.TB, changes map[string]any) string {
 	t.Helper()
 	fields := map[string]any{
@@ -117,7 +117,7 @@ func TestGrant(t *testing.T) {
 	})
 }
 
-// What a careful reader understands is understood.
+// The client understands answers that differ from the documented form but have one clear meaning.
 func TestSpellings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		millis := time.Now().Add(24 * time.Hour).UnixMilli()
@@ -180,7 +180,7 @@ func TestFactsOfANewRefreshToken(t *testing.T) {
 	assert.Equal(t, &tokenservice.Facts{Kind: "unknown"}, r.Facts)
 }
 
-// An answer is lost where something may be in it that was not read.
+// An answer counts as lost if it may have something that the client could not read.
 func TestLost(t *testing.T) {
 	whole := body(t, nil)
 	for name, c := range map[string]struct {
@@ -207,7 +207,7 @@ func TestLost(t *testing.T) {
 	}
 }
 
-// Each answer holds a new refresh token beside something that is wrong. The token comes back beside the error, alone.
+// Each answer has a new refresh token and something that is wrong: the client returns the token with the error, and nothing else.
 func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 	with := func(field string, v any) string {
 		return body(t, map[string]any{"refreshToken": newCanary, field: v})
@@ -253,7 +253,7 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 			assert.Contains(t, e.Text, "cannot be used")
 			requireRescued(t, newCanary, r)
 
-			// The same without a new refresh token is an error alone.
+			// The same answer without a new refresh token is only an error.
 			r = through(t, answering(200, nil, strings.ReplaceAll(b, newCanary, refreshCanary))).exchange(t)
 			requireKind(t, tokenservice.Unavailable, r.Err)
 			requireRescued(t, "", r)
@@ -286,7 +286,7 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 
 			r = through(t, answering(200, nil, strings.TrimSuffix(whole, "}")+`,"refreshToken":`+text(t, bad)+`}`)).exchange(t)
 			requireGranted(t, r)
-			assert.Equal(t, newCanary, r.RefreshToken, "and no other")
+			assert.Equal(t, newCanary, r.RefreshToken, "this refresh token and no other")
 		})
 	}
 }
@@ -366,7 +366,7 @@ func TestErrorsSayWhoHasToDoWhat(t *testing.T) {
 }
 
 func TestLimit(t *testing.T) {
-	// The status outweighs whatever the body says.
+	// The status decides, whatever the body says.
 	for _, b := range []string{"", "<html>", `{"errorCode":"InvalidToken"}`, body(t, nil)} {
 		r := through(t, answering(429, http.Header{"Retry-After": {"30"}}, b)).exchange(t)
 		e := requireKind(t, tokenservice.Limited, r.Err)

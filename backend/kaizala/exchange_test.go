@@ -93,7 +93,7 @@ func TestRotation(t *testing.T) {
 		require.NotEqual(t, token, r.RefreshToken)
 		require.Equal(t, time.Now().Truncate(time.Second).Add(365*24*time.Hour).UTC(), r.Facts.Expires)
 
-		// The answer that holds the next one is cut off behind it, then the connection breaks.
+		// The answer is cut off after the next refresh token, and the connection breaks.
 		time.Sleep(time.Until(r.Facts.RotatesFrom))
 		s.Inject(kaizalatest.Fault{Times: 1, Truncate: true, TruncateAt: 1 << 20})
 		lost := c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: r.RefreshToken})
@@ -102,7 +102,7 @@ func TestRotation(t *testing.T) {
 	})
 }
 
-// What is sent is the documented request, and nothing else that could tell who asks.
+// The client sends the documented request, and nothing else that could identify it.
 func TestRequest(t *testing.T) {
 	for root, path := range map[string]string{"": "/v1/accessToken", "/": "/v1/accessToken", "/kaizala/eu": "/kaizala/eu/v1/accessToken", "/kaizala/": "/kaizala/v1/accessToken"} {
 		var seen *http.Request
@@ -127,8 +127,8 @@ func TestRequest(t *testing.T) {
 	}
 }
 
-// A GET on a connection that breaks must not be sent again behind the client's back: the first may have rotated the token,
-// and it would be a call that nobody permitted.
+// Go's transport must not send a GET again when its connection breaks: the first request may have rotated the refresh token, and the
+// second would be a call without a permit.
 func TestOneRequestForOnePermit(t *testing.T) {
 	var requests atomic.Int32
 	c := served(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -204,14 +204,14 @@ func TestNetworkErrors(t *testing.T) {
 			assert.True(t, strings.HasPrefix(e.Text, "Kaizala's token service at "+c.client.root.Hostname()+" "), e.Text)
 			assert.Contains(t, e.Text, c.says)
 			assert.False(t, r.Sent.IsZero())
-			assert.Equal(t, c.name == "a trickle", e.Status == 200, "the status of an answer, and 0 for none")
+			assert.Equal(t, c.name == "a trickle", e.Status == 200, "the answer's status, 0 without an answer")
 			assert.NotContains(t, e.Text, exchangePath)
 			requireRescued(t, "", r)
 		})
 	}
 }
 
-// An answer that breaks off after the new refresh token still brings it.
+// The client returns the new refresh token of an answer that breaks off after it.
 func TestBrokenAnswers(t *testing.T) {
 	start := func(w http.ResponseWriter) {
 		_, _ = io.WriteString(w, `{"refreshToken":"`+newCanary+`",`)
@@ -251,7 +251,7 @@ func TestBrokenAnswers(t *testing.T) {
 		requireRescued(t, newCanary, r)
 	})
 	t.Run("given up by the caller", func(t *testing.T) {
-		// Not even the access token of a whole answer counts then.
+		// After a timeout the client does not use the access token, even of a complete answer.
 		for _, begun := range []string{`{"refreshToken":"` + newCanary + `",`, body(t, map[string]any{"refreshToken": newCanary})} {
 			ctx, cancel := context.WithCancel(t.Context())
 			r := through(t, transportFunc(func(*http.Request) (*http.Response, error) {
@@ -290,19 +290,19 @@ func TestCallersContext(t *testing.T) {
 			require.ErrorIs(t, r.Err, context.DeadlineExceeded)
 			assert.Equal(t, 5*time.Second, time.Since(start))
 			var e *tokenservice.Failure
-			assert.NotErrorAs(t, r.Err, &e, "it says nothing of the service")
+			assert.NotErrorAs(t, r.Err, &e, "the error is no failure of the service")
 			assert.Equal(t, DefaultAPIRoot, r.Endpoint)
 			assert.Equal(t, start, r.Sent)
 
 			calls := s.CallCount()
 			request.Permit = func(context.Context) (func(), error) {
-				t.Error("nobody waits for a share who has gone")
+				t.Error("a cancelled exchange asks for a permit")
 				return nil, nil
 			}
 			r = c.Exchange(ctx, request)
 			require.ErrorIs(t, r.Err, context.DeadlineExceeded)
 			assert.Zero(t, r.Sent)
-			assert.Equal(t, calls, s.CallCount(), "no call for a caller who has gone")
+			assert.Equal(t, calls, s.CallCount(), "no call for a cancelled exchange")
 		})
 	}
 }
@@ -321,7 +321,7 @@ func TestRequestTimeout(t *testing.T) {
 			}})
 			assert.Contains(t, requireKind(t, tokenservice.Unavailable, r.Err).Text, "request_timeout (10s)")
 			assert.Equal(t, 2*time.Minute+10*time.Second, time.Since(start))
-			assert.Equal(t, start.Add(2*time.Minute+6*time.Second), r.Sent, "when the last request began")
+			assert.Equal(t, start.Add(2*time.Minute+6*time.Second), r.Sent, "the time at which the last request began")
 		})
 	})
 	t.Run("a minute by default", func(t *testing.T) {
@@ -375,9 +375,9 @@ func TestPermit(t *testing.T) {
 				}
 				return nil, nil
 			}})
-			assert.True(t, r.Err == full, "as it is")
+			assert.True(t, r.Err == full, "the permit's error is returned unchanged")
 			assert.Equal(t, allowed == 0, r.Sent.IsZero())
-			assert.Equal(t, []string{"", "https://eu.kaiza.la/v1/accessToken"}[allowed], r.Endpoint, "the move is known, though nobody has been there")
+			assert.Equal(t, []string{"", "https://eu.kaiza.la/v1/accessToken"}[allowed], r.Endpoint, "the move is known, although no request was sent there")
 			requireRescued(t, "", r)
 			assert.Equal(t, calls, s.CallCount())
 		}

@@ -12,8 +12,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// FuzzResponse feeds the parser with answers. Whatever comes, a grant is a whole one, what is rescued can be sent, no
-// error repeats the answer, and where encoding/json understands the body, it finds the same new refresh token.
+// FuzzResponse feeds the parser with answers. For every input: a grant is complete, a rescued refresh token can be sent, no error repeats
+// the answer, and if encoding/json can read the body, both find the same new refresh token.
 func FuzzResponse(f *testing.F) {
 	good := body(f, nil)
 	for _, b := range []string{
@@ -49,7 +49,7 @@ func FuzzResponse(f *testing.F) {
 			require.True(t, f.RetryAfter >= 0 && f.RetryAfter <= 24*time.Hour)
 			require.Equal(t, status, f.Status)
 			require.Contains(t, append([]string{""}, documentedCodes...), f.Code)
-			// The texts are finite: they are the same whatever the body says, apart from a documented code.
+			// The error's text does not depend on the body, apart from a documented code.
 			marked, _ := json.Marshal("\u2603" + bodyCanary)
 			a.Body = []byte(strings.ReplaceAll(b, `"message":"`, `"message":`+string(marked)+`,"x":"`))
 			if other := interpret(a, refreshCanary, now); other.Err != nil {
@@ -78,7 +78,7 @@ func FuzzResponse(f *testing.F) {
 		if json.Unmarshal([]byte(b), &oracle) != nil || status/100 != 2 {
 			return
 		}
-		// An empty one, or one that cannot be sent, leaves what came before it.
+		// If the new refresh token is empty or cannot be sent, the older one stays.
 		if want := strings.TrimSpace(oracle.RefreshToken); want != refreshCanary && tokenservice.CheckToken(want) == nil {
 			require.Equal(t, want, r.RefreshToken)
 		}

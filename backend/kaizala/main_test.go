@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// Canaries: what no error may ever hold. bodyCanary stands in every body and header that a test's service makes up.
+// Canaries are texts that no error may have. bodyCanary is in the bodies and headers of the tests' services.
 const (
 	connectorID   = "37ba1e41-d55c-43bf-a2fa-d72c97aa080a"
 	secretCanary  = "SECRET9876"
@@ -28,7 +28,7 @@ const (
 	bodyCanary    = "body-canary-text"
 )
 
-// requireNoCanary requires that an error, and every error that it wraps, tells nothing.
+// requireNoCanary requires that an error, and every error that it wraps, has no canary.
 func requireNoCanary(t *testing.T, err error) {
 	t.Helper()
 	text := strings.ToLower(err.Error())
@@ -42,7 +42,7 @@ type transportFunc func(*http.Request) (*http.Response, error)
 
 func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// handled is a transport that asks a handler, in process.
+// handled is a transport that calls a handler in process.
 func handled(h http.HandlerFunc) http.RoundTripper {
 	return transportFunc(func(r *http.Request) (*http.Response, error) {
 		w := httptest.NewRecorder()
@@ -51,7 +51,7 @@ func handled(h http.HandlerFunc) http.RoundTripper {
 	})
 }
 
-// answering is a transport that gives one answer to everything.
+// answering is a transport that gives the same answer to each request.
 func answering(status int, header http.Header, body string) http.RoundTripper {
 	return handled(func(w http.ResponseWriter, _ *http.Request) {
 		for k, v := range header {
@@ -81,7 +81,7 @@ func client(t *testing.T, edit func(*Config)) *Client {
 	return c
 }
 
-// through returns a client whose service is a transport.
+// through returns a client with this transport as its service.
 func through(t *testing.T, rt http.RoundTripper) *Client {
 	t.Helper()
 	return client(t, func(c *Config) { c.Transport = rt })
@@ -93,13 +93,13 @@ func (c *Client) exchange(t *testing.T) tokenservice.Result {
 	return c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshCanary})
 }
 
-// exchangeAt makes the same with an endpoint that was remembered.
+// exchangeAt makes the same exchange with a remembered endpoint.
 func (c *Client) exchangeAt(t *testing.T, endpoint string) tokenservice.Result {
 	t.Helper()
 	return c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshCanary, Endpoint: endpoint})
 }
 
-// requireGranted requires a result that holds an access token and no error.
+// requireGranted requires a result with an access token and no error.
 func requireGranted(t *testing.T, r tokenservice.Result) *tokenservice.AccessToken {
 	t.Helper()
 	require.NoError(t, r.Err)
@@ -145,7 +145,7 @@ func connectorOf(t *testing.T, s *kaizalatest.Service, edit func(*Config)) (*Cli
 	return c, s.GenerateUserToken(id, "ada")
 }
 
-// recorder is a host that must not be told anything: it writes down every request.
+// recorder is a host that must get no request: it records every request.
 type recorder struct {
 	*httptest.Server
 	mu   sync.Mutex

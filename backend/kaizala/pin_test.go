@@ -19,7 +19,7 @@ import (
 
 const pinCanary = "918273"
 
-// requirePINFailure requires a failure that tells neither number nor PIN.
+// requirePINFailure requires a failure whose text has neither the number nor the PIN.
 func requirePINFailure(t *testing.T, want tokenservice.Kind, err error) *tokenservice.Failure {
 	t.Helper()
 	f := requireKind(t, want, err)
@@ -75,7 +75,7 @@ func TestPINOnAnEmulator(t *testing.T) {
 	})
 }
 
-// What is sent is the documented requests.
+// The client sends the documented requests.
 func TestPINRequests(t *testing.T) {
 	var seen []string
 	c := served(t, func(w http.ResponseWriter, r *http.Request) {
@@ -214,10 +214,10 @@ func TestRefreshTokenExpiry(t *testing.T) {
 		known := tokenservice.Facts{Kind: "unknown", Expires: now.Add(10 * time.Second), RotatesFrom: now.Add(9 * time.Second)}
 		assert.Equal(t, known, redeem(newCanary, "946684810000"), "an opaque token's end is in the answer")
 		assert.Equal(t, known, redeem(newCanary, `"946684810000.0"`))
-		assert.Equal(t, unknown, redeem(newCanary, "946684800000"), "not one that is over")
+		assert.Equal(t, unknown, redeem(newCanary, "946684800000"), "an end in the past is ignored")
 		assert.Equal(t, unknown, redeem(newCanary, "1e300"))
 		assert.Equal(t, unknown, redeem(newCanary, `"soon"`))
-		assert.Equal(t, known, redeem(jwt(t, claimSet{"iat": now.Unix(), "exp": now.Unix() + 10}), "946684899000"), "a token's own word outweighs it")
+		assert.Equal(t, known, redeem(jwt(t, claimSet{"iat": now.Unix(), "exp": now.Unix() + 10}), "946684899000"), "the end in the token itself is used first")
 	})
 }
 

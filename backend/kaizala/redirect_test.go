@@ -15,8 +15,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// redirecting is a service that redirects each URL of the map to the Location beside it, and grants everything else. It
-// returns the URLs that were asked, too.
+// redirecting is a service that redirects each URL of the map to the Location in the map, and grants all other requests. It also returns
+// the requested URLs.
 func redirecting(status int, to map[string]string, grant string) (http.RoundTripper, *[]string) {
 	var asked []string
 	return handled(func(w http.ResponseWriter, r *http.Request) {
@@ -114,7 +114,7 @@ func TestRedirectsThatAreNotFollowed(t *testing.T) {
 	}
 }
 
-// A host that may be asked can hold in its name what it was sent.
+// A permitted host may have a secret in its name: the error does not name it.
 func TestHostThatIsNotNamed(t *testing.T) {
 	for _, secret := range []string{secretCanary, refreshCanary} {
 		r := through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
@@ -128,12 +128,12 @@ func TestHostThatIsNotNamed(t *testing.T) {
 	}
 }
 
-// The same on sockets: the stranger is a server that would notice.
+// Nothing is sent to a host that is not permitted, shown with a server on a socket that records each request.
 func TestNothingIsSentToAStrangeHost(t *testing.T) {
 	stranger := newRecorder(t)
 	u, err := url.Parse(stranger.URL)
 	require.NoError(t, err)
-	// "localhost" is another host than 127.0.0.1, though it leads to the same machine.
+	// "localhost" is another host name than 127.0.0.1, and leads to the same server.
 	elsewhere := "http://localhost:" + u.Port() + exchangePath
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		c := served(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere, status) })
@@ -141,7 +141,7 @@ func TestNothingIsSentToAStrangeHost(t *testing.T) {
 		requireKind(t, tokenservice.Unavailable, c.exchangeAt(t, elsewhere).Err)
 	}
 	stranger.requireUntouched(t)
-	// It would be reached if it were permitted: otherwise this test could not fail.
+	// The server can be reached there: otherwise this test could not fail.
 	_, err = http.Get(elsewhere)
 	require.NoError(t, err)
 	assert.NotEmpty(t, stranger.seen)
@@ -185,8 +185,8 @@ func TestHops(t *testing.T) {
 	rt, asked = redirecting(308, chain, body(t, nil))
 	r = through(t, rt).exchange(t)
 	assert.Equal(t, 308, requireKind(t, tokenservice.Unavailable, r.Err).Status)
-	assert.Len(t, *asked, 6, "the sixth is not")
-	assert.Equal(t, "", r.Endpoint, "and what was remembered on the way is forgotten")
+	assert.Len(t, *asked, 6, "the sixth hop is not followed")
+	assert.Equal(t, "", r.Endpoint, "no endpoint is remembered")
 }
 
 func TestOnlyPermanentMovesAreRemembered(t *testing.T) {
@@ -201,7 +201,7 @@ func TestOnlyPermanentMovesAreRemembered(t *testing.T) {
 	})
 	r := through(t, rt).exchange(t)
 	requireGranted(t, r)
-	assert.Equal(t, DefaultAPIRoot+"/a", r.Endpoint, "what follows a 307 is as passing as that")
+	assert.Equal(t, DefaultAPIRoot+"/a", r.Endpoint, "a 308 after a 307 is not remembered")
 }
 
 func TestRememberedURL(t *testing.T) {
@@ -221,9 +221,9 @@ func TestRememberedURL(t *testing.T) {
 		requireGranted(t, r)
 		assert.Equal(t, []string{asked}, *seen, "%q", given)
 		if asked == start {
-			assert.Empty(t, r.Endpoint, "where nothing may be sent any more is forgotten")
+			assert.Empty(t, r.Endpoint, "a remembered endpoint that is not permitted any more is forgotten")
 		} else {
-			assert.Equal(t, given, r.Endpoint, "what is remembered stays, as it is")
+			assert.Equal(t, given, r.Endpoint, "the remembered endpoint stays unchanged")
 		}
 	}
 }
@@ -264,7 +264,7 @@ func TestRememberedURLThatDoesNotWork(t *testing.T) {
 				}
 				assert.Equal(t, remembered, r.Endpoint)
 			}
-			assert.Equal(t, 2, calls, "it does not try again by itself")
+			assert.Equal(t, 2, calls, "the client does not try again by itself")
 		})
 	}
 
@@ -298,6 +298,6 @@ func TestMovesOnAnEmulator(t *testing.T) {
 	s.MoveUserTemporarily("ada", "https://us.kaiza.la")
 	exchange()
 	exchange()
-	assert.Equal(t, 2, s.CallCount(), "this one is not")
+	assert.Equal(t, 2, s.CallCount(), "this move is not remembered")
 	assert.Equal(t, "https://eu.kaiza.la/v1/accessToken", remembered)
 }

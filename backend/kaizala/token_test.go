@@ -20,7 +20,7 @@ const phoneCanary = "+915550112345"
 
 type claimSet = map[string]any
 
-// jwt is a token with these claims, and a signature that nobody has made.
+// jwt is a token with these claims and an invalid signature.
 func jwt(t testing.TB, claims any) string {
 	t.Helper()
 	raw, err := json.Marshal(claims)

@@ -17,13 +17,13 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// wire is a token endpoint behind connections in memory. It counts what comes, and answers each request on a connection, counted
-// from 0, by answer: false closes the connection instead.
+// wire is a token endpoint behind connections in memory. It counts connections and requests, and asks answer about each request of a
+// connection, counted from 0: false closes the connection instead of an answer.
 type wire struct {
 	client                *Client
 	connections, requests int
 	answer                func(connection, request int) bool
-	closesAfter           bool // the server closes each connection after its answer, and does not say so
+	closesAfter           bool // the server closes each connection after its answer, without Connection: close
 }
 
 func newWire(t *testing.T) *wire {
@@ -71,7 +71,7 @@ func (w *wire) exchange(t *testing.T) error {
 	return result.Err
 }
 
-// Exchanges that follow one another closely use one connection, and the next after a second another.
+// Exchanges within a second use one connection, and an exchange after more than a second uses a new one.
 func TestConnectionIsKeptForASecond(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWire(t)
@@ -86,7 +86,7 @@ func TestConnectionIsKeptForASecond(t *testing.T) {
 		assert.Equal(t, 2, w.connections)
 		w.client.Close()
 		require.NoError(t, w.exchange(t))
-		assert.Equal(t, 3, w.connections, "no connection outlives its client")
+		assert.Equal(t, 3, w.connections, "Close has closed the kept connection")
 		assert.Equal(t, 5, w.requests)
 	})
 }

@@ -182,7 +182,7 @@ func TestExchangeFields(t *testing.T) {
 	}
 }
 
-// Each answer that holds a new refresh token beside something that is wrong gives it back.
+// The client returns the new refresh token of each answer, also if something else in the answer is wrong.
 func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 	token := `"refresh_token":"` + newCanary + `"`
 	with := func(field string, v any) string { return body(map[string]any{"refresh_token": newCanary, field: v}) }
@@ -219,7 +219,7 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 			require.Equal(t, newCanary, result.RefreshToken)
 			require.Equal(t, &tokenservice.Facts{}, result.Facts)
 			require.Nil(t, result.AccessToken)
-			require.False(t, e.Lost, "nothing is")
+			require.False(t, e.Lost, "no refresh token is lost")
 			require.False(t, result.Sent.IsZero())
 		})
 		t.Run(name+", with a status that is no success", func(t *testing.T) {
@@ -397,7 +397,7 @@ func TestRetryAfter(t *testing.T) {
 		{"forbidden", 403, map[string]string{"Retry-After": "17"}, 17 * time.Second, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) { // where it is midnight of 2000-01-01, UTC
+			synctest.Test(t, func(t *testing.T) { // its clock starts at midnight of 2000-01-01, UTC
 				header := http.Header{}
 				for name, value := range c.header {
 					header.Set(name, value)
@@ -552,7 +552,7 @@ func TestNoAnswer(t *testing.T) {
 	})
 }
 
-// A whole exchange over the network with TLS, and over one that answers nothing.
+// A whole exchange with TLS over the network, and one with a server that does not answer.
 func TestOverTheNetwork(t *testing.T) {
 	s := oauth2test.New()
 	ca, stop := s.ListenTLS()
@@ -595,7 +595,7 @@ func TestOverTheNetwork(t *testing.T) {
 	})
 }
 
-// What every kind of server that the test server plays does with an exchange.
+// An exchange with each kind of server that the test server can play.
 func TestKindsOfServers(t *testing.T) {
 	for _, method := range []string{oauth2test.AuthBasic, oauth2test.AuthPost, oauth2test.AuthNone} {
 		for name, options := range map[string]func(*oauth2test.Options){

@@ -101,7 +101,7 @@ func TestRedeemCode(t *testing.T) {
 			Code: codeCanary, RedirectURI: redirectURI, Verifier: verifier, Permit: p.permit,
 		})
 		require.Equal(t, &permits{1, 1}, p)
-		require.Len(t, s.requests, 1, "a code is sent once")
+		require.Len(t, s.requests, 1, "the code is sent once")
 		return result
 	}
 	t.Run("granted", func(t *testing.T) {

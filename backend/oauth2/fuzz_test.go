@@ -13,8 +13,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// requireFiniteText requires that a failure holds nothing of the body: no mark that was put into each of its strings, and no
-// code that is not a registered one.
+// requireFiniteText requires that a failure has no text of the body: no mark that was put into each of its strings, and no code that is
+// not a registered one.
 func requireFiniteText(t *testing.T, c *Client, a tokenservice.Answer, e *tokenservice.Failure) {
 	require.NotEmpty(t, e.Text)
 	require.Equal(t, registered(e.Code), e.Code)
@@ -28,9 +28,8 @@ func requireFiniteText(t *testing.T, c *Client, a tokenservice.Answer, e *tokens
 	}
 }
 
-// FuzzAnswer feeds the parser with answers. Whatever comes, a grant is a whole one, no text repeats the answer, a refusal
-// comes from legible answers alone, and where encoding/json or net/url understand the body, it finds the same new refresh
-// token as they do.
+// FuzzAnswer feeds the parser with answers. For every input: a grant is complete, no error repeats the answer, only an answer that can
+// be read is a refusal, and if encoding/json or net/url can read the body, the parser finds the same new refresh token as they do.
 func FuzzAnswer(f *testing.F) {
 	good := body(map[string]any{"refresh_token": newCanary})
 	for _, b := range []string{
@@ -90,7 +89,7 @@ func FuzzAnswer(f *testing.F) {
 				require.False(t, r.Facts.RotatesFrom.After(r.Facts.Expires))
 			}
 
-			// The oracle: what the standard library reads, where it reads anything.
+			// The expected result is what the standard library reads, if it can read the body.
 			var want struct {
 				RefreshToken string `json:"refresh_token"`
 			}
@@ -112,7 +111,7 @@ func FuzzAnswer(f *testing.F) {
 	})
 }
 
-// FuzzMetadata: what is found is for this issuer, and can be used.
+// FuzzMetadata checks that metadata that is accepted is for this issuer, and can be used.
 func FuzzMetadata(f *testing.F) {
 	for _, b := range []string{
 		"", "{}", "[]", metadata(nil).body, `{"issuer":"` + issuer + `"}`, `{"issuer":"` + bodyCanary + `"}`,
@@ -139,7 +138,7 @@ func FuzzMetadata(f *testing.F) {
 	})
 }
 
-// FuzzChallenge: it ends, a value was in the header, and what is well-formed is found.
+// FuzzChallenge checks that the parser ends, that its value is in the header, and that it finds the value of a well-formed header.
 func FuzzChallenge(f *testing.F) {
 	for _, h := range []string{"", `Bearer error="invalid_token"`, `Basic YWJj==, Bearer realm="a\"b", error=x`, `"`, `error="\`, `a="b`} {
 		f.Add(h)

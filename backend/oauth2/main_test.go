@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// Canaries: what no error may ever hold. bodyCanary stands in bodies and headers that a test's server makes up.
+// Canaries are texts that no error may have. bodyCanary is in the bodies and headers of the tests' servers.
 const (
 	clientID      = "client-id"
 	secretCanary  = "SECRET9876"
@@ -39,7 +39,7 @@ func requireNoCanary(t *testing.T, text string) {
 	}
 }
 
-// config is a good configuration with all that is optional left out.
+// config is a valid configuration without optional fields.
 func config() Config {
 	return Config{
 		ClientID:        clientID,
@@ -51,7 +51,7 @@ func config() Config {
 	}
 }
 
-// client returns a client of a changed good configuration. edit may be nil.
+// client returns a client of a valid configuration that edit has changed. edit may be nil.
 func client(t testing.TB, edit func(*Config)) *Client {
 	t.Helper()
 	c := config()
@@ -64,7 +64,7 @@ func client(t testing.TB, edit func(*Config)) *Client {
 	return made
 }
 
-// server is an authorization server in process that answers all requests alike, and writes them down.
+// server is an authorization server in process that gives the same answer to all requests, and records them.
 type server struct {
 	status int
 	header http.Header
@@ -120,7 +120,7 @@ type brokenOff struct{}
 
 func (brokenOff) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 
-// with sets where the client's requests go.
+// with makes the server the client's transport.
 func (s *server) with(edit func(*Config)) func(*Config) {
 	return func(c *Config) {
 		c.Transport = s
@@ -157,7 +157,7 @@ func requireField(t *testing.T, want string, err error) *tokenservice.FieldError
 	return e
 }
 
-// body is a good JSON answer, changed: nil deletes a field, and json.RawMessage is written as it is.
+// body is a valid JSON answer with changes: nil deletes a field, and json.RawMessage is written as it is.
 func body(changes map[string]any) string {
 	fields := map[string]any{"access_token": accessCanary, "token_type": "Bearer", "expires_in": 3600}
 	for name, value := range changes {
@@ -179,7 +179,7 @@ func jwt(claims string) string {
 	return encode([]byte(`{"alg":"none"}`)) + "." + encode([]byte(claims)) + ".c2ln"
 }
 
-// permits counts the requests that were permitted, and those that are over.
+// permits counts the requests that were permitted, and those that have ended.
 type permits struct{ asked, over int }
 
 func (p *permits) permit(context.Context) (func(), error) {

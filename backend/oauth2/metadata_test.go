@@ -20,7 +20,7 @@ import (
 
 const issuer = "https://as.example.com"
 
-// documents is a host with some documents, by their paths; whatever else is asked for is not there.
+// documents is a host with some documents, by their paths; it answers 404 to other paths.
 type documents struct {
 	found map[string]*server
 	asked []string

@@ -8,7 +8,7 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// A call beside so many that count already.
+// A call while this many calls count already.
 func BenchmarkTake(b *testing.B) {
 	for _, counted := range []int{0, 1_000, 100_000} {
 		b.Run(fmt.Sprint("counted=", counted), func(b *testing.B) {
@@ -33,7 +33,7 @@ func BenchmarkTake(b *testing.B) {
 	}
 }
 
-// Where the limit is used up and so many readers wait, one more is told when to come back.
+// The limit is used up and this many readers wait: one more reader gets the time when to come back.
 func BenchmarkRefuse(b *testing.B) {
 	for _, waiting := range []int{0, 100, 1_000} {
 		b.Run(fmt.Sprint("waiting=", waiting), func(b *testing.B) {

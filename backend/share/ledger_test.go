@@ -15,7 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// store is storage whose operations a test can hold up, count or fail.
+// store is storage whose operations a test can delay, count or fail.
 type store struct {
 	logical.InmemStorage
 	mu     sync.Mutex
@@ -78,7 +78,7 @@ func (s *store) keys(t *testing.T) []string {
 	return keys
 }
 
-// write stores what another process has written.
+// write stores an entry as another process does.
 func (s *store) write(t *testing.T, key, value string) {
 	t.Helper()
 	require.NoError(t, s.InmemStorage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte(value)}))
@@ -94,7 +94,7 @@ func (s *store) read(t *testing.T, key string) string {
 	return string(e.Value)
 }
 
-// from is the share of a new process.
+// from returns the share of a new process on this storage.
 func from(t *testing.T, storage logical.Storage, limit int) *Share {
 	t.Helper()
 	s := New(storage, "hr")
@@ -103,7 +103,7 @@ func from(t *testing.T, storage logical.Storage, limit int) *Share {
 	return s
 }
 
-// noted takes a call that is stored.
+// noted takes a call and notes it in storage.
 func noted(t *testing.T, s *Share, want Want) *Call {
 	t.Helper()
 	c := take(t, s, want)
@@ -113,7 +113,7 @@ func noted(t *testing.T, s *Share, want Want) *Call {
 
 func ahead(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.RFC3339Nano) }
 
-// What version 0.1.0 has written is read, and what it reads is written.
+// The stored form is that of version 0.1.0: each version reads what the other has written.
 func TestStoredForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -134,7 +134,7 @@ func TestStoredForm(t *testing.T) {
 	})
 }
 
-// An exchange whose answer a process did not live to see is named to the process after it, once and however late that comes.
+// A process ends before an exchange is answered: the next process gets that exchange from Unsettled once, however late it starts.
 func TestUnsettled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -152,13 +152,13 @@ func TestUnsettled(t *testing.T) {
 		noted(t, s, Want{Tenant: "unstored", Unstored: true})
 		answered.End()
 		answered.Settle(t.Context())
-		assert.Zero(t, s.Unsettled("cut"), "this process knows itself")
+		assert.Zero(t, s.Unsettled("cut"), "Unsettled returns no exchange of this process")
 
 		time.Sleep(time.Hour)
 		s = from(t, &storage, 100)
-		assert.Equal(t, begun.UTC(), s.Unsettled("cut").UTC(), "the last one counts")
-		assert.Zero(t, s.Unsettled("cut"), "once")
-		assert.Equal(t, begun.Add(-2*time.Second).UTC(), s.Unsettled("answered").UTC(), "the one before was not settled")
+		assert.Equal(t, begun.UTC(), s.Unsettled("cut").UTC(), "the time is that of the last exchange")
+		assert.Zero(t, s.Unsettled("cut"), "a second time")
+		assert.Equal(t, begun.Add(-2*time.Second).UTC(), s.Unsettled("answered").UTC(), "the exchange before was not settled")
 		assert.Equal(t, begun.Add(-time.Second).UTC(), s.Unsettled("running").UTC())
 		assert.Zero(t, s.Unsettled("hop"))
 		assert.Zero(t, s.Unsettled("unstored"))
@@ -166,7 +166,7 @@ func TestUnsettled(t *testing.T) {
 	})
 }
 
-// An exchange that was noted under a clock that was far ahead cannot be compared with what was stored since.
+// An exchange was noted while the clock was far ahead: Unsettled does not return it, because its time cannot be compared with later ones.
 func TestUnsettledUnderAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for ahead, known := range map[time.Duration]bool{Window: true, Window + time.Second: false} {
@@ -203,10 +203,10 @@ func TestRestart(t *testing.T) {
 		noted(t, s, Want{Class: Housekeeping}).End()
 		noted(t, s, Want{Class: Housekeeping}).End()
 		time.Sleep(2 * timeout)
-		noted(t, s, Want{Tenant: "acme"}) // runs when the process dies
+		noted(t, s, Want{Tenant: "acme"}) // it runs when the process dies
 		time.Sleep(time.Second)
 
-		// What ended counts until it would have at the latest, what runs until a window from now.
+		// In the next process all these calls count until the time in their notes, also those that ended earlier.
 		s = from(t, &storage, 10)
 		refused(t, s, Want{Tenant: "acme"}, Window+timeout-21*time.Second)
 		refused(t, s, Want{Class: Housekeeping}, Window+timeout-21*time.Second)
@@ -234,7 +234,7 @@ func TestCallThatNoLongerMattersIsNotCounted(t *testing.T) {
 	})
 }
 
-// A new process uses the numbers of the calls that do not count.
+// A new process uses the places of stored calls that do not count any more.
 func TestPlacesAfterARestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -259,7 +259,7 @@ func TestPlacesAfterARestart(t *testing.T) {
 	})
 }
 
-// pauseAndStore pauses as an engine does whose storage works.
+// pauseAndStore pauses the share and stores the pause, as the engine does.
 func (s *Share) pauseAndStore(ctx context.Context, until time.Time) error {
 	s.Pause(until)
 	return s.StorePause(ctx)
@@ -314,7 +314,7 @@ func TestPauseSendsAwayWhoWaits(t *testing.T) {
 		time.Sleep(time.Second)
 		until := time.Now().Add(20 * time.Second)
 		begun := time.Now()
-		err := s.pauseAndStore(t.Context(), until) // which storage does not take
+		err := s.pauseAndStore(t.Context(), until) // storage does not take the pause
 		assert.Equal(t, context.DeadlineExceeded, err)
 		assert.Equal(t, storeWithin, time.Since(begun))
 		synctest.Wait()
@@ -323,7 +323,7 @@ func TestPauseSendsAwayWhoWaits(t *testing.T) {
 	})
 }
 
-// Two pauses at the same time: storage holds the longer one, whoever writes last.
+// Pauses at the same time: storage has the longest one, in any order of the writes.
 func TestPausesAtTheSameTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -338,7 +338,7 @@ func TestPausesAtTheSameTime(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		assert.Equal(t, context.DeadlineExceeded, s.pauseAndStore(ctx, begun.Add(time.Minute)), "waits no longer than it may")
+		assert.Equal(t, context.DeadlineExceeded, s.pauseAndStore(ctx, begun.Add(time.Minute)), "it waits no longer than its context")
 		pauses.Wait()
 		assert.Equal(t, 2, writes)
 		assert.Equal(t, 2*time.Second, time.Since(begun))
@@ -353,8 +353,8 @@ func TestPausesAtTheSameTime(t *testing.T) {
 	})
 }
 
-// A time that lies further ahead than it could delays nothing longer than its own bound, counted from when it is first
-// seen, however often the process starts anew.
+// A stored time is further in the future than is possible, because a clock was wrong: it delays calls no longer than its longest
+// possible time, counted from when it is first read, also over restarts.
 func TestWrongClockPasses(t *testing.T) {
 	month := 30 * 24 * time.Hour
 	for _, wrong := range []time.Duration{month, 200 * 365 * 24 * time.Hour} {
@@ -389,7 +389,7 @@ func TestLongestPauseIsNotWrittenAnew(t *testing.T) {
 	})
 }
 
-// A node that may not write goes on with a wrong pause in memory alone.
+// A standby cannot correct a wrong pause in storage: it corrects it in memory alone.
 func TestWrongPauseThatCannotBeWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -423,7 +423,7 @@ func TestNoteThatFailsGivesBackThePlace(t *testing.T) {
 	})
 }
 
-// All who come at once wait for one reading, each no longer than he may.
+// Callers that load at the same time wait for one read of storage, each no longer than its context.
 func TestLoadsOnceForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -458,7 +458,7 @@ func TestLoadsOnceForAll(t *testing.T) {
 		defer cancel()
 		assert.Equal(t, context.DeadlineExceeded, s.Load(ctx))
 		assert.Equal(t, 1500*time.Millisecond, time.Since(begun))
-		spend(t, s, 1) // nothing holds a lock
+		spend(t, s, 1) // no lock is held
 		all.Wait()
 		assert.Equal(t, 41, reads)
 		assert.Equal(t, 8, most)
@@ -495,7 +495,7 @@ func TestLoadThatFailsIsTriedAgain(t *testing.T) {
 	})
 }
 
-// After an invalidation, the calls of another process are counted once, and this process's own as memory knows them.
+// After an invalidation the calls of another process count as storage has them, and those of this process as memory has them.
 func TestInvalidate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -522,7 +522,7 @@ func TestInvalidate(t *testing.T) {
 		running.Withdraw()
 		time.Sleep(Window)
 
-		// What this process has ended counts no more, though storage says so.
+		// Calls of this process that have stopped counting stay so, although their notes in storage say otherwise.
 		s.Invalidate()
 		require.NoError(t, s.Load(t.Context()))
 		spend(t, s, 5)
@@ -530,7 +530,7 @@ func TestInvalidate(t *testing.T) {
 	})
 }
 
-// A reading that began before an invalidation does not do for who comes after it.
+// An invalidation comes during a read of storage: storage is read again.
 func TestInvalidateDuringALoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -593,10 +593,10 @@ func TestRemove(t *testing.T) {
 		assert.Equal(t, []string{"calls/other/0"}, storage.keys(t))
 		time.Sleep(time.Second)
 		late.End()
-		spend(t, s, 1) // the place was given back, and the others still count
+		spend(t, s, 1) // the call that was not made gave its place back; the others still count
 		refused(t, s, Want{}, Window-2*time.Second)
 
-		// The connector is written anew.
+		// The connector is created again.
 		s.Configure(4, timeout)
 		noted(t, s, Want{})
 		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(time.Millisecond)))
@@ -604,7 +604,7 @@ func TestRemove(t *testing.T) {
 	})
 }
 
-// A write that is under way when the connector is deleted leaves nothing.
+// A connector is deleted while notes of it are written: storage has nothing of it afterwards.
 func TestRemoveDuringAWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -616,7 +616,7 @@ func TestRemoveDuringAWrite(t *testing.T) {
 			return nil
 		})
 		ctx, cancel := context.WithCancel(t.Context())
-		storage.after = func(string, string) { cancel() } // the delete does not depend on the caller
+		storage.after = func(string, string) { cancel() } // the note is deleted although its caller has cancelled
 		c := take(t, s, Want{})
 		var writers sync.WaitGroup
 		writers.Go(func() { assert.ErrorIs(t, c.Note(t.Context()), ErrRemoved) })
@@ -626,14 +626,14 @@ func TestRemoveDuringAWrite(t *testing.T) {
 		writers.Wait()
 		assert.Empty(t, storage.keys(t))
 
-		// The pause is stored when the connector is written anew and the service asks again.
+		// After the connector is created again, the next pause is stored.
 		s.Configure(1, timeout)
 		require.NoError(t, s.pauseAndStore(t.Context(), time.Now()))
 		assert.Equal(t, []string{"calls/hr/pause"}, storage.keys(t))
 	})
 }
 
-// Where such a write cannot be undone, its error says so.
+// If a note that was written during the delete of its connector cannot be deleted, the error says so.
 func TestRemoveDuringAWriteThatStays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -670,8 +670,8 @@ func TestConnectorsKeepTheirCallsApart(t *testing.T) {
 	})
 }
 
-// The exchange of a refresh token that storage does not have is noted with one write, though it is answered or not made: no process
-// after this one asks what became of it.
+// The exchange of a refresh token that storage does not have is noted with one write, and neither its answer nor its withdrawal writes
+// again: the next process has no refresh token to ask the service about.
 func TestUnstoredExchangeIsNotedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, end := range map[string]func(*Call){

@@ -24,10 +24,10 @@ type noting struct {
 	begun time.Time
 	err   error
 	after time.Duration
-	over  atomic.Bool // says that there is a result
+	over  atomic.Bool // true when there is a result
 }
 
-// begin has a goroutine note a call, and returns once that waits.
+// begin starts a goroutine that notes a call, and returns when that waits or is done.
 func begin(t *testing.T, s *Share, ctx context.Context, want Want) *noting {
 	t.Helper()
 	n := &noting{Call: take(t, s, want), begun: time.Now()}
@@ -40,7 +40,7 @@ func begin(t *testing.T, s *Share, ctx context.Context, want Want) *noting {
 	return n
 }
 
-// slow has each write of storage take as long, or until its context ends, and returns their keys.
+// slow makes each write of storage take this long, or until its context ends. It returns the list of their keys, which grows.
 func (s *store) slow(takes time.Duration) *[]string {
 	var mu sync.Mutex
 	var puts []string
@@ -61,7 +61,7 @@ func (s *store) slow(takes time.Duration) *[]string {
 	return &puts
 }
 
-// pass lets the time pass, and all goroutines come to rest.
+// pass lets this time pass, and waits until all goroutines wait.
 func pass(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -76,7 +76,7 @@ func held(s *Share) map[int]bool {
 
 const slowly = gather * 4 / 5
 
-// Calls that come to be noted during a write are noted together, by the next one.
+// Calls that come while a note is written are noted together in the next write.
 func TestCallsAreNotedTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -98,7 +98,7 @@ func TestCallsAreNotedTogether(t *testing.T) {
 		assert.JSONEq(t, `{"format":1,"tenant":"b","at":"`+at+`","with":[{"housekeeping":true},{"tenant":"c","at":"`+at+`"}],"until":"`+until+`"}`,
 			storage.read(t, "calls/hr/1"))
 
-		// The next process counts them all, each against its own fifth, and asks what became of each exchange.
+		// The next process counts them all, each against its tenant's fifth, and Unsettled returns each exchange.
 		s = from(t, &storage, 5)
 		for _, tenant := range []string{"a", "b", "c"} {
 			assert.NotZero(t, s.Unsettled(tenant), tenant)
@@ -111,7 +111,7 @@ func TestCallsAreNotedTogether(t *testing.T) {
 	})
 }
 
-// A write that hangs holds up the notes of others for a moment only; so does one that waits for it to grow.
+// While the write of a note hangs, other calls wait for it only for the time gather, and then another note is written.
 func TestNotesBesideAWriteThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -139,11 +139,11 @@ func TestNotesBesideAWriteThatHangs(t *testing.T) {
 		assert.Equal(t, context.DeadlineExceeded, first.err)
 		assert.Equal(t, storeWithin, first.after)
 		assert.Equal(t, []string{"0"}, *puts)
-		assert.Len(t, storage.keys(t), 4, "and the first, which storage did not take")
+		assert.Len(t, storage.keys(t), 4, "the notes but the first, which storage did not take")
 	})
 }
 
-// A caller who gives up leaves the others' calls noted; its own is not asked about.
+// One of several callers of a note cancels: the calls of the others stay noted, and Unsettled does not return the cancelled one.
 func TestOneOfManyGivesUp(t *testing.T) {
 	for _, during := range []string{"before the write", "the write"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -168,7 +168,7 @@ func TestOneOfManyGivesUp(t *testing.T) {
 			} else {
 				assert.Equal(t, []string{"0", "1"}, *puts)
 			}
-			assert.Equal(t, 2, s.all.count(), "who has gone makes no call")
+			assert.Equal(t, 2, s.all.count(), "the cancelled calls do not count")
 			after := from(t, &storage, 10)
 			assert.Zero(t, after.Unsettled("gone"))
 			assert.NotZero(t, after.Unsettled("stays"))
@@ -176,7 +176,7 @@ func TestOneOfManyGivesUp(t *testing.T) {
 	}
 }
 
-// When all callers have gone, the write is given up, and its place is used again once storage knows that no call was made.
+// All callers of a note cancel during its write: the write is cancelled, and its place is free when storage has the note without calls.
 func TestAllGiveUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -189,7 +189,7 @@ func TestAllGiveUp(t *testing.T) {
 		storage.slow(3 * time.Second)
 		cancel()
 		pass(3*time.Second - 1)
-		assert.False(t, a.over.Load(), "the process ends after storage has been told")
+		assert.False(t, a.over.Load(), "the exchange's caller waits until storage has the note without its call")
 		assert.True(t, b.over.Load())
 		assert.Equal(t, map[int]bool{0: true}, held(s))
 		pass(1)
@@ -199,8 +199,8 @@ func TestAllGiveUp(t *testing.T) {
 	})
 }
 
-// Where all callers give up before their note's write begins, storage is not asked: the engine may have ended, and Vault may have deleted
-// what it stored.
+// All callers of a note cancel before its write begins: nothing is written, because the engine may have ended, and Vault may have deleted
+// its storage.
 func TestAllGiveUpBeforeTheWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -222,12 +222,12 @@ func TestAllGiveUpBeforeTheWrite(t *testing.T) {
 	})
 }
 
-// A note whose calls are not made keeps its place until it has been written: another call may join it, or storage may take it yet.
+// A note without calls keeps its place until its write has ended: storage may still take it, or another call may join it.
 func TestNoteWithoutCallsKeepsItsPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
 		s := from(t, &storage, 10)
-		storage.surround(func(context.Context, string, string) error { time.Sleep(slowly); return nil }) // whether or not the caller waits
+		storage.surround(func(context.Context, string, string) error { time.Sleep(slowly); return nil }) // does not end with its context
 		ctx, cancel := context.WithCancel(t.Context())
 		first, gone := begin(t, s, ctx, Want{Class: Revocation}), begin(t, s, ctx, Want{Class: Revocation})
 		cancel()
@@ -245,7 +245,7 @@ func TestNoteWithoutCallsKeepsItsPlace(t *testing.T) {
 	})
 }
 
-// Where storage fails, all whose calls it was asked to take at once learn of it, with at most two more writes for all.
+// Storage fails a note with several calls: all their callers get the error, after two more writes at most.
 func TestNoteTogetherThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -261,13 +261,13 @@ func TestNoteTogetherThatFails(t *testing.T) {
 		for _, n := range all {
 			assert.Equal(t, broken, n.err)
 		}
-		assert.Equal(t, int32(5), puts.Load(), "two notes; the first again, and the second, which is stored while the other four come")
+		assert.Equal(t, int32(5), puts.Load(), "two notes, and the writes of these notes without their calls")
 		assert.Zero(t, s.all.count())
 		assert.Empty(t, held(s))
 	})
 }
 
-// A note keeps its place until none of its calls counts, and is written again as its exchanges are answered.
+// A note keeps its place until none of its calls counts, and is written again when its exchanges are answered.
 func TestNoteKeepsItsPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -282,7 +282,7 @@ func TestNoteKeepsItsPlace(t *testing.T) {
 		pass(Window)
 		next := begin(t, s, t.Context(), Want{})
 		assert.Equal(t, 0, next.note.place)
-		assert.Equal(t, map[int]bool{0: true, 1: true}, s.places.taken, "b still runs")
+		assert.Equal(t, map[int]bool{0: true, 1: true}, s.places.taken, "the call of b still runs")
 		b.End()
 		b.Settle(t.Context())
 		after := from(t, &storage, 10)
@@ -293,7 +293,7 @@ func TestNoteKeepsItsPlace(t *testing.T) {
 	})
 }
 
-// Settles that come during a write of their note are one more write.
+// Several Settles that come during a write of their note need one more write together.
 func TestSettlesTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
@@ -323,8 +323,8 @@ func TestSettlesTogether(t *testing.T) {
 	})
 }
 
-// Readers, storage that is slow, hangs or fails, callers who give up, and answers, in an order that is drawn: no two notes have one
-// place, and a process that starts at any moment knows each exchange that may be under way, and none that was answered.
+// Calls, cancelled callers, answers, and storage that is slow, hangs or fails come in a random order: no two notes have the same place,
+// and a process that starts at any moment gets each exchange that may be under way from Unsettled, and none that was answered.
 func TestNotesAtRandom(t *testing.T) {
 	for seed := range uint64(25) {
 		synctest.Test(t, func(t *testing.T) {

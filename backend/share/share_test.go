@@ -19,10 +19,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const (
 	patience = 5 * time.Second
-	timeout  = 10 * time.Second // of a request
+	timeout  = 10 * time.Second // the time limit of a request
 )
 
-// limited returns a share of that limit.
+// limited returns a share with this limit of calls.
 func limited(limit int) *Share {
 	s := New(&logical.InmemStorage{}, "default")
 	s.Configure(limit, timeout)
@@ -55,7 +55,7 @@ func refused(t *testing.T, s *Share, want Want, until time.Duration) {
 	begun := time.Now()
 	_, err := s.Take(t.Context(), want)
 	assert.Equal(t, &LimitError{Until: begun.Add(until)}, err)
-	assert.Equal(t, begun, time.Now(), "at once")
+	assert.Equal(t, begun, time.Now(), "the refusal comes at once")
 }
 
 // answer is how a Take ended, and when.
@@ -63,10 +63,10 @@ type answer struct {
 	*Call
 	err   error
 	after time.Duration
-	done  atomic.Bool // says that there is one
+	done  atomic.Bool // true when Take has returned
 }
 
-// ask has somebody ask for a call, who waits in the queue when ask returns.
+// ask starts a goroutine that takes a call. When ask returns, the goroutine has its call or waits in the queue.
 func ask(t *testing.T, s *Share, ctx context.Context, want Want) *answer {
 	t.Helper()
 	a := &answer{}
@@ -80,7 +80,7 @@ func ask(t *testing.T, s *Share, ctx context.Context, want Want) *answer {
 	return a
 }
 
-// idle expects that nothing is left of what has happened, once all calls have stopped counting.
+// idle expects that the share is empty again when all calls have stopped counting.
 func idle(t *testing.T, s *Share) {
 	t.Helper()
 	time.Sleep(Window)
@@ -135,7 +135,8 @@ func TestCallThatRunsCountsForAWindowAtLeast(t *testing.T) {
 	})
 }
 
-// By the real clock, some time passes between the look at the clock for the deadline and the one for the plan.
+// With the real clock, some time passes between the reading of the clock for the deadline and the one for the plan: a call that is free
+// at once is permitted all the same.
 func TestCallThatNeedsNoWaitNeedsNoTime(t *testing.T) {
 	s := limited(2)
 	for range 2 {
@@ -146,7 +147,7 @@ func TestCallThatNeedsNoWaitNeedsNoTime(t *testing.T) {
 	assert.False(t, s.FreeAt(Want{}).After(time.Now()))
 }
 
-// Readers of one tenant who wait take its fifth in turn, though none of its calls counts yet.
+// Readers of a tenant who wait count against the tenant's fifth, before any of its calls counts.
 func TestWaitersCountAgainstTheirFifth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(5)
@@ -183,7 +184,7 @@ func TestTenantBeginsAFifthOfTheExchanges(t *testing.T) {
 				time.Sleep(Window)
 				c := take(t, s, greedy)
 				c.Withdraw()
-				c.Withdraw() // gives back one place
+				c.Withdraw() // two calls of Withdraw give back one place
 				for range fifth {
 					take(t, s, greedy).End()
 				}
@@ -194,8 +195,8 @@ func TestTenantBeginsAFifthOfTheExchanges(t *testing.T) {
 	}
 }
 
-// A tenant behind a redirect is served, however small the share: its hops, and what begins no exchange, do not count
-// against its fifth.
+// A tenant whose exchanges are redirected is served with any share: the hops of a redirect, and calls that begin no exchange, do not
+// count against its fifth.
 func TestHopsCountAgainstTheShareAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(4)
@@ -208,12 +209,12 @@ func TestHopsCountAgainstTheShareAlone(t *testing.T) {
 		time.Sleep(Window)
 
 		take(t, s, Want{Tenant: "moved", Hop: true}).End()
-		take(t, s, Want{Tenant: "moved"}).End() // no hop took its place
+		take(t, s, Want{Tenant: "moved"}).End() // the hop has not used up the tenant's fifth
 		idle(t, s)
 	})
 }
 
-// What work that has begun is likely to need stays free for it, and only for as long as its call runs.
+// While a call runs, the places that its next hops are expected to need stay free for it, and no longer.
 func TestPlacesAreLeftToWorkThatHasBegun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(3)
@@ -237,7 +238,7 @@ func TestPlacesAreLeftToWorkThatHasBegun(t *testing.T) {
 			time.Sleep(glance)
 			synctest.Wait()
 			require.True(t, other.done.Load(), name)
-			require.NoError(t, other.err, "nothing more was needed")
+			require.NoError(t, other.err, "the places are free again")
 			other.End()
 			idle(t, s)
 		}
@@ -258,7 +259,7 @@ func TestBackgroundLeavesAFifthToReaders(t *testing.T) {
 				refused(t, s, Want{Class: Revocation, Hop: hop}, Window)
 				assert.Equal(t, time.Now().Add(Window), s.FreeAt(background))
 				for i := range fifth {
-					take(t, s, Want{Class: Class(i % 2), Hop: hop}).End() // a revocation waits, too
+					take(t, s, Want{Class: Class(i % 2), Hop: hop}).End() // Reader, or RevocationWait, which may use the readers' fifth too
 				}
 				refused(t, s, Want{Hop: hop}, Window)
 				idle(t, s)
@@ -277,7 +278,7 @@ func TestHousekeepingTakesAFifthAtMost(t *testing.T) {
 			}
 			refused(t, s, housekeeping, Window)
 			for range limit - limit/5 - fifth {
-				take(t, s, Want{Class: Revocation}).End() // revocations are not of that class
+				take(t, s, Want{Class: Revocation}).End() // revocations do not count as housekeeping
 			}
 			time.Sleep(Window)
 			take(t, s, housekeeping).Withdraw()
@@ -290,7 +291,7 @@ func TestHousekeepingTakesAFifthAtMost(t *testing.T) {
 	}
 }
 
-// Who comes into the queue late goes before all of a higher class.
+// A waiter of a lower class is served before those of a higher class who came earlier.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(10)
@@ -317,12 +318,12 @@ func TestTurns(t *testing.T) {
 			require.NoError(t, a.err)
 			order = append(order, a.after/time.Millisecond)
 		}
-		// Two places stay free for readers in front of each of the last three.
+		// The last three are served only while two more places stay free for readers.
 		assert.Equal(t, []time.Duration{3900, 3800, 3700, 3400, 3200, 3300, 3000, 3100}, order)
 	})
 }
 
-// Of many who wait for few places, those who can be served are, and the others know at once.
+// Many wait for few places: as many as there are places are served, and the others are refused at once.
 func TestScarcityIsNoLottery(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(5)
@@ -330,7 +331,7 @@ func TestScarcityIsNoLottery(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		spend(t, s, 2)
 		running := take(t, s, Want{})
-		time.Sleep(Window - 14*time.Second) // 4 s before two places come free
+		time.Sleep(Window - 14*time.Second) // two places come free in 4 s
 		var answers []*answer
 		for i := range 100 {
 			answers = append(answers, ask(t, s, t.Context(), reader(fmt.Sprint(i))))
@@ -369,7 +370,7 @@ func TestReadersBehindAllThatIsKnown(t *testing.T) {
 	})
 }
 
-// A place that comes free earlier than thought goes to the first in the queue.
+// A withdrawn call frees its place earlier than planned: the first in the queue gets it.
 func TestWithdrawnCallMakesRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(4)
@@ -415,7 +416,7 @@ func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
 		last := ask(t, s, t.Context(), reader("b"))
 		time.Sleep(patience)
 		synctest.Wait()
-		assert.Equal(t, 2*time.Second, next.after, "moved up")
+		assert.Equal(t, 2*time.Second, next.after, "it gets the place of the one that gave up")
 		require.NoError(t, next.err)
 		assert.Equal(t, 3*time.Second, last.after)
 		require.NoError(t, last.err)
@@ -428,7 +429,7 @@ func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
 	})
 }
 
-// A call that comes at the moment at which its reader gives up is given back.
+// A call is permitted at the moment when its reader gives up: its place is free again.
 func TestCancelledAtItsTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(1)
@@ -437,15 +438,15 @@ func TestCancelledAtItsTurn(t *testing.T) {
 		time.Sleep(Window - time.Second)
 		ctx, cancel := context.WithCancel(t.Context())
 		a := ask(t, s, ctx, reader("a"))
-		s.Configure(2, timeout) // permits it
+		s.Configure(2, timeout) // permits the reader's call
 		cancel()
 		synctest.Wait()
-		if a.err == nil { // it was faster
+		if a.err == nil { // the permission came first
 			a.Withdraw()
 		}
 		spend(t, s, 1)
 
-		// The same, whoever is faster.
+		// The same with a waiter who leaves after the permission, in a fixed order.
 		s.Configure(3, timeout)
 		s.leave(&waiter{call: s.permit(Want{Tenant: "b"})})
 		take(t, s, Want{Tenant: "b"}).End()
@@ -454,7 +455,7 @@ func TestCancelledAtItsTurn(t *testing.T) {
 	})
 }
 
-// A tenant that waits for its own fifth holds up nobody behind it, and takes the place that its own call frees.
+// A tenant that waits for its own fifth does not delay other tenants behind it, and gets the place that its own call frees.
 func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(5)
@@ -463,11 +464,11 @@ func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
 		take(t, s, Want{Tenant: "a"}).End()
 		time.Sleep(time.Second)
 		spend(t, s, 1)
-		time.Sleep(Window - 5*time.Second) // one is free; others come free in 3 s (two), 4 s (a's own) and 5 s
+		time.Sleep(Window - 5*time.Second) // one place is free; two come free in 3 s, that of a's call in 4 s and one in 5 s
 		a := ask(t, s, t.Context(), reader("a"))
 		again := ask(t, s, t.Context(), reader("a"))
 		_, limit := again.err.(*LimitError)
-		assert.True(t, limit, "its own fifth is taken by the one ahead")
+		assert.True(t, limit, "the reader before it takes the tenant's fifth")
 		take(t, s, Want{Tenant: "b"})
 		var others []*answer
 		for i := range 4 {
@@ -484,7 +485,8 @@ func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
 	})
 }
 
-// The first call whose end frees a place may be the one that a tenant waits for.
+// A tenant waits for its own call to stop counting, which is also the call that frees the next place: the other tenant gets the place
+// that is free already.
 func TestTenantsPlaceIsTheFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(2)
@@ -529,7 +531,7 @@ func TestTenantWaitsForTheLaterOfShareAndFifth(t *testing.T) {
 	})
 }
 
-// A call that its tenant's running call keeps waiting takes no place of others.
+// A call that waits for the running call of its own tenant takes no place from other tenants.
 func TestTenantBehindItsRunningCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(2)
@@ -559,13 +561,13 @@ func TestBackgroundGivesWay(t *testing.T) {
 		for i := range 5 {
 			readers = append(readers, ask(t, s, t.Context(), reader(fmt.Sprint(i))))
 		}
-		assert.Equal(t, begun.Add(4*time.Second), s.FreeAt(Want{Class: Background}), "5 of 7 places are a reader's, 2 stay free")
+		assert.Equal(t, begun.Add(4*time.Second), s.FreeAt(Want{Class: Background}), "of 7 places 5 are for the readers who wait, and 2 stay free")
 		polls := []*answer{
 			ask(t, s, t.Context(), Want{Class: Housekeeping, Wait: patience}),
 			ask(t, s, t.Context(), Want{Class: Housekeeping, Wait: patience}),
 		}
 		refused(t, s, Want{Class: Housekeeping, Wait: patience}, Window)
-		assert.Equal(t, begun.Add(3*time.Second), s.FreeAt(Want{}), "readers do not wait for them")
+		assert.Equal(t, begun.Add(3*time.Second), s.FreeAt(Want{}), "readers do not wait for housekeeping")
 		background := ask(t, s, t.Context(), Want{Class: Background, Wait: patience})
 		time.Sleep(patience)
 		synctest.Wait()
@@ -580,7 +582,7 @@ func TestBackgroundGivesWay(t *testing.T) {
 	})
 }
 
-// Who waits is sent away as soon as others come before him.
+// A waiter is refused as soon as others of a lower class take the place that he waited for.
 func TestLowerClassesLearnAtOnceThatTheyAreOvertaken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(1)
@@ -634,7 +636,7 @@ func TestNewLimitHoldsForThoseWhoWait(t *testing.T) {
 		require.NoError(t, answers[0].err)
 		s.Configure(2, timeout)
 		synctest.Wait()
-		assert.False(t, answers[1].done.Load(), "it waits for the one place that is left")
+		assert.False(t, answers[1].done.Load(), "it waits for the only place")
 		assert.Equal(t, &LimitError{Until: time.Now().Add(Window)}, answers[2].err)
 		assert.Equal(t, time.Second, answers[2].after)
 		time.Sleep(3 * time.Second)
@@ -659,7 +661,7 @@ func TestWaitEndsExactly(t *testing.T) {
 	})
 }
 
-// Places are few, so that storage holds few entries.
+// Places are used again, so that storage has no more entries than the limit of calls.
 func TestPlacesAreUsedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(7)

@@ -13,14 +13,14 @@ import (
 	"pgregory.net/rapid"
 )
 
-// caller is somebody who wants a call, and what he does with it.
+// caller is a goroutine that takes a call, and what it does with the call.
 type caller struct {
 	at       time.Duration
 	want     Want
-	givesUp  time.Duration // after that; 0: never
-	withdraw bool          // after toService
-	noNote   bool          // storage does not take it
-	// The service counts the call somewhere between its permission and its end.
+	givesUp  time.Duration // it cancels after this time; 0: never
+	withdraw bool          // it withdraws the call after toService
+	noNote   bool          // storage does not take the note
+	// The service counts the call at a time between its permission and its end.
 	toService, toEnd time.Duration
 }
 
@@ -29,10 +29,10 @@ type life struct {
 	share *Share
 	ctx   context.Context
 	die   context.CancelFunc
-	first bool // in later ones, the calls before count for longer than they would have
+	first bool // the first process: in later ones the calls of earlier ones count for longer than in theirs
 }
 
-// fact is what has become of a caller.
+// fact is the result of a caller.
 type fact struct {
 	caller
 	life            *life
@@ -41,10 +41,10 @@ type fact struct {
 	refused         bool // with a LimitError
 	arrived         bool
 	arrival         time.Time
-	freed           time.Time // when the call must have stopped counting at the earliest
+	freed           time.Time // the earliest time at which the call stops counting
 }
 
-// counts says whether the call has to count at that time.
+// counts returns whether the call has to count at that time.
 func (f *fact) counts(at time.Time) bool {
 	return f.permitted && !f.answered.After(at) && f.freed.After(at)
 }
@@ -75,7 +75,7 @@ var callers = rapid.Custom(func(r *rapid.T) caller {
 	return c
 })
 
-// Callers of all kinds come at the same time, and the process dies in between.
+// Callers of all kinds come at the same time, and the process dies and starts again in between.
 func TestRulesHoldWhateverTheOrder(t *testing.T) {
 	rapid.Check(t, func(r *rapid.T) {
 		limit := rapid.IntRange(1, 20).Draw(r, "limit")
@@ -177,7 +177,7 @@ func (f *fact) call() {
 	f.freed = time.Now().Add(Window)
 }
 
-// wait says whether the process dies meanwhile.
+// wait waits, and returns whether the process has died in this time.
 func (f *fact) wait(d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -234,7 +234,7 @@ func check(facts []*fact, limit int) error {
 	return nil
 }
 
-// checkTurn checks a caller against those who came with and before him.
+// checkTurn checks a caller against those that came before it or at the same time.
 func (f *fact) checkTurn(facts []*fact, limit int) error {
 	alone, readers, counting, own := true, true, 0, 0
 	for _, other := range facts {

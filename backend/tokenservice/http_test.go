@@ -35,7 +35,7 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
-// call is a call of a URL, whose header holds the canary.
+// call is a call of a URL, with the canary in its header.
 func call(t *testing.T, rt http.RoundTripper, raw string) Call {
 	t.Helper()
 	r, err := http.NewRequest(http.MethodPost, raw, strings.NewReader("x"))
@@ -44,7 +44,7 @@ func call(t *testing.T, rt http.RoundTripper, raw string) Call {
 	return Call{Transport: rt, Request: r, Left: 10 * time.Second, Timeout: time.Minute, Service: "The service at x", Field: "some_url"}
 }
 
-// served returns a call, with a transport of its own, of a server on a socket.
+// served returns a call, with its own transport, of a server on a socket.
 func served(t *testing.T, h http.HandlerFunc) Call {
 	t.Helper()
 	return call(t, NewTransport(nil), listen(t, (*httptest.Server).Start, h).URL)
@@ -134,7 +134,7 @@ func TestNoRedirectIsFollowed(t *testing.T) {
 	}
 }
 
-// A request on a connection that breaks must not be sent again behind the client's back.
+// A request on a connection that breaks must not be sent again without a permit.
 func TestOneRequestForOnePermit(t *testing.T) {
 	var requests atomic.Int32
 	c := served(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -177,7 +177,7 @@ func TestProxy(t *testing.T) {
 	for _, host := range []string{"127.0.0.1", "localhost", "LOCALHOST", "localhost."} {
 		direct := through(http.ProxyURL(at))
 		direct.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-			_, port, _ := net.SplitHostPort(address) // not every machine resolves each of these
+			_, port, _ := net.SplitHostPort(address) // some machines do not resolve all of these names
 			return new(net.Dialer).DialContext(ctx, network, "127.0.0.1:"+port)
 		}
 		a, err := call(t, direct, strings.Replace(server.URL, "127.0.0.1", host, 1)).Do(t.Context())
@@ -188,10 +188,10 @@ func TestProxy(t *testing.T) {
 
 	a, err := call(t, through(http.ProxyURL(at)), "https://token.example").Do(t.Context())
 	require.Error(t, err)
-	assert.Equal(t, []string{"CONNECT token.example:443 "}, asked, "https does, and the proxy sees no header")
+	assert.Equal(t, []string{"CONNECT token.example:443 "}, asked, "https goes through the proxy, which sees no header")
 	assert.False(t, a.Lost)
 
-	// The transport's own rule is the same, with the environment's proxy.
+	// NewTransport(nil) has the same rule, with the proxy of the environment.
 	own := NewTransport(nil)
 	for raw, want := range map[string]string{
 		"http://LOCALHOST":      "",
@@ -348,7 +348,7 @@ func TestContext(t *testing.T) {
 
 	c := call(t, hanging, "https://service.invalid")
 	c.Permit = func(context.Context) (func(), error) {
-		t.Error("nobody waits for a share who has gone")
+		t.Error("a cancelled call asks for a permit")
 		return nil, nil
 	}
 	a, err = c.Do(ctx)
@@ -361,7 +361,7 @@ func TestContext(t *testing.T) {
 		return &http.Response{StatusCode: 200, Body: io.NopCloser(body)}, nil
 	}), "https://service.invalid").Do(ctx)
 	require.ErrorIs(t, err, context.Canceled)
-	assert.Equal(t, "begun", string(a.Body), "what had arrived")
+	assert.Equal(t, "begun", string(a.Body), "the part of the body that had arrived")
 	assert.True(t, a.Lost)
 }
 
@@ -409,7 +409,7 @@ func TestPermit(t *testing.T) {
 	c.Permit = func(context.Context) (func(), error) { return func() { t.Error("done without a permit") }, full }
 	c.Transport = transportFunc(func(*http.Request) (*http.Response, error) { t.Error("a request without a permit"); return nil, io.EOF })
 	a, err := c.Do(t.Context())
-	assert.True(t, err == full, "as it is")
+	assert.True(t, err == full, "the permit's error is returned unchanged")
 	assert.Equal(t, Answer{}, a)
 }
 
@@ -454,7 +454,7 @@ func TestRateLimitReset(t *testing.T) {
 		"1790086401":           24 * time.Hour,
 		"7258118400":           24 * time.Hour,
 		"7258118401":           0,
-		"1790000017000":        0, // milliseconds, or nonsense
+		"1790000017000":        0, // milliseconds, or no time at all
 		"99999999999999999999": 0,
 		"-1790000017":          0,
 		canary:                 0,

@@ -7,7 +7,7 @@ import (
 	"go.uber.org/goleak"
 )
 
-// environmentProxy is the proxy of the tests' environment, which nobody listens at. Go reads the environment once.
+// environmentProxy is the proxy in the tests' environment, an address without a server. Go reads the environment once.
 const environmentProxy = "http://127.0.0.1:1"
 
 func TestMain(m *testing.M) {

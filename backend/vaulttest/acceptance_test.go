@@ -17,9 +17,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// The contract, as each of the three people and the operator see it: the built
-// plugin in a real Vault, and Kaizala's stand-in behind it. Each part has a
-// mount of its own, and they share the Vault and the plugin's process.
+// The contract, for each of the people and the operator, with the built plugin in a
+// real Vault and an emulator of Kaizala. Each part has its own mount, and all share
+// the Vault and the plugin's process.
 func TestAcceptance(t *testing.T) {
 	t.Parallel()
 	v := Start(t, Raft())
@@ -69,7 +69,7 @@ func acceptConnectors(t *testing.T, v *Vault) {
 		"redirect_hosts":       []any{"kaiza.la", "osi.office.net"},
 		"request_timeout":      60.0,
 		"exchanges_per_minute": 50.0,
-	}, defaults, "all but connector_secret, which nobody reads")
+	}, defaults, "all fields but connector_secret, which cannot be read")
 
 	require.Equal(t, defaults, m.read("config/default").ok(t).data(), "config and config/default are one entry")
 	m.write("config/default", fields{"request_timeout": "30s"}).ok(t)
@@ -78,7 +78,7 @@ func acceptConnectors(t *testing.T, v *Vault) {
 	m.write("config/hr", m.connector()).ok(t)
 	require.Equal(t, []any{"default", "hr"}, m.list("config").ok(t).data()["keys"])
 
-	// A partial write changes what it names and nothing else.
+	// A partial write changes only the fields that it names.
 	m.write("config", fields{"exchanges_per_minute": 7, "redirect_hosts": "kaiza.la,example.com"}).ok(t)
 	want := m.read("config").ok(t).data()
 	require.Equal(t, "main-id", want["connector_id"])
@@ -90,7 +90,7 @@ func acceptConnectors(t *testing.T, v *Vault) {
 	want["connector_id"] = "other-id"
 	require.Equal(t, want, m.read("config").ok(t).data())
 
-	// In a patch, null is the default.
+	// In a patch, null sets the default.
 	m.patch("config", fields{"request_timeout": nil, "exchanges_per_minute": nil, "redirect_hosts": nil, "api_root": nil, "ca_cert": nil}).ok(t)
 	defaults["connector_id"] = "other-id"
 	require.Equal(t, defaults, m.read("config").ok(t).data())
@@ -99,12 +99,12 @@ func acceptConnectors(t *testing.T, v *Vault) {
 	}
 	m.patch("config/absent", fields{"connector_id": "x"}).refused(t, 404)
 
-	// No connector field: it would let a policy for one write another.
+	// There is no field "connector": with it, a policy for one connector would permit writes of another.
 	warned := m.write("config", fields{"connector": "hr", "connector_id": "main-id"}).ok(t)
 	require.Contains(t, strings.Join(warned.parsed().Warnings, "\n"), "connector")
 	require.Equal(t, m.connectorID, m.read("config/hr").ok(t).text("connector_id"))
 
-	require.Equal(t, 204, m.delete("config/absent").status, "deleting what is not there")
+	require.Equal(t, 204, m.delete("config/absent").status, "a delete of a connector that does not exist")
 	require.Equal(t, 204, m.delete("config").status)
 	require.Equal(t, 404, m.read("config/default").status)
 	require.Equal(t, []any{"hr"}, m.list("config").ok(t).data()["keys"])
@@ -119,10 +119,10 @@ func acceptConnectorInUse(t *testing.T, v *Vault) {
 	before := m.read("config").ok(t).data()
 	refused := m.delete("config")
 	refused.refused(t, 400, "12 tenants", "t00", "t09")
-	require.NotContains(t, refused.body, "t10", "ten names, and how many there are")
+	require.NotContains(t, refused.body, "t10", "the error has ten names, and the number of all")
 	m.write("config", fields{"connector_id": "another"}).refused(t, 400, "12 tenants")
 	require.Equal(t, before, m.read("config").ok(t).data())
-	require.Equal(t, 204, m.delete("config/hr").status, "no tenant uses this one")
+	require.Equal(t, 204, m.delete("config/hr").status, "no tenant uses this connector")
 
 	for i := range 12 {
 		require.Equal(t, 204, m.delete(fmt.Sprintf("tenants/t%02d", i)).status)
@@ -138,7 +138,7 @@ func acceptTenants(t *testing.T, v *Vault) {
 	refresh := m.addTenant("acme", fields{"ttl": "1h", "max_ttl": "2h"})
 	read := m.read("tenants/acme").ok(t)
 	require.NotContains(t, read.body, refresh)
-	require.NotContains(t, read.data(), "verify", "not stored")
+	require.NotContains(t, read.data(), "verify", "verify is not stored")
 	require.Subset(t, read.data(), map[string]any{
 		"connector": "default", "ttl": 3600.0, "max_ttl": 7200.0, "min_ttl": 900.0,
 		"status": "ok", "kind": "user", "refresh_token_origin": "operator",
@@ -164,7 +164,7 @@ func acceptTenants(t *testing.T, v *Vault) {
 	require.Equal(t, 1, m.kaizala.Exchanges("acme"))
 	m.patch("tenants/absent", fields{"ttl": "1h"}).refused(t, 404, "absent")
 
-	// White space around a token comes from the clipboard.
+	// White space around a token, which can come with a paste, is removed.
 	m.write("tenants/acme", fields{"refresh_token": " \n" + m.kaizala.GenerateUserToken(m.connectorID, "acme") + "\n"}).ok(t)
 	require.NotEqual(t, access, m.access("acme"), "writing a refresh token gives up the access token")
 
@@ -173,7 +173,7 @@ func acceptTenants(t *testing.T, v *Vault) {
 	require.Equal(t, "group", group.text("kind"))
 	require.Equal(t, "group-7", group.text("group_id"))
 
-	// A token that is no JWT works all the same: only its end is unknown.
+	// A refresh token that is no JWT works too; only its end is unknown.
 	m.write("tenants/opaque", fields{"refresh_token": "no-jwt-at-all", "verify": false}).ok(t)
 	opaque := m.read("tenants/opaque").ok(t)
 	require.Equal(t, "unknown", opaque.text("kind"))
@@ -187,7 +187,7 @@ func acceptTenants(t *testing.T, v *Vault) {
 	require.Contains(t, info["acme"], "refresh_token_expire_time")
 	require.Equal(t, map[string]any{"status": "unverified", "connector": "default"}, info["opaque"])
 
-	// refresh retires the access token whoever has it.
+	// refresh retires the access token, also with live leases on it.
 	retired := m.access("acme")
 	exchanges := m.kaizala.Exchanges("acme")
 	require.Equal(t, "ok", m.write("tenants/acme/refresh", nil).ok(t).text("status"))
@@ -196,13 +196,13 @@ func acceptTenants(t *testing.T, v *Vault) {
 	m.write("tenants/absent/refresh", nil).refused(t, 404, "absent")
 
 	require.Equal(t, 204, m.delete("tenants/acme").status)
-	require.Equal(t, 204, m.delete("tenants/acme").status, "deleting what is not there")
+	require.Equal(t, 204, m.delete("tenants/acme").status, "a delete of a tenant that does not exist")
 	require.Equal(t, 404, m.read("tenants/acme").status)
 	m.read("creds/acme").refused(t, 400, "acme", "tenants/acme")
 	m.read("token/acme").refused(t, 400, "acme", "tenants/acme")
 }
 
-// What Kaizala does not accept is not stored, and what was there stays.
+// A refresh token that Kaizala does not accept is not stored, and the tenant is not changed.
 func acceptVerification(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "verify")
 	dead := m.kaizala.GenerateUserToken(m.connectorID, "acme")
@@ -240,7 +240,7 @@ func acceptVerification(t *testing.T, v *Vault) {
 	require.Equal(t, calls, m.kaizala.CallCount())
 	unchanged()
 
-	// Without verification there is no call either, until somebody reads.
+	// A write without verification makes no call either; the first read does.
 	m.write("tenants/later", fields{"refresh_token": m.kaizala.GenerateUserToken(m.connectorID, "later"), "verify": false}).ok(t)
 	require.Equal(t, calls, m.kaizala.CallCount())
 	require.Equal(t, "unverified", m.read("tenants/later").ok(t).text("status"))
@@ -251,7 +251,7 @@ func acceptStatus(t *testing.T, v *Vault) {
 	m.addTenant("acme")
 	access := m.access("acme")
 
-	// An outage is not an outage while a usable token lasts.
+	// In an outage of Kaizala, readers get the access token that is still usable.
 	m.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 503, Body: "down"})
 	m.write("tenants/acme/refresh", nil).refused(t, 503, "acme", "nothing was lost")
 	degraded := m.read("tenants/acme").ok(t)
@@ -267,7 +267,7 @@ func acceptStatus(t *testing.T, v *Vault) {
 	require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"))
 	require.Empty(t, m.read("token/acme").ok(t).parsed().Warnings)
 
-	// Somebody has generated a new refresh token, and written it nowhere.
+	// The user has generated a new refresh token, and not written it to Vault.
 	current := m.kaizala.GenerateUserToken(m.connectorID, "acme")
 	m.write("tenants/acme/refresh", nil).refused(t, 400, "tenant user", "tenants/acme")
 	rejected := m.read("tenants/acme").ok(t)
@@ -279,7 +279,7 @@ func acceptStatus(t *testing.T, v *Vault) {
 	m.write("tenants/acme", fields{"refresh_token": current}).ok(t)
 	require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"))
 
-	// A wrong connector secret is the connector's trouble, and rejects nobody.
+	// A wrong connector secret is a failure of the connector, and rejects no tenant.
 	m.kaizala.NewConnectorSecret(m.connectorID)
 	m.write("tenants/acme/refresh", nil).refused(t, 400, "Kaizala refuses connector", "to config;")
 	require.Equal(t, "degraded", m.read("tenants/acme").ok(t).text("status"))
@@ -290,7 +290,7 @@ func acceptStatus(t *testing.T, v *Vault) {
 	require.Equal(t, "ok", m.write("tenants/acme/refresh", nil).ok(t).text("status"))
 }
 
-// Policies with create alone or update alone mean what they say.
+// A policy with create alone does not permit updates, and one with update alone no creates.
 func acceptExistenceChecks(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "exists")
 	v.Policy(t, "create", `
@@ -335,7 +335,7 @@ func acceptCreds(t *testing.T, v *Vault) {
 	m.read("creds/acme?min_ttl=13h").refused(t, 400, "min_ttl")
 	require.Equal(t, 1, m.kaizala.TotalExchanges())
 
-	// Any number of cold readers cause one exchange.
+	// Many readers of a tenant without an access token cause one exchange.
 	m.addTenant("cold", fields{"verify": false})
 	m.kaizala.Inject(kaizalatest.Fault{Times: 1, Delay: time.Second})
 	tokens := make(chan string, 20)
@@ -355,7 +355,7 @@ func acceptCreds(t *testing.T, v *Vault) {
 	}
 	require.Equal(t, 1, m.kaizala.Exchanges("cold"))
 
-	// A reader of a token that is too old for him brings a new one about.
+	// A reader whose min_ttl the access token cannot fulfil causes an exchange.
 	m.kaizala.SetAccessTokenLife(6 * time.Second)
 	m.addTenant("short", fields{"min_ttl": "1s"})
 	short := m.read("creds/short").ok(t)
@@ -371,7 +371,7 @@ func keys(data map[string]any) (names []string) {
 	return names
 }
 
-// token/:tenant is creds/:tenant without a lease, and says when to come back.
+// token/:tenant is creds/:tenant without a lease, and its ttl says when to read again.
 func acceptToken(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "token")
 	m.addTenant("acme", fields{"min_ttl": "1h"})
@@ -381,7 +381,7 @@ func acceptToken(t *testing.T, v *Vault) {
 	require.Empty(t, token.lease())
 	require.Empty(t, m.leases())
 	require.ElementsMatch(t, []string{"access_token", "endpoint_url", "scope", "expire_time", "tenant", "ttl", "rotation_period", "last_vault_rotation"}, keys(token.data()))
-	require.Equal(t, 403, gateway.read("creds/acme").status, "policies tell the two apart")
+	require.Equal(t, 403, gateway.read("creds/acme").status, "a policy for token does not permit creds")
 	require.Equal(t, m.read("creds/acme").ok(t).text("access_token"), token.text("access_token"))
 
 	expires := token.time(t, "expire_time")
@@ -390,7 +390,7 @@ func acceptToken(t *testing.T, v *Vault) {
 	require.GreaterOrEqual(t, token.number("rotation_period"), token.number("ttl"))
 	require.WithinDuration(t, time.Now(), token.time(t, "last_vault_rotation"), time.Minute)
 
-	// When ttl has passed, and the second that Vault Agent adds, a read returns a
+	// When ttl and the second that Vault Agent adds have passed, a read returns a
 	// newer token.
 	m.kaizala.SetAccessTokenLife(5 * time.Second)
 	m.addTenant("short")
@@ -401,16 +401,16 @@ func acceptToken(t *testing.T, v *Vault) {
 	require.NotEqual(t, short.text("access_token"), m.access("short"))
 }
 
-// A lease's TTL is the least of the tenant's, or else the mount's, and the
-// token's remaining life, in whole seconds, less two.
+// A lease's TTL is the tenant's ttl, or else the mount's, and at most the rest of the
+// access token's life, in whole seconds, less two.
 func acceptLeaseTTLs(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "ttls")
 	for _, c := range []struct {
 		name               string
 		life               time.Duration
 		tenant             fields
-		defaultTTL, maxTTL string        // of the mount
-		most               time.Duration // 0: what the token leaves
+		defaultTTL, maxTTL string        // those of the mount
+		most               time.Duration // 0: the rest of the token's life
 		renewable          bool
 	}{
 		{name: "mount's default", life: time.Minute},
@@ -449,7 +449,7 @@ func acceptLeaseTTLs(t *testing.T, v *Vault) {
 	}
 }
 
-// tune sets a mount's lease TTLs; "" is Vault's own.
+// tune sets a mount's lease TTLs; "" is Vault's default.
 func tune(t *testing.T, v *Vault, path, defaultTTL, maxTTL string) {
 	t.Helper()
 	orSystem := func(ttl string) string {
@@ -464,7 +464,7 @@ func tune(t *testing.T, v *Vault, path, defaultTTL, maxTTL string) {
 	require.NoError(t, err)
 }
 
-// leaseEnd is when Vault will end a lease.
+// leaseEnd returns when Vault will end a lease.
 func (m mount) leaseEnd(lease string) time.Time {
 	m.t.Helper()
 	end, err := m.lookUp(lease)
@@ -476,16 +476,16 @@ func (m mount) lookUp(lease string) (time.Time, error) {
 	return time.Parse(time.RFC3339, m.sys(http.MethodPut, "sys/leases/lookup", fields{"lease_id": lease}).text("expire_time"))
 }
 
-// A renewal reaches past neither the token, nor the tenant's max_ttl, nor the
-// mount's, whatever the client asks for.
+// A renewal does not extend a lease past the access token, the tenant's max_ttl or the
+// mount's, whatever increment the client asks for.
 func acceptRenewal(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "renewal")
 	for _, c := range []struct {
 		name   string
 		life   time.Duration
 		tenant fields
-		max    string        // of the mount
-		most   time.Duration // from the lease's beginning; 0: what the token leaves
+		max    string        // the mount's maximum
+		most   time.Duration // from the lease's beginning; 0: the rest of the token's life
 	}{
 		{name: "token", life: time.Minute, tenant: fields{"ttl": "10s"}},
 		{name: "tenant's max_ttl", life: time.Hour, tenant: fields{"ttl": "10s", "max_ttl": "40s"}, most: 40 * time.Second},
@@ -514,9 +514,9 @@ func acceptRenewal(t *testing.T, v *Vault) {
 				end := m.leaseEnd(creds.lease())
 				require.False(t, end.After(latest), "an increment of %s leads to %s, and the token ends at %s", increment, end, expires)
 				if increment > time.Minute {
-					require.WithinDuration(t, latest, end, 5*time.Second, "the increment is cut and not refused")
+					require.WithinDuration(t, latest, end, 5*time.Second, "the increment is shortened, and not refused")
 				}
-				require.Empty(t, renewed.text("access_token"), "a renewal repeats no token")
+				require.Empty(t, renewed.text("access_token"), "the answer to a renewal has no token")
 			}
 			require.Equal(t, creds.text("access_token"), m.access("acme"))
 		})
@@ -546,8 +546,9 @@ func acceptRenewalOfExpired(t *testing.T, v *Vault) {
 	require.True(t, m.kaizala.AccessTokenAlive(m.access("acme")))
 }
 
-// Renewals at any fraction of a second, until a lease can be renewed no more, never ask Vault for more than it may give. Vault
-// would warn the client that its TTL "exceeded the effective max_ttl"; so it does where the client itself asks for more.
+// Leases are renewed at different fractions of a second until they cannot be renewed any more: the engine never asks Vault for more than
+// it may give, for which Vault would warn the client that its TTL "exceeded the effective max_ttl". Vault does warn a client that asks for
+// more itself.
 func acceptRenewalsWithoutWarning(t *testing.T, v *Vault) {
 	kaizala := func(path string) mount {
 		m := configuredEngine(t, v, path)
@@ -569,7 +570,7 @@ func acceptRenewalsWithoutWarning(t *testing.T, v *Vault) {
 		name   string
 		mount  mount
 		tenant fields
-		most   string // the mount's max
+		most   string // the mount's maximum
 	}{
 		{name: "Kaizala", mount: kaizala("unwarned-1")},
 		{name: "Kaizala, tenant's max_ttl", mount: kaizala("unwarned-2"), tenant: fields{"max_ttl": "9s"}},
@@ -617,7 +618,7 @@ func acceptRevocation(t *testing.T, v *Vault) {
 		creds := []answer{m.read("creds/last").ok(t), m.read("creds/last").ok(t), m.read("creds/last").ok(t)}
 		token := creds[0].text("access_token")
 		for _, c := range creds {
-			require.Equal(t, token, m.access("last"), "not before")
+			require.Equal(t, token, m.access("last"), "the token stays until the last lease is revoked")
 			calls := m.kaizala.CallCount()
 			m.revoke(c.lease())
 			require.Equal(t, calls, m.kaizala.CallCount(), "a revocation makes no call")
@@ -625,7 +626,7 @@ func acceptRevocation(t *testing.T, v *Vault) {
 		next := m.access("last")
 		require.NotEqual(t, token, next)
 		require.Equal(t, 2, m.kaizala.Exchanges("last"))
-		m.revoke(creds[0].lease()) // a second time
+		m.revoke(creds[0].lease()) // revoked a second time
 		require.Equal(t, next, m.access("last"))
 	})
 
@@ -668,7 +669,7 @@ func acceptRevocation(t *testing.T, v *Vault) {
 	})
 }
 
-// No lease becomes irrevocable for want of anything that it was made from.
+// A lease can be revoked after its tenant, its connector and Kaizala are gone.
 func acceptRevocationWithNothingLeft(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "nothing")
 	m.addTenant("acme")
@@ -676,7 +677,7 @@ func acceptRevocationWithNothingLeft(t *testing.T, v *Vault) {
 	creds := []answer{m.read("creds/acme").ok(t), m.read("creds/acme").ok(t), m.read("creds/kept").ok(t)}
 	m.kaizala.Close()
 	m.revoke(creds[2].lease())
-	require.Equal(t, 503, m.read("creds/kept").status, "given up, and nobody to ask for another")
+	require.Equal(t, 503, m.read("creds/kept").status, "the access token is given up, and Kaizala is not there to issue another")
 	require.Equal(t, 204, m.delete("tenants/acme").status)
 	m.revoke(creds[0].lease())
 	require.Equal(t, 204, m.delete("tenants/kept").status)
@@ -686,7 +687,7 @@ func acceptRevocationWithNothingLeft(t *testing.T, v *Vault) {
 	requireNoIrrevocableLeases(t, v)
 }
 
-// Three people, three policies, as the repository offers them.
+// The repository's policies for the three people.
 func acceptPolicies(t *testing.T, v *Vault) {
 	m := mountEngine(t, v, "kaizala")
 	as := map[string]mount{}
@@ -696,8 +697,8 @@ func acceptPolicies(t *testing.T, v *Vault) {
 	}
 	owner, user, app := as["connector-owner"], as["tenant-user"], as["app"]
 
-	// The owner writes the connector's ID and secret, and decides nothing about
-	// where refresh tokens are sent.
+	// The owner writes the connector's ID and secret, and cannot change the address
+	// that refresh tokens are sent to.
 	mine := fields{"connector_id": m.connectorID, "connector_secret": m.connectorSecret}
 	owner.write("config", mine).ok(t)
 	for field, value := range map[string]any{
@@ -807,14 +808,14 @@ func acceptUnmount(t *testing.T, v *Vault) {
 	require.Len(t, m.leases(), 10)
 	require.NoError(t, v.Client.Sys().Unmount("unmounted"))
 	require.Empty(t, m.leases())
-	// Nothing is left for the next mount at the same path.
+	// A mount at the path of an earlier one has none of its data.
 	v.Mount(t, "unmounted")
 	require.Equal(t, 404, m.read("config").status)
 	require.Equal(t, 404, m.list("tenants").status)
 }
 
-// Whatever happens to Vault or the plugin causes no exchange while tokens last,
-// and brings back no token that was given up.
+// A reload, a kill of the plugin, a seal or a restart of Vault causes no exchange while
+// an access token is usable, and a token that was given up is not handed out again.
 func acceptInterruptions(t *testing.T, v *Vault) {
 	m := configuredEngine(t, v, "lasting")
 	m.addTenant("kept", fields{"ttl": "1h"})
@@ -865,8 +866,8 @@ func acceptInterruptions(t *testing.T, v *Vault) {
 		})
 	}
 
-	// What was leased before cannot be counted any more: one revocation is
-	// enough.
+	// The count of the leases from before is lost: one revocation gives the token
+	// up.
 	m.revoke(kept.lease())
 	require.NotEqual(t, kept.text("access_token"), m.access("kept"))
 }

@@ -23,8 +23,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// AuthServer is an OAuth 2.0 authorization server that others wrote, running on loopback until the test ends. It has one
-// client, which may use the code flow, the device flow and refresh tokens, and holds everything in memory.
+// AuthServer is an OAuth 2.0 authorization server of another project, which runs on loopback until the test ends. It has
+// one client, which may use the code flow, the device flow and refresh tokens, and keeps everything in memory.
 type AuthServer struct {
 	Name                   string `json:"-"` // "zitadel" or "oidc-provider"
 	LogFile                string `json:"-"` // standard output and standard error
@@ -38,7 +38,7 @@ type AuthServer struct {
 	VerificationURL        string `json:"verification_uri"` // where a person types a user code
 	ClientID               string `json:"client_id"`
 	ClientSecret           string `json:"client_secret"` // has characters that Basic authentication must encode
-	User                   string `json:"user"`          // who logs in and consents, and whose grants are minted
+	User                   string `json:"user"`          // the user who logs in and consents, and who has the grants of Mint
 	Password               string `json:"password"`
 	MintURL                string `json:"mint"`
 	StatsURL               string `json:"stats"`
@@ -54,15 +54,15 @@ type AuthServerStats struct {
 	Reused               int `json:"reused"`                 // exchanges with a refresh token that an earlier one had replaced
 	RevokedAccessTokens  int `json:"revoked_access_tokens"`  // revocations of an access token that was valid until then
 	RevokedRefreshTokens int `json:"revoked_refresh_tokens"` // revocations of a refresh token that was valid until then
-	RevokedEnded         int `json:"revoked_ended"`          // revocations of an access token past its end
-	RevokedOther         int `json:"revoked_other"`          // revocations of what is unknown, or was dead before its end
+	RevokedEnded         int `json:"revoked_ended"`          // revocations of an expired access token
+	RevokedOther         int `json:"revoked_other"`          // revocations of an unknown token, or one that was ended before it expired
 	LiveGrants           int `json:"live_grants"`            // refresh tokens that can be exchanged now
-	LiveAccessTokens     int `json:"live_access_tokens"`     // access tokens that are valid now; 0 where they are JWTs
+	LiveAccessTokens     int `json:"live_access_tokens"`     // access tokens that are valid now; 0 if they are JWTs
 }
 
 // StartZitadel starts zitadel/oidc's example server: each exchange replaces the refresh token and ends the access token
-// before it; a replaced refresh token is refused, and its grant lives on; an access token is revoked alone; redirects name
-// no issuer. Access tokens live 5 minutes.
+// before it; a replaced refresh token is refused, and its grant lives on; the revocation of an access token ends that token
+// alone; redirects have no iss. Access tokens live 5 minutes.
 //
 // Settings are "NAME=value": ACCESS_TTL in seconds (300 at most), REDIRECT_URIS separated by spaces, CLIENT_ID,
 // CLIENT_SECRET.
@@ -72,9 +72,9 @@ func StartZitadel(t testing.TB, settings ...string) *AuthServer {
 }
 
 // StartOIDCProvider starts npm's oidc-provider: each exchange replaces the refresh token and leaves older access tokens
-// alone; a replaced refresh token that comes again ends its grant and all its tokens, and so does the revocation of an
-// access token; redirects name the issuer; PKCE is required, and a refresh token comes only for the scope offline_access
-// with prompt=consent. Access tokens live an hour. Where there is no node the test is skipped, and says so.
+// valid; a replaced refresh token that comes again ends its grant and all its tokens, and so does the revocation of an
+// access token; redirects have iss; PKCE is required, and a refresh token comes only for the scope offline_access with
+// prompt=consent. Access tokens live an hour. The test is skipped if node is not installed.
 //
 // Settings are those of [StartZitadel] without its limit, and REFRESH_TTL in seconds, ROTATE=never or ROTATE=default (once a
 // refresh token has lived 70 % of its life), REVOKE_CASCADE=access-only (an access token is revoked alone), ACCESS_FORMAT=jwt
@@ -116,7 +116,7 @@ func authServerScript(name string) (string, error) {
 
 func startAuthServer(t testing.TB, name, path string, settings []string) *AuthServer {
 	t.Helper()
-	// No connection is kept, so that no goroutine outlives a test.
+	// No connection is kept, so that no goroutine runs after the test.
 	transport := cleanhttp.DefaultTransport()
 	transport.Proxy = nil
 	s := &AuthServer{
@@ -184,8 +184,8 @@ func (s *AuthServer) control(t testing.TB, method, url string, answer any) {
 	require.NoError(t, json.NewDecoder(resp.Body).Decode(answer))
 }
 
-// Alive tells whether the server takes an access token now. A JWT is alive until its end, whatever became of its grant:
-// who checks it asks nobody.
+// Alive returns whether the server accepts an access token now. A JWT is alive until it expires, also if its grant has
+// ended, because a resource server checks it without a call.
 func (s *AuthServer) Alive(t testing.TB, accessToken string) bool {
 	t.Helper()
 	if parts := strings.Split(accessToken, "."); len(parts) == 3 {
@@ -205,7 +205,7 @@ func (s *AuthServer) Alive(t testing.TB, accessToken string) bool {
 	return answer.Active
 }
 
-// Userinfo uses an access token where it is meant to be used, and returns the status and who the token's user is.
+// Userinfo reads the userinfo endpoint with an access token, and returns the status and the token's user.
 func (s *AuthServer) Userinfo(t testing.TB, accessToken string) (status int, subject string) {
 	t.Helper()
 	req, err := http.NewRequest(http.MethodGet, s.UserinfoURL, nil)
@@ -249,7 +249,7 @@ func (s *AuthServer) Consent(t testing.TB, authorizationURL string) string {
 	return s.decide(t, authorizationURL, false)
 }
 
-// Deny is Consent by somebody who refuses. The login page of zitadel's example has no way to.
+// Deny is like Consent, but the person refuses. The login page of zitadel's example cannot refuse.
 func (s *AuthServer) Deny(t testing.TB, authorizationURL string) string {
 	t.Helper()
 	return s.decide(t, authorizationURL, true)
@@ -272,7 +272,7 @@ func (s *AuthServer) DeviceApprove(t testing.TB, userCode string) {
 	require.Regexp(t, `Sign-in Success|authorization allowed`, s.device(t, userCode, false))
 }
 
-// DeviceDeny is DeviceApprove by somebody who refuses.
+// DeviceDeny is like DeviceApprove, but the person refuses.
 func (s *AuthServer) DeviceDeny(t testing.TB, userCode string) {
 	t.Helper()
 	require.Regexp(t, `request was interrupted|authorization denied`, s.device(t, userCode, true))

@@ -16,7 +16,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// clientOf is the engine's client, configured from the server's own metadata.
+// clientOf is the engine's client, configured from the server's metadata.
 func clientOf(t *testing.T, s *AuthServer, edit func(*oauth2.Config)) *oauth2.Client {
 	t.Helper()
 	m, err := oauth2.Discover(t.Context(), s.Issuer, oauth2.DiscoverOptions{RequestTimeout: 10 * time.Second})
@@ -51,7 +51,7 @@ func requireFailure(t *testing.T, kind tokenservice.Kind, err error) {
 	require.Equal(t, kind, f.Kind, "%v", err)
 }
 
-// The engine's client speaks with servers that others wrote as it does with the emulator.
+// The engine's client works with servers of other projects as with the emulator.
 func TestClientOnAuthServers(t *testing.T) {
 	const redirect = "http://127.0.0.1:1/v1/oauth/callback"
 	for _, c := range []struct {
@@ -86,7 +86,7 @@ func TestClientOnAuthServers(t *testing.T) {
 				status, subject := s.Userinfo(t, r.AccessToken.Token)
 				require.Equal(t, 200, status)
 				require.Equal(t, s.User, subject)
-				// The end that is planned with is never later than the server's own, but for the second it may be short of.
+				// The client counts the token's life from when it sent the request, so its end is not later than the server's.
 				require.False(t, r.AccessToken.Expires.After(r.Sent.Add(life)))
 
 				require.NoError(t, client.Revoke(t.Context(), r.AccessToken.Token, tokenservice.TypeAccessToken, nil))
@@ -124,7 +124,7 @@ func TestClientOnAuthServers(t *testing.T) {
 
 				post := clientOf(t, s, func(c *oauth2.Config) { c.AuthMethod = oauth2.ClientSecretPost })
 				r := post.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshToken})
-				require.NoError(t, r.Err, "none of the refusals has spent it")
+				require.NoError(t, r.Err, "the refused requests have not used up the refresh token")
 			})
 
 			t.Run("code", func(t *testing.T) {
@@ -171,7 +171,7 @@ func TestClientOnAuthServers(t *testing.T) {
 				request.Scopes = []string{"openid"}
 				r = redeem(code(), verifier)
 				requireFailure(t, tokenservice.Refused, r.Err)
-				require.NotNil(t, r.AccessToken, "to be given up")
+				require.NotNil(t, r.AccessToken, "the engine needs it to give it up")
 				require.Empty(t, r.RefreshToken)
 				require.NoError(t, client.Revoke(t.Context(), r.AccessToken.Token, tokenservice.TypeAccessToken, nil))
 				require.False(t, s.Alive(t, r.AccessToken.Token))
@@ -203,7 +203,7 @@ func TestClientOnAuthServers(t *testing.T) {
 	}
 }
 
-// An access token that is a JWT cannot be revoked, and the engine is told not to try again.
+// An access token that is a JWT cannot be revoked, and the failure's kind tells the engine not to try again.
 func TestClientOnJWTs(t *testing.T) {
 	s := StartOIDCProvider(t, "ACCESS_FORMAT=jwt")
 	client := clientOf(t, s, nil)

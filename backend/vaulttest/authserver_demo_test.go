@@ -11,7 +11,7 @@ import (
 )
 
 func TestDemoOAuth(t *testing.T) {
-	found(t, zitadelOnce) // built before the clock runs
+	found(t, zitadelOnce) // built before the time is measured
 	root, err := Root()
 	require.NoError(t, err)
 	tmp, err := filepath.EvalSymlinks(t.TempDir())

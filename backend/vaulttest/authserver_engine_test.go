@@ -12,7 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// oauthMount mounts the engine, with the server's client as its connector. Config is what describes the server further.
+// oauthMount mounts the engine, with the server's client as its connector. config are further fields of the connector.
 func oauthMount(t *testing.T, v *Vault, s *AuthServer, path string, config fields) mount {
 	t.Helper()
 	m := mount{t: t, vault: v, path: path, token: v.RootToken, heard: &answers{}}
@@ -39,12 +39,12 @@ func (m mount) addGrant(s *AuthServer, tenant string, with fields) {
 	m.write("tenants/"+tenant, body).ok(m.t)
 }
 
-// What a lease's end does at a service, for each of OAUTH.md's classes, on a real Vault and servers that others wrote.
+// What the end of a lease does at a service, for each of OAUTH.md's classes, with a real Vault and servers of other projects.
 func TestEngineOnAuthServers(t *testing.T) {
 	v := Start(t)
 	v.RegisterEngine(t)
 
-	// shared reads twice and revokes both leases; the tokens' state follows.
+	// shared reads twice and revokes both leases, and returns whether the token was alive after each.
 	shared := func(t *testing.T, m mount, s *AuthServer) (afterFirst, afterLast bool) {
 		t.Helper()
 		m.addGrant(s, "shared", nil)
@@ -58,7 +58,7 @@ func TestEngineOnAuthServers(t *testing.T) {
 		afterFirst = s.Alive(t, token)
 		m.revoke(other.lease())
 		afterLast = s.Alive(t, token)
-		require.NotEqual(t, token, m.access("shared"), "it is given up either way")
+		require.NotEqual(t, token, m.access("shared"), "the engine gives it up in each class")
 		require.True(t, s.Alive(t, m.access("shared")))
 		return afterFirst, afterLast
 	}
@@ -79,7 +79,7 @@ func TestEngineOnAuthServers(t *testing.T) {
 		require.False(t, s.Alive(t, one.text("access_token")))
 		require.True(t, s.Alive(t, other.text("access_token")))
 
-		// The natural end of a lease ends its token too.
+		// A lease that expires ends its token too.
 		m.write("tenants/own", fields{"ttl": "2s"}).ok(t)
 		short := m.read("creds/own").ok(t)
 		Eventually(t, "the token to end with its lease", func() bool { return !s.Alive(t, short.text("access_token")) })
@@ -96,7 +96,7 @@ func TestEngineOnAuthServers(t *testing.T) {
 		require.True(t, afterFirst)
 		require.True(t, afterLast)
 		stats := s.Stats(t)
-		require.Zero(t, stats.RevokedAccessTokens+stats.RevokedRefreshTokens+stats.RevokedEnded+stats.RevokedOther, "no revocation call ever")
+		require.Zero(t, stats.RevokedAccessTokens+stats.RevokedRefreshTokens+stats.RevokedEnded+stats.RevokedOther, "no revocation was sent")
 		require.Equal(t, 1, stats.LiveGrants)
 		m.requireKept(t, s, "shared")
 	})
@@ -151,8 +151,8 @@ func TestEngineOnAuthServers(t *testing.T) {
 	})
 }
 
-// requireKept: the tenants are well, no refresh token was used twice, none was refused, and no token was revoked past its
-// end.
+// requireKept requires that the tenants' status is ok, no refresh token was used twice or refused, and no expired token was
+// revoked.
 func (m mount) requireKept(t *testing.T, s *AuthServer, tenants ...string) {
 	t.Helper()
 	for _, tenant := range tenants {
@@ -161,12 +161,13 @@ func (m mount) requireKept(t *testing.T, s *AuthServer, tenants ...string) {
 	stats := s.Stats(t)
 	require.Zero(t, stats.Reused, "refresh tokens used twice")
 	require.Zero(t, stats.Refused, "exchanges refused")
-	require.Zero(t, stats.RevokedEnded, "access tokens revoked past their end")
+	require.Zero(t, stats.RevokedEnded, "expired access tokens revoked")
 	require.Equal(t, len(tenants), stats.LiveGrants)
 }
 
-// Readers who also renew, read token, force refreshes and revoke, over many token lives: no tenant is lost, no refresh token
-// used twice, and where an exchange ends older access tokens none dies before its lease, but by a refresh or a revocation.
+// Readers also renew leases, read token, refresh and revoke, over many lives of an access token: no tenant is lost, and no
+// refresh token is used twice. At a server whose exchanges end older access tokens, no token ends before a lease on it, except
+// by a refresh or a revocation.
 func TestLoadOnAuthServers(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -213,10 +214,10 @@ func TestLoadOnAuthServers(t *testing.T) {
 							}
 							reads.Add(1)
 							began, p := time.Now(), a.parsed()
-							// Somewhere before the lease's end the token has to work.
+							// At a random time before the lease's end the token has to work.
 							time.Sleep(time.Duration(rand.Float64() * 0.9 * float64(p.LeaseDuration) * float64(time.Second)))
 							if time.Since(began) > time.Duration(p.LeaseDuration)*time.Second {
-								continue // this machine was too slow to say
+								continue // the machine was too slow: the lease may have ended
 							}
 							if !s.Alive(t, a.text("access_token")) && time.Since(began) < time.Duration(p.LeaseDuration)*time.Second {
 								early.Add(1)
@@ -238,9 +239,9 @@ func TestLoadOnAuthServers(t *testing.T) {
 			}
 			wg.Wait()
 			stats := s.Stats(t)
-			t.Logf("%d reads, %d tokens dead before their lease, %+v", reads.Load(), early.Load(), stats)
+			t.Logf("%d reads, %d tokens ended before their lease, %+v", reads.Load(), early.Load(), stats)
 			if !c.disturb {
-				require.Zero(t, early.Load(), "tokens that were dead before their lease")
+				require.Zero(t, early.Load(), "tokens that ended before their lease")
 			}
 			require.Zero(t, stats.Reused)
 			require.Zero(t, stats.Refused)
@@ -253,11 +254,12 @@ func TestLoadOnAuthServers(t *testing.T) {
 	}
 }
 
-// Readers and forced refreshes on three nodes, whose leader is killed twice and steps down once. A kill may cut an exchange
-// after the server has replaced the refresh token: that tenant is lost, having used its old one once more. Nothing else is.
+// Readers and refreshes on three nodes, whose leader is killed twice and steps down once. A kill may cut an exchange after
+// the server has replaced the refresh token: that tenant is lost, and its old refresh token is used once more. No other tenant
+// is lost.
 func TestFailoverOnAuthServers(t *testing.T) {
 	if testing.Short() {
-		t.Skip("a cluster on servers that others wrote is left out of -short")
+		t.Skip("a cluster with servers of other projects is left out of -short")
 	}
 	t.Parallel()
 	for _, c := range []struct {
@@ -333,7 +335,7 @@ func TestFailoverOnAuthServers(t *testing.T) {
 			m.vault = cluster.Leader(t)
 			lost := 0
 			for i := range tenants {
-				// A tenant whose last exchange was cut says so once the next one was tried.
+				// The status of a tenant whose last exchange was cut is rejected after the next exchange.
 				if m.read(fmt.Sprint("tenants/t", i)).ok(t).data()["status"] != "rejected" {
 					m.send("PUT", fmt.Sprint(path, "/tenants/t", i, "/refresh"), "{}", nil)
 				}
@@ -345,7 +347,7 @@ func TestFailoverOnAuthServers(t *testing.T) {
 			stats := s.Stats(t)
 			t.Logf("%d answers, %d tenants lost to an exchange that a kill cut, %+v", reads.Load(), lost, stats)
 			require.Greater(t, reads.Load(), int64(tenants*10))
-			require.Equal(t, stats.Reused, lost, "a refresh token used twice, other than after a kill")
+			require.Equal(t, stats.Reused, lost, "only after a kill is a refresh token used twice")
 			require.Equal(t, stats.Refused, lost)
 			require.Equal(t, cut, lost, "tenants lost to a step-down")
 			require.Zero(t, stats.RevokedEnded)

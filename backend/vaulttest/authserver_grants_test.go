@@ -11,8 +11,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// A person connects a tenant at servers that others wrote, and no refresh token passes through anybody's hands: by the code
-// flow with a browser, which ends on the engine's own pages, and by the device flow. Each grant is then used as any other.
+// A person connects a tenant at servers of other projects, and never sees a refresh token: by the code flow with a browser,
+// which ends on the engine's own pages, and by the device flow. Each grant is then used like any other.
 func TestGrantsOnAuthServers(t *testing.T) {
 	t.Parallel()
 	v := Start(t)
@@ -45,7 +45,7 @@ func TestGrantsOnAuthServers(t *testing.T) {
 				require.True(t, s.Alive(t, creds.text("access_token")))
 				require.Zero(t, s.Stats(t).Reused+s.Stats(t).Refused)
 				m.revoke(creds.lease())
-				require.True(t, s.Alive(t, m.access(tenant)), "by an exchange of the refresh token that came with the grant")
+				require.True(t, s.Alive(t, m.access(tenant)), "the access token of an exchange of the grant's refresh token")
 			}
 			start := func(t *testing.T, tenant string) string {
 				t.Helper()

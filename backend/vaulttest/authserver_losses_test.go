@@ -18,16 +18,16 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// lossy stands between the engine and a token endpoint. It cuts the connection once the server has answered, where lose says
-// so.
+// lossy is a proxy between the engine and a token endpoint. If lose returns true for an exchange, it cuts the connection after
+// the server has answered.
 type lossy struct {
 	tokenURL string
-	url      string // of the same endpoint, through this
+	url      string // the address of the endpoint through the proxy
 
 	mu   sync.Mutex
-	lose func(refreshToken string, nth int) bool // nth: of all exchanges, from 1
+	lose func(refreshToken string, nth int) bool // nth is the number of the exchange, from 1
 	sent []string                                // the refresh token of each exchange that the server has answered
-	lost []string                                // of each whose answer was lost
+	lost []string                                // the refresh token of each exchange whose answer was lost
 }
 
 func newLossy(t *testing.T, tokenURL string) *lossy {
@@ -43,7 +43,7 @@ func (l *lossy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return
 	}
-	// The server goes on whatever becomes of the engine's request.
+	// The server's exchange does not end with the engine's request.
 	forwarded, err := http.NewRequest(r.Method, l.tokenURL, bytes.NewReader(body))
 	if err != nil {
 		return
@@ -81,7 +81,7 @@ func (l *lossy) set(lose func(refreshToken string, nth int) bool) {
 	l.lose = lose
 }
 
-// uses says how often each of these refresh tokens came to the server.
+// uses returns how often each of these refresh tokens came to the server.
 func (l *lossy) uses(of []string) (uses []int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -103,8 +103,8 @@ func (l *lossy) counts() (exchanges, lost int) {
 	return len(l.sent), len(l.lost)
 }
 
-// Answers are lost after the server has carried the exchange out: one of three, under a load of reads and forced refreshes. No
-// tenant is lost at a server that lets a replaced refresh token work for a while, or does not replace it.
+// One of three answers is lost after the server has carried the exchange out, under a load of reads and refreshes. No tenant is
+// lost at a server where a replaced refresh token still works for a while, or is not replaced.
 func TestLostAnswersWithGrace(t *testing.T) {
 	t.Parallel()
 	const tenants = 6
@@ -188,8 +188,8 @@ func TestLostAnswersWithGrace(t *testing.T) {
 	}
 }
 
-// At servers that replace the refresh token with each exchange, and refuse the old one at once, a lost answer costs its tenant,
-// whatever a client does. It costs no other tenant, and the old refresh token is used once more and then never again.
+// At a server that replaces the refresh token with each exchange and refuses the old one at once, a tenant whose answer is lost
+// is lost, whatever a client does. No other tenant is lost, and the old refresh token is used once more and then never again.
 func TestLostAnswersWithoutGrace(t *testing.T) {
 	t.Parallel()
 	const tenants, unlucky = 6, 3
@@ -199,7 +199,7 @@ func TestLostAnswersWithoutGrace(t *testing.T) {
 		name   string
 		start  func(testing.TB, ...string) *AuthServer
 		config fields
-		live   int // grants afterwards: zitadel's live on, though nobody has their refresh token
+		live   int // the live grants afterwards: zitadel's live on, although their refresh token was lost
 	}{
 		{"zitadel", StartZitadel, fields{"revocation": "access_token"}, tenants},
 		{"oidc-provider", StartOIDCProvider, fields{"exchange_invalidates": false}, tenants - unlucky},
@@ -230,7 +230,7 @@ func TestLostAnswersWithoutGrace(t *testing.T) {
 				}
 			}
 			a := m.read("token/t0")
-			t.Logf("a lost tenant's reader gets %d, and its token of before is alive: %t", a.status, s.Alive(t, first))
+			t.Logf("a reader of a lost tenant gets %d, and the tenant's older access token is alive: %t", a.status, s.Alive(t, first))
 			for i := range tenants {
 				want := "ok"
 				if i < unlucky {
@@ -246,13 +246,13 @@ func TestLostAnswersWithoutGrace(t *testing.T) {
 			require.Equal(t, unlucky, stats.Refused)
 			require.Equal(t, c.live, stats.LiveGrants)
 
-			m.addGrant(s, "t0", nil) // as the status says
+			m.addGrant(s, "t0", nil) // as the status tells the person to do
 			require.Equal(t, "ok", m.read("tenants/t0").ok(t).text("status"))
 		})
 	}
 }
 
-// once says whether a refresh token's answer was not lost before. The caller holds mu.
+// once returns whether no answer to this refresh token was lost before. The caller holds mu.
 func (l *lossy) once(refreshToken string) bool {
 	for _, lost := range l.lost {
 		if lost == refreshToken {

@@ -15,7 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// tokenAnswer is what a token endpoint says.
+// tokenAnswer is the answer of a token endpoint.
 type tokenAnswer struct {
 	AccessToken  string  `json:"access_token"`
 	RefreshToken string  `json:"refresh_token"`
@@ -54,13 +54,13 @@ func revoke(t *testing.T, s *AuthServer, token string) (int, string) {
 	return status, a.Error
 }
 
-// TestAuthServers says what the servers do where they differ, by what the engine has to know about each: OAUTH.md's classes.
+// TestAuthServers checks the behaviours in which the servers differ and that the engine has to know: OAUTH.md's classes.
 func TestAuthServers(t *testing.T) {
 	start := map[string]func(testing.TB, ...string) *AuthServer{"zitadel": StartZitadel, "oidc-provider": StartOIDCProvider}
 	for _, c := range []struct {
 		name, server string
 		settings     []string
-		expiresIn    float64 // of the first exchange's answer
+		expiresIn    float64 // expires_in of the first exchange's answer
 		rotates      bool
 		superseded   bool // an exchange ends the access token before it
 		familyDies   bool // a replaced refresh token that comes again ends the grant
@@ -120,7 +120,7 @@ func TestAuthServers(t *testing.T) {
 				require.Zero(t, stats.LiveGrants)
 				refusedExchange(t, s, current)
 				require.Equal(t, 1, s.Stats(t).Refused)
-				require.Zero(t, s.Stats(t).Reused, "it was never replaced")
+				require.Zero(t, s.Stats(t).Reused, "the refresh token was never replaced")
 				current = ""
 			case "unsupported":
 				require.Equal(t, http.StatusBadRequest, status)
@@ -146,7 +146,7 @@ func TestAuthServers(t *testing.T) {
 				}
 			}
 
-			// Two grants have nothing to do with each other; a revoked refresh token ends its own.
+			// The revocation of a refresh token ends its own grant, and not another one.
 			one, other := exchanged(t, s, s.Mint(t)), exchanged(t, s, s.Mint(t))
 			if c.rotates {
 				before := s.Stats(t).LiveGrants
@@ -164,7 +164,7 @@ func TestAuthServers(t *testing.T) {
 	}
 }
 
-// What comes to a server's revocation endpoint too late is counted, and what it does there is known.
+// The servers count revocations of expired tokens, and this is what such a revocation does there.
 func TestAuthServersRevokeEndedTokens(t *testing.T) {
 	for name, start := range map[string]func(testing.TB, ...string) *AuthServer{"zitadel": StartZitadel, "oidc-provider": StartOIDCProvider} {
 		t.Run(name, func(t *testing.T) {
@@ -233,7 +233,7 @@ func TestAuthServersCodeFlow(t *testing.T) {
 			require.Equal(t, s.User, subject)
 			exchanged(t, s, a.RefreshToken)
 
-			// Another verifier than the one that was promised.
+			// A verifier that does not match the challenge.
 			a = tokenAnswer{}
 			require.Equal(t, http.StatusBadRequest, s.Post(t, s.TokenURL, form(consent().Get("code"), rand.Text()+rand.Text()), &a))
 			require.Equal(t, "invalid_grant", a.Error)
@@ -255,7 +255,7 @@ func TestAuthServersCodeFlow(t *testing.T) {
 				query.Del("prompt")
 				a = tokenAnswer{}
 				require.Equal(t, http.StatusOK, s.Post(t, s.TokenURL, form(consent().Get("code"), verifier), &a), a.Error)
-				require.Empty(t, a.RefreshToken, "it gives none without prompt=consent")
+				require.Empty(t, a.RefreshToken, "no refresh token without prompt=consent")
 			}
 		})
 	}
@@ -275,7 +275,7 @@ func TestAuthServersDeviceFlow(t *testing.T) {
 					ExpiresIn  float64 `json:"expires_in"`
 					Interval   float64 `json:"interval"`
 				}
-				// oidc-provider wants the client's ID in the form too, as RFC 8628 has it for clients that do not authenticate.
+				// oidc-provider requires the client's ID in the form too, as RFC 8628 does for clients that do not authenticate.
 				require.Equal(t, http.StatusOK, s.Post(t, s.DeviceAuthorizationURL, url.Values{"scope": {"openid offline_access"}}, &d))
 				require.NotEmpty(t, d.DeviceCode)
 				require.Equal(t, s.VerificationURL, d.URI)
@@ -315,7 +315,7 @@ func TestAuthServersDeviceFlow(t *testing.T) {
 	}
 }
 
-// Two thousand grants, most of them unused for long, all survive: a test with many tenants must not lose one to the server.
+// A server keeps two thousand grants, most of them long unused: a test with many tenants must not lose a grant at the server.
 func TestAuthServersForgetNothing(t *testing.T) {
 	for name, start := range map[string]func(testing.TB, ...string) *AuthServer{"zitadel": StartZitadel, "oidc-provider": StartOIDCProvider} {
 		t.Run(name, func(t *testing.T) {
@@ -344,7 +344,7 @@ func TestAuthServersEndWithTheirTest(t *testing.T) {
 	require.False(t, groupRuns(group))
 }
 
-// A node that is too old counts as none, with a status of its own.
+// The script has a status of its own if node is missing or too old.
 func TestAuthServerScriptWithoutNode(t *testing.T) {
 	root, err := Root()
 	require.NoError(t, err)

@@ -19,21 +19,21 @@ import (
 // badInput is a request that is refused.
 type badInput struct {
 	name   string
-	method string // PUT where it is empty
+	method string // "": PUT
 	path   string
 	body   fields
-	raw    string // instead of body: no JSON, or JSON that fields cannot hold
+	raw    string // sent in place of body: no JSON, or JSON that fields cannot express
 	form   bool   // raw is a form
-	status int    // 400 where it is 0
-	// says is in the error's text: the field or the name at fault.
+	status int    // 0: 400
+	// says are parts of the error's text: the wrong field or name.
 	says []string
 }
 
-// What a secret looks like here, so that it can be looked for.
+// inputCanary is in each secret of these requests, so that the test can search for it.
 const inputCanary = "CANARY"
 
-// Bad input gets a clear 4xx, never a 500, and changes nothing. Through HTTP,
-// since half of it never gets past a client library.
+// Bad input gets a clear 4xx, never a 500, and changes nothing. The requests are made
+// with HTTP, because client libraries refuse many of them.
 func TestBadInput(t *testing.T) {
 	v := Start(t, WithAudit())
 	v.RegisterEngine(t)
@@ -73,7 +73,7 @@ func TestBadInput(t *testing.T) {
 	var cases []badInput
 	add := func(more ...badInput) { cases = append(cases, more...) }
 
-	// config: what each field refuses.
+	// config: bad values of each field.
 	for field, values := range map[string][]any{
 		"connector_id": {
 			"", " ", nil, "a\r\nb", "a\nrefreshToken: b", "a\x00b", "idé", long + long, []any{"CANARYID"}, fields{"CANARYKEY": 1},
@@ -105,7 +105,7 @@ func TestBadInput(t *testing.T) {
 			add(config(field, value))
 		}
 	}
-	// tenants: the same.
+	// tenants: bad values of each field.
 	for field, values := range map[string][]any{
 		"refresh_token": {
 			"", " \n", nil, "CANARY\r\nX-Evil: 1", "CANARY\nB", "CANARY\x00B", "CANARY\u200bB", "CANARY" + strings.Repeat("x", 17<<10), strings.Repeat("CANARY", 150_000),
@@ -137,8 +137,8 @@ func TestBadInput(t *testing.T) {
 		badInput{name: "patch of a token with an object", method: "PATCH", path: "tenants/acme", body: fields{"refresh_token": fields{"x": "CANARYPATCH"}}, says: []string{"refresh_token"}},
 		badInput{name: "patch of a token to null", method: "PATCH", path: "tenants/acme", body: fields{"refresh_token": nil}, says: []string{"refresh_token"}},
 	)
-	// A key given twice, which Vault joins with a comma, and bodies that are no
-	// objects.
+	// A key that is given twice, whose values Vault joins with a comma, and bodies that
+	// are no objects.
 	add(
 		badInput{name: "ttl twice in a form", path: "tenants/acme", form: true, raw: "ttl=1h&ttl=2h", says: []string{"ttl"}},
 		badInput{name: "no JSON", path: "config", raw: `CANARYBROKEN`},
@@ -217,7 +217,7 @@ func TestBadInput(t *testing.T) {
 		}
 		a, err := m.send("PATCH", "bad/config", `{"exchanges_per_minute": 1}`, http.Header{"Content-Type": {"application/json"}})
 		require.NoError(t, err)
-		require.Equal(t, 415, a.status, "a patch has a content type of its own")
+		require.Equal(t, 415, a.status, "a patch needs its own content type")
 	})
 	require.Equal(t, before, snapshot(t, m), "nothing is lost or changed")
 
@@ -242,7 +242,7 @@ func TestBadInput(t *testing.T) {
 		} {
 			require.Contains(t, strings.Join(a.ok(t).parsed().Warnings, "\n"), "unrecognized parameters", a.request)
 		}
-		// The path's own name is not the body's to change.
+		// A name in the body does not change the name in the path.
 		m.write("tenants/acme", fields{"tenant": "victim", "ttl": "1h"})
 		m.write("config/hr", fields{"connector": "default", "connector_id": m.connectorID})
 	})
@@ -260,12 +260,12 @@ func TestBadInput(t *testing.T) {
 			require.Equal(t, "unverified", m.read("tenants/"+name).ok(t).text("status"))
 			require.Equal(t, 204, m.delete("tenants/"+name).status)
 		}
-		require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"), "acme is not ACME")
+		require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"), "a write of ACME does not change acme")
 		require.Equal(t, 204, m.delete("config/odd").status)
 	})
 
-	// Vault hashes the strings of a request before it audits them; what a
-	// plugin quotes in its answer it does not.
+	// Vault hashes the strings of a request in the audit log, but not what a plugin
+	// quotes in its answer.
 	for place, text := range map[string]string{"audit log": v.Audit(), "Vault's and the plugin's log": v.Logs()} {
 		require.NotEmpty(t, text)
 		for line := range strings.Lines(text) {
@@ -278,15 +278,15 @@ func TestBadInput(t *testing.T) {
 	require.Len(t, pluginsIn(t, v.PluginDir), 1)
 }
 
-// uri is what Vault audits in clear, whatever a plugin does, and so is the key
-// of an object.
+// uri is the part of an audit line that Vault always writes in clear, like the key of
+// an object.
 var uri = regexp.MustCompile(`"request_uri":"[^"]*"`)
 
 func withoutURI(line string) string {
 	return strings.ReplaceAll(uri.ReplaceAllString(line, ""), `"CANARYKEY"`, "")
 }
 
-// harmless are deletions of what cannot be there, and other spellings of good
+// harmless are deletes of names that cannot exist, and other spellings of valid
 // paths.
 var harmless = map[string]bool{
 	"GET tenants/../config": true,
@@ -323,7 +323,7 @@ func (c badInput) send(t *testing.T, m mount) answer {
 	return a
 }
 
-// snapshot is all that a mount shows of itself, and how often it called Kaizala.
+// snapshot is all that can be read from a mount, and how often it called Kaizala.
 func snapshot(t *testing.T, m mount) map[string]any {
 	t.Helper()
 	m = m.in(t)
@@ -337,7 +337,7 @@ func snapshot(t *testing.T, m mount) map[string]any {
 	return all
 }
 
-// jwt is a token like Kaizala's, whose end is as far ahead as life says.
+// jwt is a token like Kaizala's that expires after life.
 func jwt(connectorID string, life time.Duration) string {
 	part := func(v any) string {
 		text, _ := json.Marshal(v)

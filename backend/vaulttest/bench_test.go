@@ -27,14 +27,14 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// The benchmarks here compare the engine with the floor: see floor/main.go. They
-// run for as long as their rounds take, whatever -benchtime says, so they run with
-// -benchtime=1x, and scripts/bench.sh makes a table of what they report.
+// The benchmarks here compare the engine with the floor: see floor/main.go. They make
+// a fixed number of rounds, so run them with -benchtime=1x. scripts/bench.sh makes a
+// table of their results.
 
 const (
 	connections  = 32
 	warmUpRounds = 60
-	blocks       = 20 // of rounds: what spreads are taken from
+	blocks       = 20 // the rounds are divided into so many blocks, to measure the spread
 )
 
 // benchRounds is how many rounds of reads each side gets.
@@ -55,9 +55,9 @@ type side struct {
 	rounds []time.Duration
 }
 
-// measure lets the sides take turns: in each round every connection reads the one
-// side once, and when all have their answers, the next. Whatever else the machine
-// does hits them alike; the order changes from round to round.
+// measure reads the sides in turn: in each round every connection reads one side once,
+// and when all have their answers, the next side. So other work of the machine affects
+// all sides alike. The order changes from round to round.
 func measure(b *testing.B, rounds int, sides ...*side) {
 	b.Helper()
 	orders := permutations(len(sides))
@@ -118,8 +118,8 @@ func (s *side) block(n int) []time.Duration {
 	return s.rounds[n*len(s.rounds)/blocks : (n+1)*len(s.rounds)/blocks]
 }
 
-// speed is how fast s is beside other, by total time, and half the width of the
-// 95 % interval that the blocks give.
+// speed is the ratio of the total times of other and s, and half the width of its 95 %
+// confidence interval over the blocks.
 func (s *side) speed(other *side) (ratio, plusMinus float64) {
 	ratio = float64(total(other.rounds)) / float64(total(s.rounds))
 	var squares float64
@@ -144,7 +144,7 @@ func (s *side) extremes() (slowest, fastest float64) {
 	return slowest, fastest
 }
 
-// report measures the engine beside the floor, and the floor beside itself.
+// report compares the engine with the floor, and the floor with itself.
 func report(b *testing.B, rounds int, engine, floor, again func() error) {
 	ours, base, twin := &side{get: engine}, &side{get: floor}, &side{get: again}
 	measure(b, rounds, ours, base, twin)
@@ -165,13 +165,13 @@ func report(b *testing.B, rounds int, engine, floor, again func() error) {
 		{noiseSpread, "±noise"},
 		{float64(median(base.rounds)) / float64(median(ours.rounds)), "median-ratio"},
 		{float64(median(base.rounds)) / float64(median(twin.rounds)), "median-noise"},
-		{0, "ns/op"}, // of no use here: leaves it out
+		{0, "ns/op"}, // has no meaning here: 0 leaves it out
 	} {
 		b.ReportMetric(metric.value, metric.unit)
 	}
 }
 
-// reportAlone measures what has no floor.
+// reportAlone measures an operation without a floor.
 func reportAlone(b *testing.B, rounds int, get func() error) {
 	ours := &side{get: get}
 	measure(b, rounds, ours)
@@ -208,7 +208,7 @@ func settings(b *testing.B) (config, tenant map[string]any) {
 }
 
 // oauthSettings are the configuration of an authorization server on loopback, whose access tokens can be revoked, and a way
-// to get a refresh token for a tenant. The connector's part of the limit is so large that nothing waits for it.
+// to get a refresh token for a tenant. The connector's share is so large that no call waits for it.
 func oauthSettings(b *testing.B) (config map[string]any, grant func(user string) string) {
 	b.Helper()
 	server := oauth2test.New()
@@ -230,7 +230,7 @@ func request(b testing.TB, mount logical.Backend, op logical.Operation, path str
 	return resp
 }
 
-// startEngine is the engine over go-plugin, its tenants acme, of Kaizala, and oauth ready to be read.
+// startEngine starts the engine over go-plugin, with the tenants acme, of Kaizala, and oauth.
 func startEngine(b *testing.B, p *Plugin, storage logical.Storage) logical.Backend {
 	b.Helper()
 	config, tenant := settings(b)
@@ -243,7 +243,7 @@ func startEngine(b *testing.B, p *Plugin, storage logical.Storage) logical.Backe
 	return mount
 }
 
-// constants are the engine's answers, as the floor takes them.
+// constants are the engine's answers in the form that the floor gets them.
 func constants(b *testing.B, engine logical.Backend) map[string]string {
 	b.Helper()
 	answers := map[string]string{}
@@ -255,7 +255,7 @@ func constants(b *testing.B, engine logical.Backend) map[string]string {
 	return answers
 }
 
-// BenchmarkGoPlugin is the plugin's process with no Vault around it.
+// BenchmarkGoPlugin measures the plugin's process without a Vault.
 func BenchmarkGoPlugin(b *testing.B) {
 	engine := startEngine(b, StartPlugin(b, PluginBinary(b), nil), &logical.InmemStorage{})
 	binary := buildFloor(b)
@@ -283,8 +283,8 @@ func BenchmarkGoPlugin(b *testing.B) {
 	}
 }
 
-// BenchmarkGoPluginIndex starts a mount of 100,000 tenants: how long its index
-// takes across the process boundary, and by how much the process grows.
+// BenchmarkGoPluginIndex starts a mount of 100,000 tenants, and measures how long its
+// index takes across the process boundary, and how much memory the process gets.
 func BenchmarkGoPluginIndex(b *testing.B) {
 	const tenants = 100_000
 	ctx := context.Background()
@@ -294,7 +294,7 @@ func BenchmarkGoPluginIndex(b *testing.B) {
 	entry, err := storage.Get(ctx, "tenants/acme")
 	require.NoError(b, err)
 	engine.Cleanup(ctx)
-	for i := range tenants - 2 { // beside acme and oauth
+	for i := range tenants - 2 { // the other two are acme and oauth
 		entry.Key = fmt.Sprintf("tenants/tenant-%06d", i)
 		require.NoError(b, storage.Put(ctx, entry))
 	}
@@ -325,8 +325,8 @@ func (s *countingStorage) Get(ctx context.Context, key string) (*logical.Storage
 	return s.InmemStorage.Get(ctx, key)
 }
 
-// residentBytes is the memory that the plugin's process has of the machine's,
-// with all that its garbage collector has not returned.
+// residentBytes is the resident memory of the plugin's process, with the memory that
+// its garbage collector has not returned.
 func residentBytes(b *testing.B, p *Plugin) int64 {
 	b.Helper()
 	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.client.ReattachConfig().Pid))
@@ -338,7 +338,7 @@ func residentBytes(b *testing.B, p *Plugin) int64 {
 	return pages * int64(os.Getpagesize())
 }
 
-// BenchmarkVault is the whole way: HTTP, Vault with its leases, go-plugin.
+// BenchmarkVault measures a whole request: HTTP, Vault with its leases, go-plugin.
 func BenchmarkVault(b *testing.B) {
 	answers := constants(b, startEngine(b, StartPlugin(b, PluginBinary(b), nil), &logical.InmemStorage{}))
 	floor := buildFloor(b)
@@ -354,8 +354,8 @@ func BenchmarkVault(b *testing.B) {
 			}
 			write("kaizala/config", config)
 			write("kaizala/tenants/acme", tenant)
-			// Two names are two processes, as the engine is one of its own; Vault puts
-			// them into its answers, so they are as long as the engine's.
+			// Two plugin names run in two processes, and the engine in a third. Vault has
+			// the names in its answers, so they are as long as the engine's.
 			for _, mount := range []string{"floor-a", "floor-b"} {
 				plugin := "vault-plugin-secrets-" + mount
 				v.RegisterAs(b, plugin, "v0.0.1", floor)
@@ -387,11 +387,11 @@ func BenchmarkVault(b *testing.B) {
 				write(fmt.Sprintf("kaizala/tenants/x%d", i), map[string]any{"connector": "oauth", "refresh_token": grant(fmt.Sprintf("x%d", i))})
 				write(fmt.Sprintf("kaizala/tenants/own%d", i), map[string]any{"connector": "revoking", "refresh_token": grant(fmt.Sprintf("own%d", i)), "token_per_lease": true})
 			}
-			// Each connection has a tenant, or a secret, of its own.
+			// Each connection has its own tenant, or its own secret.
 			each := func(method, path, body string) func() error {
 				return spread(func(i int) func() error { return v.requester(b, transport, method, path+strconv.Itoa(i), body) })
 			}
-			// A write costs what some hundred reads do.
+			// A write takes as long as some hundred reads.
 			rounds := max(benchRounds(b)/10, blocks)
 			b.Run("exchange", func(b *testing.B) {
 				for _, mount := range []string{"kv-a", "kv-b"} {
@@ -416,8 +416,8 @@ func BenchmarkVault(b *testing.B) {
 // flood is how many requests a second an outsider makes.
 const flood = 1000
 
-// reportFlooded measures what one reader waits, when nothing else comes and while each of two others makes [flood] requests a
-// second: an outsider at the callback, and for comparison readers of the floor. The three take turns.
+// reportFlooded measures how long one reader waits: without other requests, while an outsider makes [flood] requests a second at
+// the callback, and, for comparison, while readers of the floor make as many. The three are measured in turn.
 func reportFlooded(b *testing.B, read, outsider, floor func() error) {
 	const turns, turn = 5, 500 * time.Millisecond
 	waits := make([][]time.Duration, 3)
@@ -427,7 +427,7 @@ func reportFlooded(b *testing.B, read, outsider, floor func() error) {
 		stop := make(chan struct{})
 		var others sync.WaitGroup
 		if request := []func() error{nil, outsider, floor}[side]; request != nil {
-			for range connections - 1 { // the reader has the other
+			for range connections - 1 { // the reader has the last one
 				others.Go(func() {
 					tick := time.NewTicker((connections - 1) * time.Second / flood)
 					defer tick.Stop()
@@ -465,7 +465,7 @@ func reportFlooded(b *testing.B, read, outsider, floor func() error) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// unknownState is a request that anybody can make at the callback, with a state of the right form that nobody has.
+// unknownState is a request at the callback that needs no token, with a state of the right form that the engine has not issued.
 func (v *Vault) unknownState(b *testing.B, transport http.RoundTripper) func() error {
 	b.Helper()
 	return func() error {
@@ -486,7 +486,7 @@ func (v *Vault) unknownState(b *testing.B, transport http.RoundTripper) func() e
 	}
 }
 
-// spread hands one of several functions to each of those who call it at the same time.
+// spread gives each of the goroutines that call it at the same time a function of its own.
 func spread(of func(i int) func() error) func() error {
 	all := make([]func() error, connections)
 	for i := range all {
@@ -496,7 +496,7 @@ func spread(of func(i int) func() error) func() error {
 	return func() error { return all[int(next.Add(1))%connections]() }
 }
 
-// requester makes a request to Vault, without the API client's own costs.
+// requester makes a request to Vault without the costs of the API client.
 func (v *Vault) requester(b *testing.B, transport http.RoundTripper, method, path, body string) func() error {
 	b.Helper()
 	request := func() (string, error) {

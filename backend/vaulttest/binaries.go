@@ -17,32 +17,30 @@ import (
 // of its binary.
 const PluginName = "vault-plugin-secrets-kaizala"
 
-// Versions that [OldestVaultBinary] and [VaultBinary] build; the scripts know
-// the same two.
+// Versions that [OldestVaultBinary] and [VaultBinary] build; the scripts use the
+// same two.
 const (
 	PinnedVault = "1.21.0"
 	OldestVault = "1.19.0"
 )
 
-// Binaries are found or built once for a test process, however many tests ask.
+// Binaries are found or built once for a test process.
 var (
 	pluginOnce = sync.OnceValues(buildSharedPlugin)
 	pinnedOnce = sync.OnceValues(func() (string, error) { return vaultScript(PinnedVault) })
 	oldestOnce = sync.OnceValues(func() (string, error) { return vaultScript(OldestVault) })
 )
 
-// PluginBinary is the path of the built plugin: $KAIZALA_PLUGIN_BIN where that
-// is set, as make test does, and otherwise one built from this tree.
+// PluginBinary is the path of the built plugin: $KAIZALA_PLUGIN_BIN if it is set,
+// as in make test, and otherwise one that is built from this tree.
 func PluginBinary(t testing.TB) string { return found(t, pluginOnce) }
 
-// VaultBinary is the path of the Vault to test with: $VAULT_BIN where that is
-// set, and otherwise the pinned one, built when it is missing, which takes
-// minutes.
+// VaultBinary is the path of the Vault to test with: $VAULT_BIN if it is set, and
+// otherwise the pinned one, which is built if it is missing; that takes minutes.
 func VaultBinary(t testing.TB) string { return found(t, pinnedOnce) }
 
-// OldestVaultBinary is the path of the oldest Vault that the engine supports,
-// built when it is missing, which takes minutes. $VAULT_OLDEST_BIN overrides
-// it.
+// OldestVaultBinary is the path of the oldest Vault that the engine supports, which
+// is built if it is missing; that takes minutes. $VAULT_OLDEST_BIN overrides it.
 func OldestVaultBinary(t testing.TB) string { return found(t, oldestOnce) }
 
 func found(t testing.TB, get func() (string, error)) string {
@@ -54,8 +52,8 @@ func found(t testing.TB, get func() (string, error)) string {
 	return path
 }
 
-// BuildPlugin builds the plugin with a version of the test's own, such as
-// "v0.0.9", into the test's temporary directory, and returns its path.
+// BuildPlugin builds the plugin with this version, such as "v0.0.9", into the
+// test's temporary directory, and returns its path.
 func BuildPlugin(t testing.TB, version string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), PluginName)
@@ -88,8 +86,8 @@ func buildSharedPlugin() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// Test processes of several packages may build at once: each builds under
-	// a name of its own, and the rename is atomic.
+	// Test processes of several packages may build at the same time: each builds
+	// under its own name, and the rename is atomic.
 	path := filepath.Join(root, "bin", "test", PluginName)
 	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
 	defer os.Remove(tmp)
@@ -129,8 +127,8 @@ func vaultScript(version string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// Root is the directory of this module's go.mod, looked for from the working
-// directory upwards. The error is for a test run from outside the tree.
+// Root is the directory of this module's go.mod, which is searched from the working
+// directory upwards. It is an error to run a test from outside the tree.
 func Root() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {

@@ -43,7 +43,7 @@ func (s *site) startAgent(t *testing.T, config, policy string) (dir string) {
 	secretID, err := s.Client.Logical().Write("auth/approle/role/"+policy+"/secret-id", nil)
 	require.NoError(t, err)
 
-	dir, err = os.MkdirTemp("", "agent") // short enough for a socket in it
+	dir, err = os.MkdirTemp("", "agent") // a short path, because the path of a socket is limited
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	file := func(name string, text any) {
@@ -83,7 +83,7 @@ func (s *site) rendered(t *testing.T, dir string) string {
 	return file.AccessToken
 }
 
-// firstToken waits until there is a token in the file.
+// firstToken waits until the file has a token.
 func (s *site) firstToken(t *testing.T, dir string) (token string) {
 	t.Helper()
 	Eventually(t, "Agent to render", func() bool { token = s.rendered(t, dir); return token != "" })
@@ -93,7 +93,8 @@ func (s *site) firstToken(t *testing.T, dir string) (token string) {
 	return token
 }
 
-// A file that Agent keeps has a token that works, over the first one's end too.
+// The file that Agent renders always has a token that works, also after the first one has
+// expired.
 func TestAgentRenders(t *testing.T) {
 	t.Parallel()
 	s := agentSite(t, map[string]any{})
@@ -101,7 +102,7 @@ func TestAgentRenders(t *testing.T) {
 	s.firstToken(t, unleased)
 	leases, err := s.Client.Logical().List("sys/leases/lookup/kaizala/")
 	require.NoError(t, err)
-	require.Nil(t, leases, "token leaves no lease behind")
+	require.Nil(t, leases, "a read of token makes no lease")
 
 	leased := s.startAgent(t, "creds.hcl", "app")
 	first := s.firstToken(t, leased)
@@ -112,15 +113,15 @@ func TestAgentRenders(t *testing.T) {
 		return !s.kaizala.AccessTokenAlive(first)
 	})
 
-	// Refreshed by hand, the new token is in the file when the old one would
-	// have been replaced at the latest.
+	// After a refresh by hand, the new token is in the file no later than the old one
+	// would have been replaced.
 	refreshed := s.rendered(t, unleased)
 	s.write(t, "kaizala/tenants/acme/refresh", nil)
 	Eventually(t, "the token that was refreshed to go", func() bool { return s.rendered(t, unleased) != refreshed })
 	require.True(t, s.kaizala.AccessTokenAlive(s.rendered(t, unleased)))
 }
 
-// An authorization server names no endpoint: the file says null.
+// An authorization server names no endpoint: the file has null.
 func TestAgentRendersForOAuth(t *testing.T) {
 	t.Parallel()
 	s := &site{Vault: Start(t)}
@@ -141,8 +142,8 @@ func TestAgentRendersForOAuth(t *testing.T) {
 	}
 }
 
-// With a ttl, whose leases are renewable, Agent notices a revocation, and its
-// proxy caches.
+// With a ttl the leases are renewable: Agent notices a revocation, and its proxy
+// caches them.
 func TestAgentNoticesRevocation(t *testing.T) {
 	t.Parallel()
 	s := agentSite(t, map[string]any{"ttl": "4s"})
@@ -213,7 +214,7 @@ func TestAgentNoticesRevocation(t *testing.T) {
 	_, hit = read()
 	require.False(t, hit)
 
-	// The command line finds its way through the socket too.
+	// The vault command works through the socket too.
 	cli := exec.Command(s.binary, "read", "-field=tenant", "kaizala/creds/acme")
 	cli.Env = cleanEnv("HOME="+dir, "VAULT_AGENT_ADDR=unix://"+socket)
 	out, err := cli.CombinedOutput()

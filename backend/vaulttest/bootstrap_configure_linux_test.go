@@ -13,8 +13,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// On a terminal, configure.sh asks, and what is typed for the secret is not
-// shown.
+// On a terminal, configure.sh asks for the settings, and does not show the secret
+// that is typed.
 func TestConfigureAsks(t *testing.T) {
 	t.Parallel()
 	v := Start(t)
@@ -36,7 +36,7 @@ func TestConfigureAsks(t *testing.T) {
 		for {
 			n, err := keyboard.Read(chunk)
 			_, _ = screen.Write(chunk[:n])
-			if err != nil { // EIO: nobody has the terminal open any more
+			if err != nil { // EIO: no process has the terminal open any more
 				return
 			}
 		}
@@ -65,8 +65,7 @@ func TestConfigureAsks(t *testing.T) {
 	require.NoError(t, err, "the secret arrived as it was typed")
 }
 
-// newTerminal opens a pseudoterminal: what a person sees of it, and what a
-// program does.
+// newTerminal opens a pseudoterminal: the side of a person, and that of a program.
 func newTerminal(t *testing.T) (person, program *os.File) {
 	t.Helper()
 	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)

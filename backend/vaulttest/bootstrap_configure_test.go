@@ -16,9 +16,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// configureRun prepares bootstrap/configure.sh against v, with the plugin in
-// the plugin directory. A vault in front of the real one notes each command
-// line, and what it finds in its environment, in calls.
+// configureRun prepares bootstrap/configure.sh against v, with the plugin in the
+// plugin directory. A wrapper around vault writes each command line, and its
+// environment, to the file calls.
 func configureRun(t *testing.T, v *Vault, env ...string) (cmd *exec.Cmd, calls string) {
 	t.Helper()
 	plugin := filepath.Join(v.PluginDir, PluginName)
@@ -56,7 +56,7 @@ func configureOK(t *testing.T, v *Vault, env ...string) (output, calls string) {
 	return string(out), fileText(t, record)
 }
 
-// configured is all that configure.sh is to leave as it is when it runs again.
+// configured is what configure.sh must not change when it runs again.
 func configured(t *testing.T, v *Vault, policies ...string) map[string]any {
 	t.Helper()
 	state := map[string]any{}
@@ -86,7 +86,7 @@ func TestConfigure(t *testing.T) {
 	secretFile := filepath.Join(v.Dir, "connector-secret")
 	require.NoError(t, os.WriteFile(secretFile, []byte(secret+"\n"), 0o600))
 
-	// The operator alone: the connector is left to its owner.
+	// Without the connector, which its owner writes later.
 	out, _ := configureOK(t, v, "KAIZALA_TENANTS=acme contoso", "KAIZALA_MAX_LEASE_TTL=48h")
 	require.Contains(t, out, "Mounting kaizala/")
 	require.Contains(t, out, "vault write kaizala/config connector_id=… connector_secret=-")
@@ -109,20 +109,20 @@ func TestConfigure(t *testing.T) {
 	require.NotContains(t, out, "Mounting")
 	require.Empty(t, secretsIn(out+calls, secret))
 	second := configured(t, v, policies...)
-	require.Equal(t, mount["accessor"], second["sys/mounts/kaizala"].(map[string]any)["accessor"], "it is the same mount")
+	require.Equal(t, mount["accessor"], second["sys/mounts/kaizala"].(map[string]any)["accessor"], "the mount is the same")
 	require.Equal(t, id, second["kaizala/config"].(map[string]any)["connector_id"])
 
 	_, _ = configureOK(t, v, env...)
-	require.Equal(t, second, configured(t, v, policies...), "a run that finds all as it should be changes nothing")
+	require.Equal(t, second, configured(t, v, policies...), "a run on a complete configuration changes nothing")
 
 	// The secret from the environment, and a file system that lacks the file.
 	next := kaizala.NewConnectorSecret(id)
 	out, calls = configureOK(t, v, "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET="+next)
-	require.Empty(t, secretsIn(out+calls, next), "no child of the script sees it, in its arguments or its environment")
+	require.Empty(t, secretsIn(out+calls, next), "no child process of the script has the secret in its arguments or its environment")
 	cmd, _ := configureRun(t, v, "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET_FILE="+secretFile+"-that-is-not-there")
 	require.Error(t, cmd.Run())
 
-	// What was configured works: the policies let each do his part.
+	// The configuration works: the policies let each person do his part.
 	refresh := kaizala.GenerateUserToken(id, "contoso")
 	out, exit := v.CLIWithInput(t, v.TokenWith(t, "kaizala-tenant-user-contoso"), refresh, "write", "kaizala/tenants/contoso", "refresh_token=-")
 	require.Zero(t, exit, out)
@@ -135,8 +135,8 @@ func TestConfigure(t *testing.T) {
 	auditsShowNoSecret(t, v, next, refresh)
 }
 
-// auditsShowNoSecret reads everything there is to read and looks at how the
-// audit log has it: access tokens as HMACs, the rest in clear.
+// auditsShowNoSecret reads all paths and checks the audit log: access tokens are
+// HMACs there, and the rest is in clear.
 func auditsShowNoSecret(t *testing.T, v *Vault, secrets ...string) {
 	t.Helper()
 	for _, path := range []string{"kaizala/config", "kaizala/tenants/contoso", "kaizala/creds/contoso", "kaizala/token/contoso"} {
@@ -197,7 +197,7 @@ func TestConfigureElsewhere(t *testing.T) {
 	require.ErrorAs(t, err, new(*exec.ExitError))
 	require.Contains(t, string(out), "the token is not good")
 
-	// Seal wrapping is asked of an Enterprise edition alone.
+	// configure.sh asks for seal wrapping only on an Enterprise edition.
 	_, calls := configureOK(t, v)
 	require.NotContains(t, calls, "-seal-wrap")
 	_, calls = configureOK(t, v, "EDITION=ent", "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme")
@@ -211,7 +211,7 @@ func TestConfigureElsewhere(t *testing.T) {
 	require.Contains(t, policy, `"sys/leases/revoke/teams/kaizala/creds/acme/*"`)
 }
 
-// A newer plugin takes the place of the one that runs.
+// A newer plugin replaces the one that runs.
 func TestConfigureUpgrades(t *testing.T) {
 	t.Parallel()
 	s := &site{Vault: Start(t), kaizala: kaizalatest.NewServer()}
@@ -223,7 +223,7 @@ func TestConfigureUpgrades(t *testing.T) {
 	s.tenant(t, "acme", nil)
 	before := s.read(t, "kaizala/token/acme")["access_token"]
 
-	out, _ := configureOK(t, s.Vault, "VAULT_FORMAT=json") // which is not in its way
+	out, _ := configureOK(t, s.Vault, "VAULT_FORMAT=json") // the script works with this setting too
 	require.Contains(t, out, "Upgrading kaizala/ from v0.0.1:")
 	mounts, err := s.Client.Sys().ListMounts()
 	require.NoError(t, err)
@@ -232,7 +232,7 @@ func TestConfigureUpgrades(t *testing.T) {
 	require.Equal(t, 1, s.kaizala.TotalExchanges())
 }
 
-// A connector of OAuth 2.0, from a recipe: complete, or with its ID and secret left to its owner.
+// A connector of OAuth 2.0 from a recipe: complete, or without its ID and secret, which its owner writes later.
 func TestConfigureOAuth(t *testing.T) {
 	t.Parallel()
 	s := &site{Vault: Start(t, WithAudit())}
@@ -259,7 +259,7 @@ func TestConfigureOAuth(t *testing.T) {
 	s.write(t, "kaizala/tenants/contoso", map[string]any{"connector": "crm", "refresh_token": server.Grant(id, "asha")})
 	require.True(t, server.Alive(s.read(t, "kaizala/token/contoso")["access_token"].(string)))
 
-	// The audit log shows where refresh tokens go, and no value that may be a secret.
+	// The audit log shows the addresses that refresh tokens are sent to, and no value that may be a secret.
 	s.read(t, "kaizala/config/crm")
 	logged := auditedResponse(t, s.Vault, "kaizala/config/crm")
 	for field := range config {
@@ -271,7 +271,7 @@ func TestConfigureOAuth(t *testing.T) {
 	}
 	require.NotContains(t, jsonText(t, auditedResponse(t, s.Vault, "kaizala/token/contoso")["token_type"]), "hmac-sha256:")
 
-	// An address that asks callback too often is turned away, by Vault, and nobody else's request is.
+	// Vault limits the requests of one address at callback, and no other requests.
 	statuses := map[int]int{}
 	for range 30 {
 		for _, path := range []string{"kaizala/callback", "kaizala/callback/crm"} {
@@ -280,7 +280,7 @@ func TestConfigureOAuth(t *testing.T) {
 		}
 	}
 	require.Equal(t, 60, statuses[400]+statuses[429], "%v", statuses)
-	require.LessOrEqual(t, statuses[400], 25, "20, and what comes anew meanwhile")
+	require.LessOrEqual(t, statuses[400], 25, "20, and those that the rate permits during the test")
 	require.GreaterOrEqual(t, statuses[400], 20)
 	s.read(t, "kaizala/config")
 
@@ -290,7 +290,7 @@ func TestConfigureOAuth(t *testing.T) {
 	require.Contains(t, string(bad), "cannot be a connector's name")
 }
 
-// While a version of the plugin is pinned, Vault takes none for a mount: configure.sh moves the pin.
+// While a version of the plugin is pinned, Vault does not accept a version for a mount: configure.sh changes the pin.
 func TestConfigurePinned(t *testing.T) {
 	t.Parallel()
 	s := &site{Vault: Start(t), kaizala: kaizalatest.NewServer()}
@@ -308,7 +308,7 @@ func TestConfigurePinned(t *testing.T) {
 		return mounts[mount].RunningVersion
 	}
 
-	// Mounted, and running the pinned version. What the README says of it is so.
+	// The mount runs the pinned version, and the README's statements about that are true.
 	out, exit := s.CLI(t, s.RootToken, "secrets", "enable", "-path=kaizala", PluginName)
 	require.Zero(t, exit, out)
 	require.Equal(t, older, running("kaizala/"))
@@ -327,7 +327,7 @@ func TestConfigurePinned(t *testing.T) {
 	require.Equal(t, before, s.read(t, "kaizala/token/acme")["access_token"])
 	require.Equal(t, json.Number("172800"), s.read(t, "sys/mounts/kaizala/tune")["max_lease_ttl"])
 
-	// Again, and fresh: nothing is left to move.
+	// A second run, and one on a new mount: the pin is not changed.
 	out, _ = configureOK(t, s.Vault)
 	require.NotContains(t, out, "Moving")
 	require.NotContains(t, out, "Upgrading")
@@ -335,7 +335,7 @@ func TestConfigurePinned(t *testing.T) {
 	require.Contains(t, out, "fresh/ gets none of its own")
 	require.Equal(t, newer, running("fresh/"))
 
-	// After the pin is deleted, the next run gives the mounts their version, and a restart of the plugin changes nothing.
+	// After the pin is deleted, the next run sets the version of the mounts, and a restart of the plugin changes nothing.
 	_, err := s.Client.Logical().Delete(pin)
 	require.NoError(t, err)
 	for _, mount := range []string{"kaizala", "fresh"} {

@@ -16,19 +16,19 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// bootstrap/connect.sh, by somebody who has the policy tenant-connect alone: it shows and opens where to go, waits, says how it
-// has ended, and its exit status says so too.
+// bootstrap/connect.sh with a token that has only the policy tenant-connect: it shows and opens the address, waits, and says how
+// the flow has ended, also with its exit status.
 func TestConnect(t *testing.T) {
 	t.Parallel()
 	m, server, _ := grantMount(t, "kaizala")
 	m.vault.shippedPolicy(t, "tenant-connect")
 	token := m.vault.TokenWith(t, "tenant-connect")
 
-	// run starts it, and has the person do something once it shows the address or the code.
+	// run starts the script, and calls person when it shows the address or the code.
 	run := func(person func(shown string), args ...string) (said string, opened string, status int) {
 		t.Helper()
 		shim := t.TempDir()
-		// It stands for a desktop's way to open an address.
+		// It stands for the desktop's program that opens an address.
 		require.NoError(t, os.WriteFile(filepath.Join(shim, "xdg-open"), []byte("#!/bin/sh\nprintf %s \"$1\" >"+shim+"/opened\n"), 0o755))
 		cmd := exec.Command(bootstrapFile(t, "connect.sh"), args...)
 		cmd.Env = append(m.vault.CLIEnv(token), "DISPLAY=:0", "KAIZALA_CONNECTOR=as", "VAULT_FORMAT=json")
@@ -53,7 +53,7 @@ func TestConnect(t *testing.T) {
 		address, _ := os.ReadFile(filepath.Join(shim, "opened"))
 		return all.String(), string(address), cmd.ProcessState.ExitCode()
 	}
-	// callback has the browser bring what the server sends, or something else.
+	// callback opens the callback with the parameters of the server's redirect, after change.
 	callback := func(address string, err error, change func(url.Values)) {
 		require.NoError(t, err)
 		u, err := url.Parse(address)
@@ -109,5 +109,5 @@ func TestConnect(t *testing.T) {
 		require.Equal(t, 1, status, said)
 		require.Contains(t, said, says)
 	}
-	require.Equal(t, oauth2test.Subject("ravi"), m.read("tenants/acme").ok(t).text("subject"), "nothing of it has changed the tenant")
+	require.Equal(t, oauth2test.Subject("ravi"), m.read("tenants/acme").ok(t).text("subject"), "the failed flows have not changed the tenant")
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// site is a Vault with the engine at kaizala/, and Kaizala's stand-in.
+// site is a Vault with the engine at kaizala/, and an emulator of Kaizala.
 type site struct {
 	*Vault
 	kaizala                      *kaizalatest.Server
@@ -35,7 +35,7 @@ func newSite(t *testing.T, opts ...Option) *site {
 	return s
 }
 
-// configure writes the connector, by its defaults but for what is given.
+// configure writes the connector, with the defaults and these fields.
 func (s *site) configure(t *testing.T, fields map[string]any) {
 	t.Helper()
 	all := map[string]any{
@@ -49,7 +49,7 @@ func (s *site) configure(t *testing.T, fields map[string]any) {
 	s.write(t, "kaizala/config", all)
 }
 
-// tenant writes a tenant with a refresh token of its own user, named alike.
+// tenant writes a tenant with a refresh token of a user with the same name.
 func (s *site) tenant(t *testing.T, name string, fields map[string]any) {
 	t.Helper()
 	all := map[string]any{"refresh_token": s.kaizala.GenerateUserToken(s.connectorID, name)}
@@ -123,7 +123,7 @@ func (v *Vault) shippedPolicy(t *testing.T, name string) {
 	v.Policy(t, name, fileText(t, bootstrapFile(t, "policies", name+".hcl")))
 }
 
-// secretsIn says which of the secrets a text holds.
+// secretsIn returns the secrets that a text has.
 func secretsIn(text string, secrets ...string) (found []string) {
 	for _, secret := range secrets {
 		if secret != "" && strings.Contains(text, secret) {
@@ -133,7 +133,7 @@ func secretsIn(text string, secrets ...string) (found []string) {
 	return found
 }
 
-// newAuthServer starts a stand-in for an authorization server of class A, on a socket of its own.
+// newAuthServer starts an emulator of an authorization server of class A, on its own socket.
 func newAuthServer(t *testing.T) *oauth2test.Server {
 	t.Helper()
 	server := oauth2test.New()

@@ -15,7 +15,7 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// manifest is what the tests read of a Kubernetes object.
+// manifest is the part of a Kubernetes object that the tests read.
 type manifest struct {
 	APIVersion string `yaml:"apiVersion"`
 	Kind       string
@@ -60,9 +60,9 @@ func manifests(t *testing.T) (all []manifest) {
 	return all
 }
 
-// There is no Kubernetes here. What can be shown is that the manifests refer to
-// one another, that their policies let them read, and that the answers hold what
-// they and the Vault Secrets Operator take from them.
+// The tests have no Kubernetes. They check that the manifests refer to one another,
+// that their policies permit their reads, and that the answers have the fields that
+// the manifests and the Vault Secrets Operator use.
 func TestKubernetesManifests(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -109,7 +109,7 @@ func TestKubernetesManifests(t *testing.T) {
 				require.GreaterOrEqual(t, period, int64(1))
 				ttl, err := secret.Data["ttl"].(json.Number).Int64()
 				require.NoError(t, err)
-				require.Greater(t, ttl, int64(2), "at 2 or less the operator reads again")
+				require.Greater(t, ttl, int64(2), "with a ttl of 2 or less the operator reads again at once")
 				require.NotContains(t, secret.Data, "rotation_schedule")
 			} else {
 				require.NotEmpty(t, secret.LeaseID)
@@ -122,8 +122,8 @@ func TestKubernetesManifests(t *testing.T) {
 	require.Equal(t, map[string]bool{"creds": true, "token": true}, paths)
 }
 
-// render executes a template as the operator does, but for a field that is
-// missing, which is an error here.
+// render executes a template as the operator does, except that a missing field is an
+// error here.
 func render(t *testing.T, text string, data map[string]any) string {
 	t.Helper()
 	tmpl, err := template.New("").Funcs(template.FuncMap{

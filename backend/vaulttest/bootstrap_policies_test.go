@@ -14,8 +14,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// What each shipped policy allows and denies. The rows of a table run from top
-// to bottom on one Vault, which has the engine mounted and nothing configured.
+// The requests that each shipped policy allows and denies. The rows of a table run in
+// order on one Vault, which has the engine mounted and nothing configured.
 func TestPolicies(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -56,7 +56,7 @@ func TestPolicies(t *testing.T) {
 	}
 
 	run("before anything is there", []try{
-		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, bad}, // allowed, and refused: its owner creates it
+		{operator, post, "kaizala/config", fields{"api_root": s.kaizala.URL}, bad}, // allowed by the policy, and refused by the engine: the owner creates the connector
 		{operator, patch, "kaizala/config", fields{"api_root": s.kaizala.URL}, 404},
 		{owner, post, "kaizala/config", fields{"connector_id": id}, bad},
 		{owner, post, "kaizala/config", fields{"connector_id": id, "connector_secret": secret, "api_root": s.kaizala.URL}, denied},
@@ -64,7 +64,7 @@ func TestPolicies(t *testing.T) {
 		{operator, post, "kaizala/tenants/acme", fields{"ttl": "1h"}, denied},
 		{operator, patch, "kaizala/tenants/acme", fields{"ttl": "1h"}, 404},
 	})
-	// Where refresh tokens go is not the owner's to decide.
+	// The owner cannot change the address that refresh tokens are sent to.
 	require.Equal(t, "https://api.kaiza.la", s.read(t, "kaizala/config")["api_root"])
 	s.write(t, "kaizala/config/hr", fields{"connector_id": "another", "connector_secret": "HRHRHRHRHR", "api_root": s.kaizala.URL})
 
@@ -88,7 +88,7 @@ func TestPolicies(t *testing.T) {
 	run("tenant user who connects", []try{
 		{connects, get, "kaizala/tenants/acme", nil, denied},
 		{connects, get, "kaizala/tenants/acme/authorize", nil, 404},
-		{connects, post, "kaizala/tenants/acme/authorize", nil, bad}, // allowed, and refused: Kaizala has the PIN login
+		{connects, post, "kaizala/tenants/acme/authorize", nil, bad}, // allowed by the policy, and refused by the engine: Kaizala has the PIN login
 		{connects, post, "kaizala/tenants/acme/device", nil, bad},
 		{connects, post, "kaizala/tenants/acme/pin", fields{"mobile_number": number}, ok},
 	})
@@ -171,7 +171,7 @@ func TestPolicies(t *testing.T) {
 		{owner, post, "kaizala/config?api_root=" + elsewhere, fields{"connector_secret": secret}, done},
 		{owner, patch, "kaizala/config", fields{"connector_secret": secret}, denied},
 		{owner, patch, "kaizala/config", fields{"api_root": elsewhere}, denied},
-		{owner, post, "kaizala/config/", fields{"connector_secret": secret}, bad}, // by Vault itself
+		{owner, post, "kaizala/config/", fields{"connector_secret": secret}, bad}, // refused by Vault itself
 		{owner, post, "kaizala/config/hr", fields{"connector_id": id, "connector_secret": secret}, denied},
 		{owner, get, "kaizala/config", nil, denied},
 		{owner, list, "kaizala/config", nil, denied},
@@ -243,7 +243,7 @@ func TestPolicies(t *testing.T) {
 		{operator, post, "kaizala/tenants/acme", fields{"ttl": "1h", "max_ttl": "2h", "min_ttl": "20m"}, done},
 		{operator, patch, "kaizala/tenants/acme", fields{"max_ttl": nil}, done},
 		{operator, post, "kaizala/tenants/acme", fields{"retire_on_revoke": true, "token_per_lease": false}, done},
-		{operator, post, "kaizala/tenants/acme", fields{"token_per_lease": true}, bad}, // allowed, and refused: Kaizala cannot
+		{operator, post, "kaizala/tenants/acme", fields{"token_per_lease": true}, bad}, // allowed by the policy, and refused by the engine: Kaizala cannot revoke access tokens
 		{operator, post, "kaizala/tenants/acme", fields{"refresh_token": "x"}, denied},
 		{operator, post, "kaizala/tenants/acme", fields{"connector": "hr"}, denied},
 		{operator, post, "kaizala/tenants/acme", fields{"verify": false}, denied},
@@ -259,12 +259,12 @@ func TestPolicies(t *testing.T) {
 		{operator, post, "sys/leases/revoke/" + lease, nil, done},
 		{operator, post, "sys/leases/revoke-prefix/kaizala/creds/acme", nil, done},
 		{operator, get, "sys/metrics", nil, ok},
-		{operator, del, "kaizala/config", nil, bad}, // allowed, and refused: tenants use it
+		{operator, del, "kaizala/config", nil, bad}, // allowed by the policy, and refused by the engine: tenants use the connector
 		{operator, del, "kaizala/tenants/other", nil, done},
 	})
 }
 
-// The same for a connector of OAuth 2.0, which the operator creates and its owner completes.
+// The same for a connector of OAuth 2.0: the operator creates it, and its owner writes its ID and secret.
 func TestPoliciesForOAuth(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -331,7 +331,7 @@ func TestPoliciesForOAuth(t *testing.T) {
 		require.Empty(t, secretsIn(answer, secret, refresh, server.CurrentRefreshToken("asha")), "%s %s", c.method, c.path)
 	}
 
-	// Who has tenant-connect alone connects the tenant from nothing, and can read nothing back.
+	// A token with only tenant-connect can connect a new tenant, and cannot read its tokens.
 	s.shippedPolicy(t, "tenant-connect")
 	connects := s.TokenWith(t, "tenant-connect")
 	s.write(t, "kaizala/config", fields{"redirect_uris": callback, "scopes": "offline_access"})
@@ -369,7 +369,7 @@ func TestPoliciesForOAuth(t *testing.T) {
 	ends("kaizala/tenants/acme/device")
 
 	config := s.read(t, "kaizala/config")
-	require.Equal(t, server.TokenURL(), config["token_url"], "where refresh tokens go is not the owner's to decide")
+	require.Equal(t, server.TokenURL(), config["token_url"], "the owner cannot change the address that refresh tokens are sent to")
 	require.Equal(t, id, config["connector_id"])
 }
 
@@ -384,7 +384,7 @@ func (s *site) leaseOf(t *testing.T, token string) string {
 	return secret.LeaseID
 }
 
-// entityToken logs somebody in who is an entity with this metadata.
+// entityToken creates an entity with this metadata, and returns a token of its login.
 func (v *Vault) entityToken(t *testing.T, name, policy string, metadata map[string]string) string {
 	t.Helper()
 	auths, err := v.Client.Sys().ListAuth()

@@ -21,7 +21,7 @@ func terraformFiles(t *testing.T) []string {
 	return append(glob(t, bootstrapFile(t, "terraform", "*.tf")), glob(t, bootstrapFile(t, "terraform", "*", "*.tf"))...)
 }
 
-// needTerraform leaves a test out, and says so, where there is no Terraform.
+// needTerraform skips a test if Terraform is not installed.
 func needTerraform(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("terraform"); err != nil {
@@ -29,8 +29,8 @@ func needTerraform(t *testing.T) {
 	}
 }
 
-// hclfmt is the formatter of Terraform's own language, from a Go module, so that
-// the format is checked on a machine that has no Terraform as well.
+// hclfmt is the formatter of Terraform's language, from a Go module, so that the
+// format is checked on a machine without Terraform too.
 const hclfmt = "github.com/hashicorp/hcl/v2/cmd/hclfmt@v2.24.0"
 
 func TestTerraformFormat(t *testing.T) {
@@ -41,7 +41,7 @@ func TestTerraformFormat(t *testing.T) {
 	require.NoError(t, err, "%s", out)
 }
 
-// Terraform and configure.sh set up the same.
+// Terraform and configure.sh make the same configuration.
 func TestTerraformAgreesWithConfigure(t *testing.T) {
 	main := fileText(t, bootstrapFile(t, "terraform", "main.tf"))
 	script := fileText(t, bootstrapFile(t, "configure.sh"))
@@ -55,7 +55,7 @@ func TestTerraformAgreesWithConfigure(t *testing.T) {
 	}
 }
 
-// secretVariables are the root module's, which Terraform does not store.
+// secretVariables are variables of the root module that Terraform does not store.
 const secretVariables = `
 variable "connector_secret" {
   type      = string
@@ -112,7 +112,7 @@ output "policies" {
   value = module.policies.policies
 }
 `
-	// Terraform copies a module from an absolute path, and its surroundings not.
+	// From an absolute path, Terraform copies a module without the directories around it.
 	require.NoError(t, os.Symlink(bootstrapFile(t), filepath.Join(dir, "bootstrap")))
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "main.tf"), []byte(secretVariables+root), 0o600))
 	var output strings.Builder
@@ -131,11 +131,11 @@ output "policies" {
 	require.Equal(t, "ok", read.Data["status"])
 	require.Equal(t, "900", read.Data["ttl"].(interface{ String() string }).String())
 
-	// Nothing is due, so the secrets are not needed.
+	// Nothing is to be changed, so the secrets are not needed.
 	require.NoError(t, terraform(nil, "plan", "-no-color", "-detailed-exitcode"))
 	require.Equal(t, 1, kaizala.TotalExchanges())
 
-	// Another version writes the secret anew; without it nothing is changed.
+	// Another version number writes the secret again; with the same one nothing is changed.
 	next := kaizala.NewConnectorSecret(id)
 	require.Error(t, terraform([]string{"TF_VAR_secret_version=2"}, "apply", "-no-color", "-auto-approve"))
 	require.NoError(t, terraform([]string{"TF_VAR_secret_version=2", "TF_VAR_connector_secret=" + next}, "apply", "-no-color", "-auto-approve"))
@@ -145,12 +145,12 @@ output "policies" {
 	noSecretsKept(t, dir, output.String(), secret, next, refresh)
 }
 
-// terraform runs a command of Terraform's in a directory, and adds what it prints to output.
+// terraform runs a Terraform command in a directory, and adds its output to output.
 func (v *Vault) terraform(dir string, output *strings.Builder, env []string, args ...string) error {
 	cmd := exec.Command("terraform", args...)
 	cmd.Dir = dir
 	cmd.Env = append(v.CLIEnv(v.RootToken), append(env, "TF_IN_AUTOMATION=1", "CHECKPOINT_DISABLE=1")...)
-	if file := os.Getenv("TF_CLI_CONFIG_FILE"); file != "" { // says where providers come from
+	if file := os.Getenv("TF_CLI_CONFIG_FILE"); file != "" { // configures the source of providers
 		cmd.Env = append(cmd.Env, "TF_CLI_CONFIG_FILE="+file)
 	}
 	out, err := cmd.CombinedOutput()
@@ -161,7 +161,7 @@ func (v *Vault) terraform(dir string, output *strings.Builder, env []string, arg
 	return nil
 }
 
-// noSecretsKept searches what Terraform printed, the plan "saved" and all states.
+// noSecretsKept searches Terraform's output, the plan "saved" and all states.
 func noSecretsKept(t *testing.T, dir, output string, secrets ...string) {
 	t.Helper()
 	require.Empty(t, secretsIn(output, secrets...))
@@ -177,8 +177,8 @@ func noSecretsKept(t *testing.T, dir, output string, secrets ...string) {
 	}
 }
 
-// The whole module, on a Vault that has nothing of it: mounted, upgraded, pinned while it is mounted, upgraded while it
-// is pinned, unpinned, and destroyed; then mounted where an operator has pinned an older version.
+// The whole module, on a new Vault: mounted, upgraded, pinned while it is mounted, upgraded while it is pinned, unpinned, and
+// destroyed; then mounted on a Vault where an operator has pinned an older version.
 func TestTerraformModule(t *testing.T) {
 	t.Parallel()
 	needTerraform(t)
@@ -241,7 +241,7 @@ module "kaizala" {
 			require.Nil(t, pins)
 			require.Equal(t, version, mounts["kaizala/"].PluginVersion)
 		}
-		// Nothing is due after it, and the secrets are not needed.
+		// After an apply nothing is to be changed, so the secrets are not needed.
 		env = env[len(secrets):]
 		require.NoError(t, s.terraform(dir, &output, env, "plan", "-no-color", "-detailed-exitcode"))
 	}
@@ -278,8 +278,8 @@ module "kaizala" {
 	noSecretsKept(t, dir, output.String(), s.connectorSecret, refresh, refresh2)
 }
 
-// sameAsConfigures compares Terraform's policies with those that configure.sh
-// has written, and with what is shipped.
+// sameAsConfigures compares Terraform's policies with those that configure.sh has
+// written, and with the shipped files.
 func sameAsConfigures(t *testing.T, v *Vault, output []byte) {
 	t.Helper()
 	var policies map[string]string

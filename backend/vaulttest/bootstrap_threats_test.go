@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What SECURITY.md says of a thief of Vault's storage.
+// The statements of SECURITY.md about an attacker who has Vault's storage.
 func TestWhatStorageHolds(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, Raft(), WithConfig(func(config map[string]any) { config["raw_storage_endpoint"] = true }))
@@ -20,8 +20,8 @@ func TestWhatStorageHolds(t *testing.T) {
 	require.NoError(t, err)
 	access := secret.Data["access_token"].(string)
 
-	// With the unseal keys, which sys/raw stands for, he has the lease entry, and
-	// in it the access token, until the lease is renewed.
+	// With the unseal keys, shown here with sys/raw, the attacker can read the lease
+	// entry, which has the access token until the lease is renewed.
 	lease := "sys/raw/sys/expire/id/" + secret.LeaseID
 	holds := func() []string {
 		return secretsIn(s.read(t, lease)["value"].(string), refresh, access, s.connectorSecret)
@@ -40,9 +40,9 @@ func TestWhatStorageHolds(t *testing.T) {
 	_ = s.read(t, "kaizala/token/acme")
 	leases, err := s.Client.Logical().List("sys/leases/lookup/kaizala/")
 	require.NoError(t, err)
-	require.Nil(t, leases, "token leaves none")
+	require.Nil(t, leases, "a read of token makes no lease")
 
-	// Without the keys he has nothing.
+	// Without the keys the attacker can read nothing.
 	s.Stop()
 	files := 0
 	err = filepath.WalkDir(filepath.Join(s.Dir, "data"), func(path string, entry fs.DirEntry, err error) error {

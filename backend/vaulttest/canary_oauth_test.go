@@ -19,9 +19,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// No secret of an OAuth connector turns up where it does not belong, whatever happens: all flows are gone through, at a server
-// that quotes what it is sent, and then every answer, the audit log, the log of Vault and the plugin at trace level and the files
-// of Vault's storage are searched.
+// No secret of an OAuth connector is in a place where it must not be: the test plays all flows, at a server that quotes the
+// requests in its answers, and then searches every answer, the audit log, the log of Vault and the plugin at trace level, and the
+// files of Vault's storage.
 func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	t.Parallel()
 	v := Start(t, WithAudit(), Raft())
@@ -67,7 +67,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 		}
 		m.write("tenants/"+tenant, body).ok(t)
 	}
-	// fail has everything at an endpoint go wrong in turn, with all that is secret in the answers, and calls try each time.
+	// fail injects each fault at an endpoint in turn, with all secrets in the answers, and calls try each time.
 	fail := func(endpoint oauth2test.Endpoint, user string, try func()) {
 		t.Helper()
 		current := cmp.Or(server.CurrentRefreshToken(user), server.CurrentRefreshToken("acme"))
@@ -96,14 +96,14 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 			server.ClearFaults()
 		}
 	}
-	// healed ends what failures have left behind.
+	// healed ends the effects of the failures.
 	healed := func(tenant string) {
 		t.Helper()
 		m.write("config/basic", fields{"connector_secret": secret}).ok(t)
 		m.write("tenants/"+tenant, fields{"refresh_token": grant(tenant)}).ok(t)
 	}
 
-	// The usual, with each way of authentication.
+	// The normal flows, with each way of client authentication.
 	write("acme", fields{"ttl": "10m"})
 	creds := m.read("creds/acme").ok(t)
 	m.read("token/acme").ok(t)
@@ -123,7 +123,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 		m.revoke(m.read("creds/" + method).ok(t).lease())
 	}
 
-	// A person connects tenants, or does not.
+	// A person connects tenants, or refuses.
 	start := func(tenant string) (code url.Values) {
 		t.Helper()
 		to := m.write("tenants/"+tenant+"/authorize", fields{"connector": "basic"}).ok(t).text("authorization_url")
@@ -166,7 +166,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	Eventually(t, "the engine's poll", func() bool { return m.read("tenants/device/device").ok(t).text("status") == "granted" })
 	m.read("creds/device").ok(t)
 
-	// What goes wrong with exchanges and revocations.
+	// Failures of exchanges and revocations.
 	fail(oauth2test.EndpointToken, "acme", func() {
 		m.write("tenants/acme/refresh", nil)
 		m.read("creds/acme")
@@ -186,7 +186,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	fail(oauth2test.EndpointMetadata, "", func() { m.write("config/basic", fields{"issuer": server.Issuer()}) })
 	healed("acme")
 
-	// Refusals of either secret, and values that do not fit.
+	// Refusals of the refresh token and of the connector, and invalid values.
 	m.write("config/wrong", fields{
 		"service": "oauth2", "token_url": server.TokenURL(), "connector_id": id, "connector_secret": "WRONG SECRET 0815",
 	}).ok(t)
@@ -217,7 +217,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	m.list("tenants").ok(t)
 	m.list("config").ok(t)
 
-	// Deletes with a revocation that fails, a reload, a seal, a kill, and the service gone.
+	// Deletes with a revocation that fails, a reload, a seal, a kill, and the end of the service.
 	server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
 	m.delete("tenants/browser").ok(t)
 	m.revoke(left.lease())
@@ -236,7 +236,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	m.read("tenants/acme").ok(t)
 	v.Unmount(t, "canary")
 
-	// Every token that the service has issued or seen is a secret.
+	// Every token that the service has issued or received is a secret.
 	for _, c := range server.Calls() {
 		for what, token := range map[string]string{"access token": c.AccessToken, "refresh token": c.RefreshToken} {
 			if token != "" {
@@ -256,7 +256,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 		vended := strings.HasPrefix(a.request, "GET canary/creds/") || strings.HasPrefix(a.request, "GET canary/token/")
 		starts := strings.HasSuffix(a.request, "/authorize") && !strings.HasPrefix(a.request, "GET")
 		for _, what := range known.in(a.body) {
-			// A browser that is asked to confirm sends code and state back with the form.
+			// The page that asks for confirmation has code and state in its form.
 			form := (what == "code" || what == "state") && strings.HasPrefix(a.request, "GET canary/callback")
 			if !(vended && what == "access token" || starts && what == "state" || form) {
 				t.Errorf("%s: the answer holds a %s: %s", a.request, what, a.body)
@@ -265,7 +265,7 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	}
 	require.NotEmpty(t, v.Audit())
 	for line := range strings.Lines(v.Audit()) {
-		// Vault writes the query of a callback in clear; nothing else of it is.
+		// Vault writes the query of a callback in clear, and nothing else of the callback.
 		var entry struct {
 			Request map[string]any `json:"request"`
 		}

@@ -16,7 +16,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// secrets are the texts that must not turn up, by what they are.
+// secrets are the texts that must not be found, with their kind.
 type secrets struct {
 	mu  sync.Mutex
 	all map[string]string
@@ -30,7 +30,7 @@ func (s *secrets) add(what string, texts ...string) {
 	}
 }
 
-// in names the secrets that a text holds, whole or the telling part of a JWT.
+// in returns the kinds of the secrets in a text, whole or the identifying part of a JWT.
 func (s *secrets) in(text string) (found []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -44,9 +44,9 @@ func (s *secrets) in(text string) (found []string) {
 	return slices.Compact(found)
 }
 
-// No secret turns up where it does not belong, whatever happens: all flows are
-// gone through, and then every answer, the audit log, the log of Vault and the
-// plugin at trace level and the leases' own data are searched.
+// No secret is in a place where it must not be: the test plays all flows, and then
+// searches every answer, the audit log, the log of Vault and the plugin at trace level,
+// and the internal data of leases.
 func TestNoSecretTurnsUp(t *testing.T) {
 	t.Parallel()
 	v := Start(t, WithAudit(), WithConfig(func(config map[string]any) { config["raw_storage_endpoint"] = true }))
@@ -63,7 +63,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 		t.Helper()
 		known.add("refresh token", m.addTenant(tenant, with...))
 	}
-	// vend reads an access token, which belongs into this answer and no other.
+	// vend reads an access token, which may be in this answer and in no other.
 	vend := func(path string) answer {
 		t.Helper()
 		a := m.read(path).ok(t)
@@ -72,7 +72,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 		return a
 	}
 
-	// The usual: written, read, vended, renewed, revoked.
+	// The normal flow: written, read, vended, renewed, revoked.
 	write("acme", fields{"ttl": "1h"})
 	creds := vend("creds/acme")
 	vend("token/acme")
@@ -89,8 +89,8 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	m.list("tenants").ok(t)
 	m.list("config").ok(t)
 
-	// A new refresh token comes from the service, again and again, while tokens
-	// of both kinds come to their ends.
+	// The service replaces the refresh token several times, and access tokens and
+	// refresh tokens expire.
 	m.kaizala.SetRefreshTokenLife(10 * time.Second)
 	m.kaizala.SetAccessTokenLife(8 * time.Second)
 	write("rotating")
@@ -98,7 +98,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	vend("creds/rotating")
 	rotation := time.Now().Add(patience)
 
-	// Everything that goes wrong, with all that is secret in the answer's body.
+	// All failures, with all secrets in the answer's body.
 	bodies := []string{
 		m.connectorSecret + " " + m.kaizala.CurrentRefreshToken("acme"),
 		`{"message": "` + m.connectorSecret + " " + m.kaizala.CurrentRefreshToken("acme") + `", "errorCode": "` + m.connectorSecret + `", "errorCategoryKey": "AuthException"}`,
@@ -127,7 +127,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 		m.write("config", fields{"connector_secret": m.connectorSecret}).ok(t)
 	}
 
-	// A 429 silences its whole connector, so this is another one's.
+	// A 429 pauses its whole connector, so another connector gets it.
 	limitedID, limitedSecret := m.kaizala.RegisterConnector()
 	limited := m.kaizala.GenerateUserToken(limitedID, "limited")
 	known.add("connector secret", limitedSecret)
@@ -140,8 +140,8 @@ func TestNoSecretTurnsUp(t *testing.T) {
 		m.read("tenants/limited").ok(t)
 	}
 
-	// A move to a host that nobody has permitted, whose address repeats a secret:
-	// it gets no call at all.
+	// A move to a host that is not permitted, with a secret in its address: the host
+	// gets no call.
 	var strange atomic.Int64
 	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { strange.Add(1) }))
 	defer elsewhere.Close()
@@ -161,7 +161,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	require.Zero(t, strange.Load(), "calls to a host that is not permitted")
 	known.add("connector secret", strings.ToLower(m.connectorSecret))
 
-	// Refusals of either secret.
+	// Refusals of the connector and of the refresh token.
 	m.write("config/wrong", fields{"connector_id": m.connectorID, "connector_secret": "WRONGSECRET0815", "api_root": m.kaizala.URL}).ok(t)
 	known.add("connector secret", "WRONGSECRET0815")
 	m.patch("tenants/acme", fields{"connector": "wrong"}).refused(t, 400)
@@ -175,7 +175,7 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	m.write("config", fields{"connector_secret": fields{"a": m.connectorSecret}}).refused(t, 400)
 	m.write("config", fields{"connector_secret": m.connectorSecret, "api_root": "http://kaiza.la"}).refused(t, 400)
 
-	// The rotation has come, with and without an interruption.
+	// A rotation ends, with and without an interruption.
 	await := func() {
 		t.Helper()
 		was := m.kaizala.CurrentRefreshToken("rotating")
@@ -209,9 +209,9 @@ func TestNoSecretTurnsUp(t *testing.T) {
 	m.write("tenants/rotating/refresh", nil)
 	m.read("tenants/rotating").ok(t)
 	require.NoError(t, v.Client.Sys().Unmount("canary"))
-	v.Mount(t, "canary") // for the test's end to unmount
+	v.Mount(t, "canary") // the end of the test unmounts it
 
-	// Every token that the service has ever seen in a call is a secret too.
+	// Every token in a call to the service is a secret too.
 	for _, call := range m.kaizala.Calls() {
 		if strings.HasPrefix(call.RefreshToken, "eyJ") {
 			known.add("refresh token", call.RefreshToken)
@@ -234,14 +234,14 @@ func TestNoSecretTurnsUp(t *testing.T) {
 				t.Errorf("the %s holds a %s: %s", place, strings.Join(found, " and a "), line)
 			}
 		}
-		require.NotContains(t, text, "eyJ", "a token that nobody here knows of, in the %s", place)
+		require.NotContains(t, text, "eyJ", "a token that this test does not know, in the %s", place)
 		require.NotContains(t, text, "panic", place)
 	}
 }
 
-// requireInternalDataHoldsNoSecret looks at a lease as Vault stores it. Beside the
-// internal data Vault keeps the whole response, which is what proves that this
-// looks at the right place.
+// requireInternalDataHoldsNoSecret checks the internal data of a lease as Vault stores
+// it. Vault also stores the whole response, which proves that this is the entry of the
+// lease.
 func requireInternalDataHoldsNoSecret(t *testing.T, m mount, known *secrets, lease string) {
 	t.Helper()
 	raw := m.in(t).as(m.vault.RootToken)

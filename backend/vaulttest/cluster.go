@@ -9,8 +9,8 @@ import (
 )
 
 // Cluster is a Vault of several nodes on integrated storage. The nodes share a
-// plugin directory, so that a plugin registered through any of them can run on
-// all.
+// plugin directory, so that a plugin that is registered through one of them can
+// run on all.
 type Cluster struct {
 	Nodes     []*Vault
 	RootToken string
@@ -19,8 +19,8 @@ type Cluster struct {
 }
 
 // StartCluster starts n nodes that are unsealed by one key, and waits until
-// one leads and the others follow. Options hold for every node; the storage
-// is always raft.
+// one node leads and the others follow. The options apply to every node; the
+// storage is always raft.
 func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
 	t.Helper()
 	c := &Cluster{down: map[*Vault]bool{}}
@@ -42,9 +42,9 @@ func StartCluster(t testing.TB, n int, opts ...Option) *Cluster {
 		c.Nodes = append(c.Nodes, node)
 	}
 	for _, node := range c.Nodes[1:] {
-		// A node takes the key only when it has found the leader to join, and goes
-		// on by itself from there. Given the key twice it runs for leadership
-		// twice over, and never steps down.
+		// A node accepts the key only after it has found the leader to join, and
+		// then joins by itself. With the key twice it would start two elections,
+		// and never step down.
 		taken := false
 		Eventually(t, "node "+node.Addr+" to join", func() bool {
 			if !taken {
@@ -87,8 +87,8 @@ func nodeOptions(opts []Option, i int, first *Vault) []Option {
 	})
 }
 
-// WaitForLeader waits until exactly one of the nodes that run is active and
-// all of them name it as their leader, and returns it.
+// WaitForLeader waits until exactly one of the running nodes is active and all of
+// them name it as their leader, and returns it.
 func (c *Cluster) WaitForLeader(t testing.TB) *Vault {
 	t.Helper()
 	var leader *Vault
@@ -122,7 +122,7 @@ func (c *Cluster) running() []*Vault {
 	return slices.DeleteFunc(slices.Clone(c.Nodes), func(v *Vault) bool { return c.down[v] })
 }
 
-// Leader is the active node. It waits for one.
+// Leader returns the active node, and waits until there is one.
 func (c *Cluster) Leader(t testing.TB) *Vault {
 	t.Helper()
 	return c.WaitForLeader(t)

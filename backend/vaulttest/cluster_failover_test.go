@@ -15,13 +15,13 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// Leaders come and go under a steady load of reads, in the middle of exchanges
-// and of rotations, which are those that bring a new refresh token: no tenant is
-// lost, and no token that lasts is exchanged again.
+// The leader changes several times under a steady load of reads, in the middle of
+// exchanges and of rotations, which are exchanges that bring a new refresh token: no
+// tenant is lost, and no tenant with a usable access token is exchanged again.
 //
-// One case is not here, for no engine could help it: a SIGKILL between Kaizala's
-// rotation and Vault's write of the new refresh token, where Kaizala kills the
-// old one at once. The only good token is lost with the process.
+// One case is not tested, because no engine could prevent it: a SIGKILL between
+// Kaizala's rotation and Vault's write of the new refresh token, if Kaizala ends the
+// old one at once. The only valid refresh token is lost with the process.
 func TestFailover(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts three Vaults")
@@ -39,7 +39,7 @@ func TestFailover(t *testing.T) {
 		m.write("tenants/"+name, fields{"refresh_token": service.GenerateUserToken(f.connectorID, name), "ttl": "1h"}).ok(t)
 		tokens[name] = m.access(name)
 	}
-	// A Kaizala whose access tokens soon end keeps exchanges going all along.
+	// An emulator with short access tokens causes exchanges all the time.
 	short := kaizalatest.NewServer()
 	t.Cleanup(short.Close)
 	short.SetAccessTokenLife(8 * time.Second)
@@ -52,7 +52,7 @@ func TestFailover(t *testing.T) {
 	serving, endLoad := f.load(t, append(append([]string{}, lasting...), brief...), tokens)
 	serving(t)
 
-	// part ends the test where it fails: later parts need a whole cluster.
+	// part ends the whole test if the part fails: later parts need a complete cluster.
 	part := func(name string, run func(t *testing.T)) {
 		if !t.Run(name, run) {
 			t.FailNow()
@@ -62,8 +62,8 @@ func TestFailover(t *testing.T) {
 		part(fmt.Sprintf("step-down %d: answers are on their way back", i+1), func(t *testing.T) {
 			service.SetOldTokenDies(true)
 			names := f.rotate(t, fmt.Sprintf("stepped-%d", i+1), 24, 24)
-			// The answers come once Vault has told the engine to stop: no request runs
-			// any more.
+			// Kaizala answers after Vault has told the engine to stop: no request is
+			// running then.
 			leader := c.Leader(t)
 			stops := func() int { return strings.Count(leader.Logs(), "cleanup: transport=gRPC status=started") }
 			before := stops()
@@ -73,11 +73,11 @@ func TestFailover(t *testing.T) {
 					t.Error("Vault does not stop the engine")
 				}
 				if processed, _ := underWay(service, names); processed != len(names) {
-					t.Errorf("%d of %d answers were still on their way", processed, len(names))
+					t.Errorf("%d of %d exchanges were under way", processed, len(names))
 				}
 				service.ClearFaults()
 			})
-			defer answering.Wait() // where stepDown gives up
+			defer answering.Wait() // also if stepDown fails
 			took := stepDown(t, c)
 			answering.Wait()
 			t.Logf("stepped down in %s", took.Round(time.Millisecond))
@@ -86,8 +86,8 @@ func TestFailover(t *testing.T) {
 		})
 	}
 
-	// kill ends the leader in the middle of rotations, as rotate has begun them,
-	// and of two exchanges that readers wait for.
+	// kill ends the leader in the middle of the rotations that rotate has begun, and of
+	// two exchanges that readers wait for.
 	kill := func(t *testing.T, label string, n, held int) {
 		t.Helper()
 		leader := c.Leader(t)
@@ -138,8 +138,8 @@ func TestFailover(t *testing.T) {
 
 	part("nobody hangs", func(t *testing.T) { stepDownWhileHanging(t, c, service, f.at) })
 
-	// What rotations brought has outlasted all the failovers that followed: it is
-	// what Kaizala has issued last, and nothing was exchanged again.
+	// The refresh tokens of the rotations are stored after all later failovers: they
+	// are those that Kaizala has issued last, and no tenant was exchanged again.
 	m = f.leader(t)
 	service.SetAccessTokenLife(time.Hour)
 	for name := range f.rotations {
@@ -156,7 +156,7 @@ func TestFailover(t *testing.T) {
 		require.True(t, service.AccessTokenAlive(m.access(name)))
 	}
 
-	// With Kaizala gone, all that is left can be taken away.
+	// Without Kaizala, all that is left can be deleted.
 	f.kaizala.Close()
 	require.NotEmpty(t, m.leases())
 	out, exit := m.vault.CLI(t, c.RootToken, "lease", "revoke", "-prefix", "-sync", "kaizala/creds")
@@ -166,13 +166,13 @@ func TestFailover(t *testing.T) {
 	require.NoError(t, m.vault.Client.Sys().Unmount("kaizala"))
 }
 
-// failover is the engine on a cluster of three, with a Kaizala of its own.
+// failover is the engine on a cluster of three, with its own emulator of Kaizala.
 type failover struct {
 	cluster     *Cluster
 	kaizala     *kaizalatest.Server
 	connectorID string
-	// rotations is how many exchanges each tenant of rotate's has to have: one, and
-	// one more where the answer was lost with its leader. All of them are rotations.
+	// rotations is the number of exchanges that each tenant of rotate must have: one,
+	// and one more if its answer was lost with the leader. All of them are rotations.
 	rotations map[string]int
 }
 
@@ -186,7 +186,7 @@ func startFailover(t *testing.T) *failover {
 	return f
 }
 
-// connect makes a connector of a Kaizala without limits.
+// connect writes a connector of this emulator, which has no limits then.
 func (f *failover) connect(t *testing.T, config string, kaizala *kaizalatest.Server) (connectorID string) {
 	t.Helper()
 	kaizala.SetLimits(0, 0)
@@ -195,7 +195,7 @@ func (f *failover) connect(t *testing.T, config string, kaizala *kaizalatest.Ser
 	return connectorID
 }
 
-// at is the mount as one node shows it.
+// at is the mount on one of the nodes.
 func (f *failover) at(node *Vault) mount {
 	return mount{vault: node, path: "kaizala", token: f.cluster.RootToken, heard: &answers{}}
 }
@@ -205,10 +205,10 @@ func (f *failover) leader(t *testing.T) mount {
 	return f.at(f.cluster.Leader(t)).in(t)
 }
 
-// rotate writes so many tenants whose refresh tokens are past 90 % of their
-// lives, so that the engine exchanges each at once, and returns when all of these
-// exchanges are under way. Kaizala has processed held of them and keeps its
-// answers back; the others do not reach it. ClearFaults ends both.
+// rotate writes n tenants whose refresh tokens are past 90 % of their lives, so that
+// the engine exchanges each at once, and returns when all of these exchanges are under
+// way. Kaizala has processed the first held of them, and holds its answers back; the
+// others hang before it processes them. ClearFaults ends both.
 func (f *failover) rotate(t *testing.T, label string, n, held int) (names []string) {
 	t.Helper()
 	f.kaizala.SetRefreshTokenAge(330 * 24 * time.Hour)
@@ -246,9 +246,9 @@ func underWay(service *kaizalatest.Service, names []string) (processed, coming i
 	return processed, coming
 }
 
-// kept requires of tenants whose rotations were interrupted that all of them are
-// read and well, after no more exchanges than it takes. It makes none: that would
-// store what should have been stored before.
+// kept requires that the tenants whose rotations were interrupted can be read, with the
+// status ok, after no more exchanges than necessary. It causes no exchange itself,
+// which would store what must be stored already.
 func (f *failover) kept(t *testing.T, names ...string) {
 	t.Helper()
 	m := f.leader(t)
@@ -269,9 +269,9 @@ func (f *failover) kept(t *testing.T, names ...string) {
 	}
 }
 
-// load is readers at every node, who take what a failover does to them and try
-// again. serving waits until they are served; whoever has an entry in tokens has
-// to be handed that one.
+// load starts readers at every node, who try again after the errors of a failover.
+// serving waits until they are all served. A reader of a tenant in tokens must get the
+// access token there.
 func (f *failover) load(t *testing.T, names []string, tokens map[string]string) (serving, end func(t *testing.T)) {
 	var served, failed atomic.Int64
 	var why sync.Map // the last answer of each status that failed
@@ -298,14 +298,14 @@ func (f *failover) load(t *testing.T, names []string, tokens map[string]string) 
 					failed.Add(1)
 					why.Store(fmt.Sprint(a.status), a.body)
 					if strings.Contains(a.body, "refuse") {
-						t.Errorf("%s: Kaizala should refuse nobody: %s", name, a.body)
+						t.Errorf("%s: Kaizala should refuse no request: %s", name, a.body)
 					}
 					time.Sleep(200 * time.Millisecond) // as a client that tries again would
 					continue
 				}
 				served.Add(1)
 				if want := tokens[name]; want != "" && a.text("access_token") != want {
-					t.Errorf("%s was handed another token though its own lasts", name)
+					t.Errorf("%s got another access token although its older one is valid", name)
 				}
 			}
 		})
@@ -323,8 +323,8 @@ func (f *failover) load(t *testing.T, names []string, tokens map[string]string) 
 	return serving, end
 }
 
-// stepDown makes the leader step down and says how long that took. Vault may
-// answer that it will and not do it, some seconds after an election: then it is
+// stepDown makes the leader step down and returns how long that took. In the first
+// seconds after an election Vault may accept the request and not step down: then it is
 // asked again.
 func stepDown(t *testing.T, c *Cluster) (took time.Duration) {
 	t.Helper()

@@ -15,9 +15,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// Each flow is begun on one leader, whose Vault and plugin are killed, and ended on the next: the code flow killed before the
-// person comes back and while the page asks for confirmation, the device flow before the person decides, the PIN login
-// between its two requests. Each tenant is then read.
+// Each flow begins on one leader, whose Vault and plugin are then killed, and ends on the next leader. The kill comes before the
+// person comes back or while the page asks for confirmation (code flow), before the person decides (device flow), and between the
+// two requests (PIN login). Each tenant is then read.
 func TestGrantsOverAFailover(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: three Vaults, whose leader is killed; make test runs it")
@@ -25,7 +25,7 @@ func TestGrantsOverAFailover(t *testing.T) {
 	t.Parallel()
 	f := startFailover(t)
 	killed := f.cluster.Leader(t)
-	// The browser comes back to a node that lives on, and which leads by then or not.
+	// The browser comes back to a node that still runs, as the leader or not.
 	other := slices.IndexFunc(f.cluster.Nodes, func(v *Vault) bool { return v != killed })
 	callback := f.cluster.Nodes[other].Addr + "/v1/kaizala/callback"
 	s := StartZitadel(t, "REDIRECT_URIS="+callback)
@@ -90,7 +90,7 @@ func TestGrantsOverAFailover(t *testing.T) {
 	require.Zero(t, stats.Reused+stats.Refused)
 	require.Equal(t, 3, stats.LiveGrants)
 
-	// With both services gone, all of it can be taken away.
+	// Without the services, everything can be deleted.
 	f.kaizala.Close()
 	s.proc.kill()
 	require.NoError(t, m.vault.Client.Sys().Unmount("kaizala"))

@@ -15,9 +15,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// startDemo runs scripts/demo.sh as a shell with job control would: in a
-// process group of its own. Its temporary files are in the directory that is
-// returned.
+// startDemo runs scripts/demo.sh as a shell with job control would, in its own
+// process group. It returns the directory of its temporary files.
 func startDemo(t *testing.T, args ...string) (*exec.Cmd, *buffer, string) {
 	t.Helper()
 	root, err := Root()
@@ -62,7 +61,7 @@ func TestDemo(t *testing.T) {
 	} {
 		require.Contains(t, out.String(), text)
 	}
-	// The two access tokens are all that is shown of Kaizala's secrets.
+	// Of Kaizala's secrets, the demo shows only the two access tokens.
 	require.Equal(t, 2, strings.Count(out.String(), "eyJhbGciOi"), "%s", out)
 	require.NotRegexp(t, `(?m)^connector_secret\b`, out.String())
 	requireClean(t, tmp)
@@ -88,7 +87,7 @@ func TestDevRunsUntilInterrupted(t *testing.T) {
 	requireClean(t, tmp)
 }
 
-// connectOwnClient pastes what bootstrap/authserver/README.md says beside make dev, with a free port.
+// connectOwnClient runs the commands of bootstrap/authserver/README.md for use with make dev, with a free port.
 func connectOwnClient(t *testing.T, dev string) {
 	root, err := Root()
 	require.NoError(t, err)
@@ -118,7 +117,7 @@ func connectOwnClient(t *testing.T, dev string) {
 	require.Equal(t, service.User, subject)
 }
 
-// A Ctrl-C in the middle of the demo cleans up too, and is no success.
+// A Ctrl-C in the middle of the demo cleans up too, with an exit status that is not 0.
 func TestInterruptedDemoCleansUp(t *testing.T) {
 	cmd, out, tmp := startDemo(t)
 	ended := make(chan error, 1)
@@ -137,7 +136,7 @@ func TestInterruptedDemoCleansUp(t *testing.T) {
 	requireClean(t, tmp)
 }
 
-// buffer is a bytes.Buffer that one goroutine fills while another looks.
+// buffer is a bytes.Buffer that one goroutine writes while another reads it.
 type buffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -155,7 +154,7 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// make demo takes a vault that is on the PATH where it is new enough; tests take the pinned one.
+// make demo uses the vault on the PATH if it is new enough; tests use the pinned one.
 func TestWhichVaultTheDemoTakes(t *testing.T) {
 	t.Parallel()
 	root, err := Root()
@@ -189,7 +188,7 @@ func TestWhichVaultTheDemoTakes(t *testing.T) {
 			got, said := path("demo")
 			require.Equal(t, own, got, version)
 			require.Contains(t, said, own)
-		} else if pinned == filepath.Join(root, "bin", "vault-"+PinnedVault) { // or else it would have to be built
+		} else if pinned == filepath.Join(root, "bin", "vault-"+PinnedVault) { // otherwise Vault would have to be built
 			got, said := path("demo")
 			require.Equal(t, pinned, got, version)
 			require.Empty(t, said)

@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// Plugin is a running plugin process with no Vault around it.
+// Plugin is a running plugin process without a Vault.
 type Plugin struct {
 	client   *goplugin.Client
 	protocol goplugin.ClientProtocol
@@ -29,8 +29,8 @@ type Plugin struct {
 }
 
 // StartPlugin runs a built plugin the way Vault does: checksum, handshake,
-// AutoMTLS. The process ends with the test. Its log lines go to logger, and
-// nowhere if that is nil.
+// AutoMTLS. The process ends with the test. Its log lines go to logger, or are
+// dropped if that is nil.
 func StartPlugin(t testing.TB, binary string, logger hclog.Logger) *Plugin {
 	t.Helper()
 	content, err := os.ReadFile(binary)
@@ -62,7 +62,7 @@ func StartPlugin(t testing.TB, binary string, logger hclog.Logger) *Plugin {
 	return p
 }
 
-// Multiplexed tells whether the process offers several mounts at once.
+// Multiplexed returns whether the process can serve several mounts.
 func (p *Plugin) Multiplexed(t testing.TB) bool {
 	t.Helper()
 	yes, err := pluginutil.MultiplexingSupported(context.Background(), p.conn, PluginName)
@@ -99,15 +99,15 @@ func (p *Plugin) Mount(t testing.TB, storage logical.Storage, system logical.Sys
 	return mount
 }
 
-// Dispense runs a built plugin with no Vault and returns one mount of it,
-// whose every call goes over go-plugin: what a benchmark needs to see the cost
-// of the boundary alone.
+// Dispense runs a built plugin without a Vault and returns one mount of it. Each of
+// its calls goes over go-plugin, so a benchmark can measure the cost of the process
+// boundary alone.
 func Dispense(t testing.TB, binary string, storage logical.Storage, system logical.SystemView) logical.Backend {
 	t.Helper()
 	return StartPlugin(t, binary, nil).Mount(t, storage, system)
 }
 
-// onceCleaned lets a test clean a mount up before the test's end does.
+// onceCleaned makes Cleanup run once, so that a test can clean a mount up before its end.
 type onceCleaned struct {
 	logical.Backend
 	cleaned atomic.Bool
@@ -124,8 +124,7 @@ func (b *onceCleaned) PluginVersion() logical.PluginVersion {
 	return b.Backend.(logical.PluginVersioner).PluginVersion()
 }
 
-// multiplexedMount marks each call with the mount it is for, as Vault's own
-// plugin catalog does.
+// multiplexedMount marks each call with its mount, as Vault's plugin catalog does.
 type multiplexedMount struct {
 	goplugin.ClientProtocol
 	conn *grpc.ClientConn
@@ -135,7 +134,7 @@ type multiplexedMount struct {
 func (m *multiplexedMount) Conn() grpc.ClientConnInterface { return m }
 func (m *multiplexedMount) Reload() error                  { return nil }
 
-// Close leaves the process, which the other mounts use, to StartPlugin.
+// Close does nothing: other mounts use the process, which StartPlugin ends.
 func (m *multiplexedMount) Close() error { return nil }
 
 func (m *multiplexedMount) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {

@@ -12,7 +12,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// grantMount is an engine with Kaizala and an authorization server, and a listener that sends headers of its own.
+// grantMount is an engine with Kaizala and an authorization server, on a Vault whose listener adds its own headers.
 func grantMount(t *testing.T, path string, opts ...Option) (m mount, server *oauth2test.Server, secret string) {
 	t.Helper()
 	v := Start(t, append(opts, WithConfig(func(config map[string]any) {
@@ -33,9 +33,9 @@ func grantMount(t *testing.T, path string, opts ...Option) (m mount, server *oau
 	return m, server, secret
 }
 
-// No refresh token, access token, code, verifier, device code, PIN or phone number turns up in an answer, a page, a status, the
-// log or the audit log, whatever happens to a grant, but for one thing: Vault writes the query of a callback, with code and
-// state, into the audit log in clear.
+// No refresh token, access token, code, verifier, device code, PIN or phone number is in an answer, a page, a status, the log or
+// the audit log after any flow of a grant, with one exception: Vault writes the query of a callback, with code and state, into
+// the audit log in clear.
 func TestGrantsTellNothing(t *testing.T) {
 	t.Parallel()
 	m, server, clientSecret := grantMount(t, "canary", WithAudit())
@@ -47,7 +47,7 @@ func TestGrantsTellNothing(t *testing.T) {
 	stored := mounts.Data["uuid"].(string)
 	outside := m.as("")
 
-	// look learns what storage has of a pending attempt.
+	// look reads the secrets of a pending attempt from storage.
 	look := func() {
 		t.Helper()
 		raw, err := m.vault.Client.Logical().Read("sys/raw/logical/" + stored + "/attempts/tenants/acme")
@@ -77,7 +77,7 @@ func TestGrantsTellNothing(t *testing.T) {
 		}
 	}
 	by := fields{"connector": "as"}
-	// back is what the browser brings once the person has consented.
+	// back returns the parameters of the redirect after the person has consented.
 	back := func() url.Values {
 		t.Helper()
 		to, err := server.Approve(m.write("tenants/acme/authorize", by).ok(t).text("authorization_url"), "asha")
@@ -103,7 +103,7 @@ func TestGrantsTellNothing(t *testing.T) {
 		look()
 	}
 
-	// The code flow: as it should be, again, pasted, forged, denied, failed, and with fields that do not fit.
+	// The code flow: valid, repeated, pasted, forged, denied, failed, and with invalid fields.
 	for _, change := range []func(url.Values){
 		func(url.Values) {},
 		func(q url.Values) { q.Set("code", "forged-canary-code") },
@@ -188,7 +188,7 @@ func TestGrantsTellNothing(t *testing.T) {
 	require.Positive(t, inQuery)
 }
 
-// What somebody without a token can try at the callback, on a real Vault.
+// Requests that a client without a Vault token can make at the callback, on a real Vault.
 func TestCallbackFromOutside(t *testing.T) {
 	t.Parallel()
 	m, server, _ := grantMount(t, "outside")
@@ -206,7 +206,7 @@ func TestCallbackFromOutside(t *testing.T) {
 		data         fields
 		status       int
 	}{
-		"a read that asks to complete":  {http.MethodGet, path + "&page=1", nil, 200}, // and is asked to confirm
+		"a read that asks to complete":  {http.MethodGet, path + "&page=1", nil, 200}, // the answer is the page that asks for confirmation
 		"the head of a page":            {http.MethodHead, path, nil, 405},
 		"a write without a body":        {http.MethodPut, path, nil, 400},
 		"a form whose fields are asked": {http.MethodPut, path + "&page=1", fields{}, 400},
@@ -225,10 +225,10 @@ func TestCallbackFromOutside(t *testing.T) {
 		a := outside.request(c.method, c.path, c.data, nil)
 		require.Equal(t, c.status, a.status, "%s: %s", name, a.body)
 	}
-	require.Empty(t, server.Calls(), "nothing of it is a call")
+	require.Empty(t, server.Calls(), "none of these requests causes a call")
 	require.Equal(t, "pending", m.read("tenants/acme/authorize").ok(t).text("status"))
 
-	// Vault would store what it wraps, for anybody.
+	// A request for wrapping, without a token, stores nothing: Vault would store a wrapped answer.
 	before := wrappingTokens(t, m)
 	wrap := http.Header{"X-Vault-Wrap-Ttl": {"60"}}
 	for _, query := range []string{"", "?" + u.RawQuery, "?state=unknown"} {
@@ -242,7 +242,7 @@ func TestCallbackFromOutside(t *testing.T) {
 	require.Equal(t, before, wrappingTokens(t, m))
 	require.Empty(t, server.Calls())
 
-	// The listener's own headers reach the page; its policy is the engine's.
+	// The page has the listener's headers and those of the engine.
 	resp, err := m.vault.http.Get(m.vault.Addr + "/v1/" + path)
 	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
@@ -250,7 +250,7 @@ func TestCallbackFromOutside(t *testing.T) {
 	require.Equal(t, []string{"no-store"}, resp.Header["Cache-Control"])
 	require.Equal(t, []string{"text/html; charset=utf-8"}, resp.Header["Content-Type"])
 
-	// Ten at once: one code is sent, one is told so.
+	// Ten requests with one state at the same time: one code is sent, and one request succeeds.
 	statuses := make(chan int, 10)
 	for range cap(statuses) {
 		go func() {

@@ -18,14 +18,14 @@ import (
 
 const (
 	dueTenants = 500
-	// promptly is what seal, step-down and reload have: 10 seconds for a reader, 5
-	// for the engine to stop, and some for Vault.
+	// promptly is the limit for a seal, a step-down and a reload: 10 seconds for a
+	// reader, 5 for the engine to stop, and some for Vault.
 	promptly = 20 * time.Second
 )
 
-// hang lets Kaizala hang, writes tenants whose refresh tokens are past 90 % of
-// their lives, so that they are due, and returns once hundreds of exchanges that
-// nobody asked for hang there, and so do readers.
+// hang makes Kaizala hang, and writes tenants whose refresh tokens are past 90 % of
+// their lives, so that they are due. It returns when hundreds of background exchanges
+// hang at Kaizala, and readers wait.
 func hang(m mount, service *kaizalatest.Service, connectorID string) (readers *sync.WaitGroup) {
 	m.t.Helper()
 	service.ClearFaults()
@@ -76,8 +76,8 @@ func eachTenant(do func(name string)) {
 	workers.Wait()
 }
 
-// otherMount reads another mount over and over. Its stop says how long the
-// longest read took, and how many did not succeed.
+// otherMount reads another mount again and again. stop ends that, and returns the
+// duration of the longest read and the number of reads that failed.
 func otherMount(m mount) (stop func() (longest time.Duration, failed int)) {
 	done := make(chan struct{})
 	var reading sync.WaitGroup
@@ -105,8 +105,8 @@ func otherMount(m mount) (stop func() (longest time.Duration, failed int)) {
 	}
 }
 
-// A hanging Kaizala, with hundreds of tenants due and readers waiting, holds up
-// neither a reload nor a seal, nor anybody else's mount.
+// Kaizala hangs, hundreds of tenants are due and readers wait: a reload, a seal and
+// the readers of another mount do not wait for that.
 func TestVaultIsNeverHeldUp(t *testing.T) {
 	v := Start(t)
 	v.RegisterEngine(t)
@@ -126,7 +126,7 @@ func TestVaultIsNeverHeldUp(t *testing.T) {
 		require.Zero(t, exit, out)
 		require.Less(t, took, promptly)
 		readers.Wait()
-		require.Less(t, time.Since(began), promptly, "a reader has an answer within 10 seconds")
+		require.Less(t, time.Since(began), promptly, "a reader gets an answer within 10 seconds")
 		longest, failed := stop()
 		t.Logf("the reload took %s, another mount's longest read %s", took.Round(time.Millisecond), longest.Round(time.Millisecond))
 		require.Zero(t, failed, "reads of another mount")
@@ -144,7 +144,7 @@ func TestVaultIsNeverHeldUp(t *testing.T) {
 		readers.Wait()
 		m.kaizala.ClearFaults()
 		v.Unseal(t)
-		// Nothing was lost by it.
+		// No tenant was lost by the seal.
 		Eventually(t, "the engine to serve again", func() bool { return m.read("token/due-000").status == 200 })
 	})
 }
@@ -164,8 +164,8 @@ func stepDownWhileHanging(t *testing.T, c *Cluster, service *kaizalatest.Service
 	require.Equal(t, 404, at(next).in(t).read("tenants/none").status)
 }
 
-// ownTokens is a mount of leases that have access tokens of their own, at a service that takes 2 seconds for each revocation
-// until its faults are cleared.
+// ownTokens makes a mount with this many leases, each with its own access token, at a service that needs 2 seconds for each
+// revocation until its faults are cleared.
 func ownTokens(t *testing.T, v *Vault, path string, leases int) (m mount, server *oauth2test.Server, tokens []string) {
 	t.Helper()
 	server = newAuthServer(t)
@@ -176,7 +176,7 @@ func ownTokens(t *testing.T, v *Vault, path string, leases int) (m mount, server
 		"service": "oauth2", "issuer": server.Issuer(), "connector_id": id, "connector_secret": secret,
 		"revocation": "access_token", "exchange_invalidates": false, "exchanges_per_minute": 100000,
 	}).ok(t)
-	// A tenant's exchanges are made one after another, those of several tenants are not.
+	// The exchanges of one tenant are made one after another, and those of several tenants at the same time.
 	const tenants = 10
 	var readers sync.WaitGroup
 	var mu sync.Mutex
@@ -202,8 +202,8 @@ func ownTokens(t *testing.T, v *Vault, path string, leases int) (m mount, server
 	return m, server, tokens
 }
 
-// Leases with access tokens of their own, at a service that takes 2 seconds for each revocation, hold up neither the end nor
-// the move of their mount, and nobody else meanwhile: not the readers of another mount, and no seal.
+// Each lease has its own access token, at a service that needs 2 seconds for each revocation: the disable and the move of the mount
+// do not wait for the service, and neither do the readers of another mount nor a seal.
 func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: 1,000 leases, each of which takes the service 2 seconds to revoke; make test runs it")
@@ -265,8 +265,8 @@ func TestMountsAreNotHeldUpByRevocations(t *testing.T) {
 	}
 }
 
-// 2,000 leases that are revoked at once, at a service that takes 2 seconds for each of their access tokens, hold up neither a
-// seal nor another mount's readers; and once the service is well, each of these tokens is dead.
+// 2,000 leases are revoked at once, at a service that needs 2 seconds for each of their access tokens: a seal and the readers of
+// another mount do not wait for that. When the service is fast again, all these tokens are revoked.
 func TestThousandsOfRevocationsHoldNobodyUp(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: 2,000 leases and a seal; make test runs it")
@@ -288,21 +288,21 @@ func TestThousandsOfRevocationsHoldNobodyUp(t *testing.T) {
 	require.Less(t, took, promptly)
 	require.Less(t, longest, 5*time.Second)
 	require.Zero(t, failed)
-	require.Less(t, made, 1000, "the seal came in the middle")
+	require.Less(t, made, 1000, "the seal came before all revocations were made")
 
 	server.ClearFaults()
 	v.Unseal(t)
 	began = time.Now()
 	Eventually(t, "all tokens to be dead", func() bool { return !slices.ContainsFunc(tokens, server.Alive) })
 	Eventually(t, "nothing to be pending", func() bool { return m.read("config").ok(t).data()["pending_revocations"] == nil })
-	t.Logf("all tokens were dead %s after the unsealing", time.Since(began).Round(time.Millisecond))
+	t.Logf("all tokens were revoked %s after the unsealing", time.Since(began).Round(time.Millisecond))
 	require.Empty(t, m.leases())
 	require.Empty(t, server.LostGrants())
 	requireNoIrrevocableLeases(t, v)
 }
 
-// The revocation endpoint is down, Vault and the plugin are killed meanwhile, and it comes back: every token dies, as fast as
-// the connector's share allows. (That this takes an hour is played in process.)
+// The revocation endpoint is down, Vault and the plugin are killed during that, and then the endpoint works again: every token is
+// revoked, as fast as the connector's share permits. (A test in process has an outage of an hour.)
 func TestRevocationOutageOnVault(t *testing.T) {
 	t.Parallel()
 	const tenants, limit = 100, 600
@@ -350,7 +350,7 @@ func TestRevocationOutageOnVault(t *testing.T) {
 	began, calls := time.Now(), len(server.Calls())
 	server.ClearFaults()
 	Eventually(t, "all tokens to be dead", func() bool { return !slices.ContainsFunc(tokens, server.Alive) })
-	t.Logf("%d calls of the outage; all tokens were dead %s after it", calls, time.Since(began).Round(time.Millisecond))
+	t.Logf("%d calls in the outage; all tokens were revoked %s after it", calls, time.Since(began).Round(time.Millisecond))
 	Eventually(t, "nothing to be pending", func() bool { return m.read("config").ok(t).data()["pending_revocations"] == nil })
 	require.LessOrEqual(t, server.MaxPerMinute(id), limit)
 	for _, c := range server.Calls(oauth2test.EndpointRevocation) {

@@ -17,22 +17,22 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 )
 
-// mount is the engine mounted on a real Vault, with a Kaizala of its own, as the
-// holder of one Vault token sees it over HTTP.
+// mount is the engine mounted on a real Vault, with its own emulator of Kaizala. Its
+// requests are made over HTTP with one Vault token.
 type mount struct {
 	t       testing.TB
 	vault   *Vault
 	path    string
 	token   string
 	kaizala *kaizalatest.Server
-	// What Kaizala's portal showed for the connector.
+	// The connector's ID and secret, as Kaizala's portal shows them.
 	connectorID, connectorSecret string
-	// heard is every answer so far, whoever asked.
+	// heard has every answer so far, to requests with any token.
 	heard *answers
 }
 
-// mountEngine mounts the registered engine. When the test ends its Kaizala goes
-// away first, and then the mount with whatever leases it still has: that has to
+// mountEngine mounts the registered engine. At the end of the test the emulator is
+// closed first, and then the mount is disabled with its remaining leases: that has to
 // work each time.
 func mountEngine(t testing.TB, v *Vault, path string) mount {
 	t.Helper()
@@ -56,7 +56,7 @@ func configuredEngine(t testing.TB, v *Vault, path string) mount {
 	return m
 }
 
-// connector is what makes config of the connector on Kaizala's portal.
+// connector returns the fields of config for the connector on Kaizala's portal.
 func (m mount) connector() fields {
 	return fields{"connector_id": m.connectorID, "connector_secret": m.connectorSecret, "api_root": m.kaizala.URL}
 }
@@ -76,7 +76,7 @@ func (m mount) addTenant(name string, with ...fields) string {
 	return token
 }
 
-// as is the same mount for the holder of another token.
+// as is the same mount with another Vault token.
 func (m mount) as(token string) mount { m.token = token; return m }
 
 // in is the same mount for a part of the test.
@@ -94,7 +94,7 @@ func (m mount) delete(path string) answer { return m.do(http.MethodDelete, path,
 
 func (m mount) list(path string) answer { return m.do("LIST", path, nil) }
 
-// access reads the current access token without leaving a lease behind.
+// access reads the current access token without a lease.
 func (m mount) access(tenant string) string {
 	m.t.Helper()
 	return m.read("token/" + tenant).ok(m.t).text("access_token")
@@ -104,7 +104,7 @@ func (m mount) do(method, path string, data fields) answer {
 	return m.request(method, m.path+"/"+path, data, nil)
 }
 
-// sys asks Vault itself.
+// sys makes a request to Vault itself.
 func (m mount) sys(method, path string, data fields) answer {
 	return m.request(method, path, data, nil)
 }
@@ -122,7 +122,7 @@ func (m mount) request(method, path string, data fields, header http.Header) ans
 	return a
 }
 
-// send makes a request whose body need not be JSON. Its error is the network's.
+// send makes a request whose body need not be JSON. err is an error of the network.
 func (m mount) send(method, path, body string, header http.Header) (answer, error) {
 	r, err := http.NewRequest(method, m.vault.Addr+"/v1/"+path, strings.NewReader(body))
 	if err != nil {
@@ -150,7 +150,7 @@ func (m mount) send(method, path, body string, header http.Header) (answer, erro
 	return a, nil
 }
 
-// answer is what Vault said to a request.
+// answer is Vault's answer to a request.
 type answer struct {
 	request string
 	status  int
@@ -223,7 +223,7 @@ func (a answer) lease() string { return a.parsed().LeaseID }
 // ttl is the life of the answer's lease.
 func (a answer) ttl() time.Duration { return time.Duration(a.parsed().LeaseDuration) * time.Second }
 
-// time is a time of the answer's data, in the one form that the engine writes.
+// time is a time of the answer's data, in the only form that the engine writes.
 func (a answer) time(t testing.TB, field string) time.Time {
 	t.Helper()
 	require.Regexp(t, `Z$`, a.text(field), "%s is in UTC", field)
@@ -261,7 +261,7 @@ func (m mount) leases() (all []string) {
 	return all
 }
 
-// requireNoIrrevocableLeases looks at all of Vault's leases.
+// requireNoIrrevocableLeases checks all leases of Vault.
 func requireNoIrrevocableLeases(t testing.TB, v *Vault) {
 	t.Helper()
 	secret, err := v.Client.Logical().ReadWithData("sys/leases/count", map[string][]string{"type": {"irrevocable"}})
@@ -269,7 +269,7 @@ func requireNoIrrevocableLeases(t testing.TB, v *Vault) {
 	require.Equal(t, json.Number("0"), secret.Data["lease_count"])
 }
 
-// policyFile is one of the policies that the repository offers.
+// policyFile is one of the repository's policies.
 func policyFile(t testing.TB, name string) string {
 	t.Helper()
 	root, err := Root()

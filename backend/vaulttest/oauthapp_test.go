@@ -20,14 +20,13 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// The other engine for OAuth 2.0, which bootstrap/coming-from-oauthapp.md is about.
+// The other secrets engine for OAuth 2.0, the subject of bootstrap/coming-from-oauthapp.md.
 const (
 	oauthappModule  = "github.com/puppetlabs/vault-plugin-secrets-oauthapp/v3"
 	oauthappVersion = "v3.1.1"
 )
 
-// oauthappBinary builds oauthapp from its module where it is missing, which takes minutes for the first time, and returns its
-// path.
+// oauthappBinary returns the path of oauthapp, and builds it from its module if it is missing, which takes minutes.
 func oauthappBinary(t *testing.T) string {
 	t.Helper()
 	root, err := Root()
@@ -56,7 +55,7 @@ func oauthappBinary(t *testing.T) string {
 	return path
 }
 
-// oauthapp exchanges where a reader asks for more life than an access token of an hour has left after overlong.
+// oauthapp makes an exchange when a reader asks for more life than an access token of an hour has left after overlong.
 const (
 	moreThanLeft = "minimum_seconds=3597"
 	overlong     = 4 * time.Second
@@ -67,15 +66,15 @@ const (
 func withOAuthApp(t *testing.T) (ours, theirs mount, service *oauth2test.Server, clientID string) {
 	t.Helper()
 	oauthapp := oauthappBinary(t)
-	t.Parallel() // nothing else runs while that is built
+	t.Parallel() // so that other tests run during the build
 	v := Start(t)
 	v.MountEngine(t, "kaizala")
-	// It reports no version of its own, so Vault takes none.
+	// oauthapp reports no version, so Vault accepts none for it.
 	v.RegisterAs(t, "oauthapp", "", oauthapp)
 	require.NoError(t, v.Client.Sys().Mount("oauth2", &api.MountInput{Type: "oauthapp"}))
 
 	service = oauth2test.New()
-	service.Set(oauth2test.ClassA) // and reuse of a refresh token ends the grant
+	service.Set(oauth2test.ClassA) // in this class, the reuse of a refresh token ends the grant
 	t.Cleanup(service.Listen())
 	callback := v.Addr + "/v1/kaizala/callback"
 	clientID, secret := service.RegisterClient(oauth2test.AuthBasic, callback)
@@ -111,7 +110,7 @@ func TestComingFromOAuthApp(t *testing.T) {
 		require.NotContains(t, theirs.read(held).body, service.CurrentRefreshToken("asha"), "the refresh token cannot be read out")
 	}
 
-	// The tenant gets a grant of its own beside the old one.
+	// The tenant gets its own grant, and the old one stays.
 	started := ours.write("tenants/acme/authorize", nil).ok(t)
 	back, err := service.Approve(started.text("authorization_url"), "asha")
 	require.NoError(t, err)
@@ -123,7 +122,7 @@ func TestComingFromOAuthApp(t *testing.T) {
 	require.Equal(t, before.text("type"), after.text("token_type"))
 	require.NotEqual(t, before.text("access_token"), after.text("access_token"))
 
-	// Both serve, and both go on exchanging.
+	// Both engines serve readers and make exchanges.
 	require.Equal(t, before.text("access_token"), theirs.read("creds/acme").ok(t).text("access_token"))
 	time.Sleep(overlong)
 	require.NotEqual(t, before.text("access_token"), theirs.read("creds/acme?"+moreThanLeft).ok(t).text("access_token"))
@@ -132,7 +131,7 @@ func TestComingFromOAuthApp(t *testing.T) {
 	require.True(t, service.Alive(after.text("access_token")))
 	require.True(t, service.Alive(ours.access("acme")))
 
-	// Once nobody reads the old one, it is deleted. That ends nothing at the service.
+	// When the old credential has no readers any more, it is deleted. That ends nothing at the service.
 	theirs.delete("creds/acme").ok(t)
 	require.NotEqual(t, 200, theirs.read("creds/acme").status)
 	require.True(t, service.Alive(before.text("access_token")))
@@ -140,8 +139,8 @@ func TestComingFromOAuthApp(t *testing.T) {
 	require.Empty(t, service.LostGrants())
 }
 
-// Readers of both engines hang up while the service has replaced the refresh token and not answered yet: 20 tenants, 3 times.
-// Afterwards each tenant is read once more. A tenant that gives no access token then is lost: a person has to consent again.
+// Readers of both engines cancel after the service has replaced the refresh token and before it answers: 20 tenants, 3 times. Then
+// each tenant is read once more. A tenant without an access token is lost: a person has to consent again.
 func TestHangUpsBesideOAuthApp(t *testing.T) {
 	if testing.Short() {
 		t.Skip("another engine, which has to be built, is left out of -short")
@@ -153,7 +152,7 @@ func TestHangUpsBesideOAuthApp(t *testing.T) {
 		ours.write(fmt.Sprint("tenants/t", i), fields{"refresh_token": service.Grant(clientID, fmt.Sprint("ours", i)), "token_per_lease": true}).ok(t)
 		theirs.write(fmt.Sprint("creds/t", i), fields{"server": "example", "grant_type": "refresh_token", "refresh_token": service.Grant(clientID, fmt.Sprint("theirs", i))}).ok(t)
 	}
-	// Each of these reads needs an exchange: of a tenant with token_per_lease, and of one whose token is old enough.
+	// Each of these reads causes an exchange: by token_per_lease in this engine, and by a token that is too old in oauthapp.
 	read := func(ctx context.Context, m mount, tenant int) (int, error) {
 		path := fmt.Sprintf("%s/v1/%s/creds/t%d", m.vault.Addr, m.path, tenant)
 		if m.path == theirs.path {
@@ -185,7 +184,7 @@ func TestHangUpsBesideOAuthApp(t *testing.T) {
 			for i := range tenants {
 				readers.Go(func() { _, _ = read(ctx, m, i) })
 			}
-			// A tenant that is lost already may make no call.
+			// For a tenant that is lost already, the engine may make no call.
 			poll(3*time.Second, func() bool {
 				processed := 0
 				for _, call := range service.Calls(oauth2test.EndpointToken)[before:] {
@@ -197,7 +196,7 @@ func TestHangUpsBesideOAuthApp(t *testing.T) {
 			})
 			hangUp()
 			readers.Wait()
-			time.Sleep(300 * time.Millisecond) // until the engine knows, too
+			time.Sleep(300 * time.Millisecond) // until the engine knows that the reader has cancelled
 			service.ClearFaults()
 		}
 		for i := range tenants {

@@ -16,8 +16,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// classDLength is how long the readers of TestNoTokenDiesBeforeItsLease read: 25 seconds, or what KAIZALA_CLASS_D_LENGTH says.
-// Ten minutes show what issue 9 asks for, and an exchange of the tokens of five minutes.
+// classDLength is how long the readers of TestNoTokenDiesBeforeItsLease read: 25 seconds, or KAIZALA_CLASS_D_LENGTH. In ten minutes,
+// the time that issue 9 asks for, access tokens of five minutes are replaced too.
 func classDLength(t *testing.T) time.Duration {
 	text := os.Getenv("KAIZALA_CLASS_D_LENGTH")
 	if text == "" {
@@ -28,28 +28,28 @@ func classDLength(t *testing.T) time.Duration {
 	return length
 }
 
-// classDLoad is readers of one tenant at a server where an exchange ends the access tokens before it, and what they have seen.
+// classDLoad are readers of one tenant at a server where an exchange ends older access tokens, and their results.
 type classDLoad struct {
 	mount
 	life   time.Duration
-	end    time.Time          // of the reading
-	server *oauth2test.Server // nil where others wrote it
+	end    time.Time          // when the readers stop
+	server *oauth2test.Server // nil for a server of another project
 	others *AuthServer
 
 	leases, renewals, tokens, refused, late, died atomic.Int64
 
 	mu       sync.Mutex
-	promises []promise // of access tokens of server, which knows to the nanosecond when one has ended
+	promises []promise // for the access tokens of server, which knows the exact time of their ends
 	checks   sync.WaitGroup
 }
 
-// promise is that an access token lives until then.
+// promise says that an access token lives until a time.
 type promise struct {
 	token, what string
 	until       time.Time
 }
 
-// promised notes a promise. A server that others wrote is asked shortly before its end, or when the reading ends.
+// promised notes a promise. A server of another project is asked shortly before the promised end, or when the readers stop.
 func (l *classDLoad) promised(p promise) {
 	if l.server != nil {
 		l.mu.Lock()
@@ -67,11 +67,11 @@ func (l *classDLoad) promised(p promise) {
 
 func (l *classDLoad) dead(p promise) {
 	if l.died.Add(1) <= 5 {
-		l.t.Errorf("%s: a token died before the end of its %s, %s", l.path, p.what, p.until.Format("15:04:05.000"))
+		l.t.Errorf("%s: an access token ended before the end of its %s, %s", l.path, p.what, p.until.Format("15:04:05.000"))
 	}
 }
 
-// settle looks at all promises.
+// settle checks all promises.
 func (l *classDLoad) settle() {
 	l.checks.Wait()
 	for _, p := range l.promises {
@@ -81,7 +81,7 @@ func (l *classDLoad) settle() {
 	}
 }
 
-// leaseEnd is when a lease ends by Vault's clock; otherwise, where it has ended by now.
+// leaseEnd returns when a lease ends by Vault's clock, or otherwise if it has ended.
 func (l *classDLoad) leaseEnd(lease string, otherwise time.Time) time.Time {
 	a, err := l.send(http.MethodPut, "sys/leases/lookup", `{"lease_id":"`+lease+`"}`, nil)
 	if err != nil || a.status != 200 {
@@ -94,7 +94,7 @@ func (l *classDLoad) leaseEnd(lease string, otherwise time.Time) time.Time {
 	return end
 }
 
-// read reads until then: leases, some of which it renews to their very end, and token, with and without min_ttl.
+// read reads until the end: creds, with renewals of some leases as long as that is possible, and token, with and without min_ttl.
 func (l *classDLoad) read() {
 	for time.Now().Before(l.end) {
 		time.Sleep(rand.N(3 * time.Second))
@@ -114,7 +114,7 @@ func (l *classDLoad) read() {
 			l.refused.Add(1)
 			continue
 		case a.status == 503:
-			l.late.Add(1) // this machine was too slow for a token of 6 seconds
+			l.late.Add(1) // the machine was too slow for a token of 6 seconds
 			continue
 		case a.status != 200:
 			l.t.Errorf("%s: %d %s", path, a.status, a.body)
@@ -138,7 +138,7 @@ func (l *classDLoad) read() {
 			sent := time.Now()
 			a, err := l.send(http.MethodPut, "sys/leases/renew", fmt.Sprintf(`{"lease_id":%q,"increment":%d}`, lease, rand.IntN(2)*int(l.life.Seconds())), nil)
 			if err != nil || a.status != 200 {
-				break // it has ended
+				break // the lease has ended
 			}
 			l.renewals.Add(1)
 			until = l.leaseEnd(lease, sent.Add(a.ttl()))
@@ -147,9 +147,9 @@ func (l *classDLoad) read() {
 	}
 }
 
-// Where an exchange ends the access tokens before it (class D), readers who also renew, read token and ask for min_ttl never
-// hold a lease, or a ttl, that is longer than the token's life, with tokens that live 6 seconds, a minute and five. A refresh
-// ends a token under its lease, and says so.
+// At a server where an exchange ends older access tokens (class D), readers also renew leases, read token and ask for min_ttl: no
+// access token ends before a lease on it, or before the ttl of a token read. The tokens live 6 seconds, a minute and five minutes. A
+// refresh ends a token before its lease, and its answer says so.
 func TestNoTokenDiesBeforeItsLease(t *testing.T) {
 	t.Parallel()
 	length := classDLength(t)
@@ -195,7 +195,7 @@ func TestNoTokenDiesBeforeItsLease(t *testing.T) {
 				exchanges = stats.Exchanges
 				require.Zero(t, stats.Reused+stats.Refused)
 			}
-			t.Logf("%s: %d leases, %d renewals, %d answers of token, %d refused for their min_ttl, %d without a token in time; %d exchanges; %d tokens died too early",
+			t.Logf("%s: %d leases, %d renewals, %d answers of token, %d refused for their min_ttl, %d without a token in time; %d exchanges; %d tokens ended too early",
 				length, l.leases.Load(), l.renewals.Load(), l.tokens.Load(), l.refused.Load(), l.late.Load(), exchanges, l.died.Load())
 			require.Zero(t, l.died.Load())
 			require.Greater(t, l.leases.Load(), int64(8))

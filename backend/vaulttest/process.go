@@ -17,14 +17,14 @@ import (
 	"time"
 )
 
-// patience bounds every wait for something that has to happen; on an idle
-// machine all of them end within two seconds or so.
+// patience is the limit of every wait for an event; on an idle machine all waits
+// end within about two seconds.
 const patience = 90 * time.Second
 
 // groupScript runs a command and ends its whole process group when the command
-// ends, or when this test process does: standard input is a pipe that only
-// this process holds, so a test killed by its timeout leaves no server behind.
-// SIGINT is what asks Vault to stop; go-plugin's processes ignore it too.
+// ends, or when this test process ends: standard input is a pipe that only this
+// process has, so a test that its timeout kills leaves no server behind. SIGINT
+// makes Vault stop; go-plugin's processes ignore it.
 const groupScript = `
 trap '' INT
 exec 3<&0
@@ -35,11 +35,11 @@ wait "$child"
 kill -KILL 0
 `
 
-// process is a command in a process group of its own.
+// process is a command in its own process group.
 type process struct {
 	cmd   *exec.Cmd
 	stdin io.WriteCloser
-	done  chan struct{} // closed once the command has ended and was reaped
+	done  chan struct{} // closed when the command has ended and was reaped
 }
 
 func startProcess(command, dir string, output *os.File, env []string, args ...string) (*process, error) {
@@ -73,7 +73,7 @@ func (p *process) ended() bool {
 	}
 }
 
-// interrupt asks for a graceful end and kills what is left after a while.
+// interrupt sends SIGINT, and kills the process group if it still runs after wait.
 func (p *process) interrupt(wait time.Duration) {
 	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGINT)
 	select {
@@ -83,20 +83,20 @@ func (p *process) interrupt(wait time.Duration) {
 	p.kill()
 }
 
-// kill ends the process group with SIGKILL and waits until nothing of it runs.
+// kill ends the process group with SIGKILL and waits until none of its processes runs.
 func (p *process) kill() {
 	if p.ended() {
-		return // and the group with it; its number may be another's by now
+		return // the group has ended too, and its number may be that of another group by now
 	}
 	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
 	<-p.done
-	// Plugins are the children of a child, which nobody here can wait for.
+	// Plugins are children of Vault, so this process cannot wait for them.
 	poll(5*time.Second, func() bool { return !groupRuns(p.cmd.Process.Pid) })
 }
 
-// groupRuns tells whether any process of the group still runs. A zombie does
-// not: in a container whose first process reaps nobody it stays for ever, and
-// a signal still reaches it.
+// groupRuns returns whether any process of the group still runs. A zombie does not
+// count: in a container whose first process reaps no children it stays for ever,
+// and a signal can still be sent to it.
 func groupRuns(group int) bool {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil || stats == nil {
@@ -107,7 +107,7 @@ func groupRuns(group int) bool {
 		if err != nil {
 			continue
 		}
-		// pid (name) state ppid pgrp …, where the name may hold anything.
+		// pid (name) state ppid pgrp …: the name may have spaces and parentheses.
 		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 		if len(fields) > 2 && fields[2] == strconv.Itoa(group) && fields[0] != "Z" && fields[0] != "X" {
 			return true
@@ -116,9 +116,9 @@ func groupRuns(group int) bool {
 	return false
 }
 
-// freePort finds a port on loopback that nobody listens on. It stays below the
-// range that the kernel hands out for outgoing connections, so that a server
-// that is killed finds its port free when it starts again.
+// freePort finds a free port on loopback. The port is below the range that the
+// kernel uses for outgoing connections, so that it is free when a killed server
+// starts again.
 func freePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(12000)
@@ -131,8 +131,8 @@ func freePort() (int, error) {
 	return 0, errors.New("no free port between 20000 and 32000 on 127.0.0.1")
 }
 
-// cleanEnv is the environment without Vault's variables: a developer's own
-// VAULT_ADDR or VAULT_TOKEN must not reach a test's processes.
+// cleanEnv is the environment without Vault's variables: a developer's VAULT_ADDR
+// or VAULT_TOKEN must not reach the processes of a test.
 func cleanEnv(add ...string) []string {
 	var env []string
 	for _, kv := range os.Environ() {
@@ -143,8 +143,8 @@ func cleanEnv(add ...string) []string {
 	return append(env, add...)
 }
 
-// Eventually polls until cond holds, and ends the test after a minute and a
-// half; what says what was waited for.
+// Eventually polls until cond returns true, and ends the test after a minute and a
+// half; what is the event, for the message.
 func Eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	if !poll(patience, cond) {

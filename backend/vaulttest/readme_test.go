@@ -21,10 +21,10 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/vaulttest/browser"
 )
 
-// The README's commands do what it says, pasted as they stand in its order: on
-// an empty Vault, in a copy of this tree as a fresh clone has it. Before the
-// upgrade its version moves on, as with a newer tag. The demos and make test
-// are run elsewhere.
+// The README's commands, unchanged and in its order, do what it says: on an empty
+// Vault, in a copy of this tree that is like a fresh clone. Before the upgrade the
+// copy gets a newer version, as with a newer tag. Other tests run the demos, and
+// make test is not run here.
 func TestReadme(t *testing.T) {
 	root, err := Root()
 	require.NoError(t, err)
@@ -49,7 +49,7 @@ func TestReadme(t *testing.T) {
 		require.NotEmpty(t, commands)
 		cmd := exec.Command("sh", "-ec", commands)
 		cmd.Dir = checkout
-		// Vault's command line has a home directory of its own; make build goes on with this user's caches.
+		// The vault command has its own home directory; make build uses this user's caches.
 		cmd.Env = slices.Concat(v.CLIEnv(v.RootToken), goEnv(t), []string{
 			"PLUGIN_DIRECTORY=" + v.PluginDir, "ISSUER=" + service.Issuer, "REDIRECT_URI=" + callback,
 			"CLIENT_ID=" + service.ClientID, "CONNECTOR_ID=" + id, "KAIZALA_NO_BROWSER=1",
@@ -80,7 +80,7 @@ func TestReadme(t *testing.T) {
 	require.Equal(t, 200, status)
 	require.Equal(t, service.User, subject)
 
-	// The README's Kaizala is the real one, which has gone.
+	// The README's Kaizala is the real service, which does not exist any more: the test uses the emulator.
 	_, err = v.Client.Logical().Write("kaizala/config/kaizala", map[string]any{"connector_id": id, "connector_secret": secret, "api_root": kaizala.URL})
 	require.NoError(t, err)
 	readField(t, paste(blocks["**Kaizala**"]), "access_token")
@@ -91,9 +91,9 @@ func TestReadme(t *testing.T) {
 	require.Equal(t, "v0.9.2", running())
 	assert.Equal(t, token, readField(t, paste("vault read kaizala/creds/acme"), "access_token"), "the access token lives on")
 	paste("vault read kaizala/creds/sales")
-	assert.Equal(t, 1, kaizala.Exchanges("asha"), "the access token lives on")
+	assert.Equal(t, 1, kaizala.Exchanges("asha"), "no further exchange")
 
-	// The pin holds the mount at the older version, which ran before.
+	// The pin keeps the mount at the older version, which ran before.
 	paste("vault write sys/plugins/pins/secret/vault-plugin-secrets-kaizala version=v0.9.1 && vault plugin reload -type=secret -plugin=vault-plugin-secrets-kaizala")
 	require.Equal(t, "v0.9.1", running())
 	paste(blocks["**Where a version is pinned**"])
@@ -104,11 +104,11 @@ func TestReadme(t *testing.T) {
 	leases, err := v.Client.Logical().List("sys/leases/lookup/kaizala/creds/acme")
 	require.NoError(t, err)
 	require.NotNil(t, leases)
-	assert.Len(t, leases.Data["keys"], 1, "every lease of before has ended")
+	assert.Len(t, leases.Data["keys"], 1, "every older lease has ended")
 }
 
-// connects runs commands of which one is connect.sh, and returns what they print. While it waits, the person opens the address
-// that it shows.
+// connects runs commands, one of which is connect.sh, and returns their output. While connect.sh waits, the person opens the
+// address that it shows.
 func connects(t *testing.T, commands *exec.Cmd, service *AuthServer) string {
 	t.Helper()
 	shown, err := commands.StderrPipe()
@@ -131,8 +131,8 @@ func connects(t *testing.T, commands *exec.Cmd, service *AuthServer) string {
 	return out.String()
 }
 
-// readmeBlocks returns the shell commands of a document: what a heading, or the bold words or the link that begin a paragraph,
-// says last above them.
+// readmeBlocks returns the shell commands of a document, by the last title above them: a heading, or bold words or a link at the
+// start of a paragraph.
 func readmeBlocks(t *testing.T, path string) map[string]string {
 	t.Helper()
 	blocks := map[string]string{}
@@ -150,7 +150,7 @@ func readmeBlocks(t *testing.T, path string) map[string]string {
 	return blocks
 }
 
-// copyTree copies what a clone has: not what was built, nor Git's own files.
+// copyTree copies the files of a clone, without build results and Git's own files.
 func copyTree(t *testing.T, from, to string) {
 	t.Helper()
 	require.NoError(t, filepath.WalkDir(from, func(path string, entry fs.DirEntry, err error) error {
@@ -191,7 +191,7 @@ func copyTree(t *testing.T, from, to string) {
 	}))
 }
 
-// goEnv is where this user's Go keeps what it has downloaded and built.
+// goEnv is the environment with this user's Go caches of downloads and builds.
 func goEnv(t *testing.T) (env []string) {
 	t.Helper()
 	out, err := exec.Command("go", "env", "-json", "GOCACHE", "GOMODCACHE", "GOENV").Output()
@@ -204,7 +204,7 @@ func goEnv(t *testing.T) (env []string) {
 	return env
 }
 
-// readField is a field of the table that vault prints.
+// readField returns a field of a table that vault prints.
 func readField(t *testing.T, table, name string) string {
 	t.Helper()
 	m := regexp.MustCompile(`(?m)^` + name + ` +(\S+)`).FindStringSubmatch(table)

@@ -16,7 +16,7 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// releaseConfig is what matters here of .goreleaser.yaml.
+// releaseConfig is the part of .goreleaser.yaml that the test checks.
 type releaseConfig struct {
 	Builds []struct {
 		Main, Binary        string
@@ -74,8 +74,8 @@ func TestReleaseConfig(t *testing.T) {
 	require.NoError(t, err, "%s", out)
 }
 
-// The binary of a release: whoever builds the same commit gets the same bytes,
-// and it knows its version.
+// Two builds of the same commit, in different directories, have the same bytes, and
+// the binary reports its version.
 func TestReleasedBinary(t *testing.T) {
 	const version = "v0.7.0-rc.1"
 	root, err := Root()
@@ -106,11 +106,11 @@ func TestReleasedBinary(t *testing.T) {
 		require.NoError(t, err, "%s", out)
 		content, err := os.ReadFile(binary)
 		require.NoError(t, err)
-		assert.False(t, bytes.Contains(content, []byte(dir)), "the binary knows where it was built")
+		assert.False(t, bytes.Contains(content, []byte(dir)), "the binary has the path of its build directory")
 		binaries = append(binaries, binary)
 		sums = append(sums, sha256.Sum256(content))
 	}
-	assert.Equal(t, sums[0], sums[1], "the same sum wherever it was built")
+	assert.Equal(t, sums[0], sums[1], "both builds have the same checksum")
 	require.Equal(t, version, PluginVersion(t, binaries[0]), "the linker sets the version")
 
 	v := Start(t)
@@ -123,7 +123,7 @@ func TestReleasedBinary(t *testing.T) {
 	require.Zero(t, exit, out)
 	require.Regexp(t, `kaizala/ .* `+version+` `, out)
 
-	// What an archive brings along to say what the binary is made of.
+	// The archive has a software bill of materials.
 	document := filepath.Join(t.TempDir(), "sbom.json")
 	cmd := exec.Command("go", "run", filepath.Join(root, "scripts", "sbom.go"), binaries[0], version, document)
 	text, err := cmd.CombinedOutput()

@@ -18,14 +18,14 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
-// A step is a command of the runbook: what stands in one fenced block.
+// A step is a command of the runbook: the content of one fenced block.
 type step struct {
-	who    string // its first line, a comment
+	who    string // the person who runs it, from the comment in its first line
 	script string
 }
 
-// runbook reads the steps from backend/README.md, by the bold title that they
-// stand under; what comes first has none.
+// runbook reads the steps from backend/README.md, by the bold title above them; the
+// title of the first steps is "".
 func runbook(t *testing.T) map[string][]step {
 	t.Helper()
 	text, _, found := strings.Cut(fileText(t, runbookFile(t)), "\n# Watching")
@@ -33,7 +33,7 @@ func runbook(t *testing.T) map[string][]step {
 	require.LessOrEqual(t, len(regexp.MustCompile(`(?m)^.+$`).FindAllString(text, -1)), 140, "three screens of lines that are not empty")
 	title := regexp.MustCompile(`(?m)^\*\*(.+?)\.\*\*`)
 	block := regexp.MustCompile("(?ms)^```sh\n# ([^\n]+)\n(.*?)^```$")
-	require.Equal(t, strings.Count(text, "\n```sh"), len(block.FindAllString(text, -1)), "each block begins with who runs it")
+	require.Equal(t, strings.Count(text, "\n```sh"), len(block.FindAllString(text, -1)), "each block begins with the person who runs it")
 
 	steps := map[string][]step{}
 	for _, at := range block.FindAllStringSubmatchIndex(text, -1) {
@@ -53,18 +53,19 @@ func runbookFile(t *testing.T) string {
 	return filepath.Join(root, "backend", "README.md")
 }
 
-// badDay is a situation that the runbook is for.
+// badDay is one of the situations in the runbook.
 type badDay struct {
 	*site
 	t      *testing.T
-	dir    string            // where the steps are run
-	tokens map[string]string // by who
+	dir    string            // the directory in which the steps are run
+	tokens map[string]string // the Vault token of each person
 	steps  []step
 	env    []string
 	server *oauth2test.Server // an authorization server that moveToOAuth has made
 }
 
-// moveToOAuth makes the connector one of an authorization server that can revoke access tokens, and returns the tenant's.
+// moveToOAuth replaces the connector by one of an authorization server that can revoke access tokens, and returns the tenant's
+// access token.
 func (d *badDay) moveToOAuth() (accessToken string) {
 	d.t.Helper()
 	d.server = newAuthServer(d.t)
@@ -77,7 +78,7 @@ func (d *badDay) moveToOAuth() (accessToken string) {
 		return err
 	}
 	require.NoError(d.t, remove())
-	// A connector is there until its revocations are made, which takes its server.
+	// The connector cannot be deleted before its revocations are made, which needs the server.
 	d.t.Cleanup(func() {
 		require.NoError(d.t, d.Client.Sys().RevokePrefix("kaizala/creds"))
 		Eventually(d.t, "the last revocations", func() bool { return remove() == nil })
@@ -90,7 +91,7 @@ func (d *badDay) moveToOAuth() (accessToken string) {
 	return d.token()
 }
 
-// next runs the next step, as it stands, with a text on standard input.
+// next runs the next step, unchanged, with a text on standard input.
 func (d *badDay) next(input string) string {
 	d.t.Helper()
 	return d.nextOn(d.Vault, d.tokens, input)
@@ -114,7 +115,7 @@ func (d *badDay) nextOn(v *Vault, tokens map[string]string, input string) string
 
 func (d *badDay) status() any { return d.read(d.t, "kaizala/tenants/acme")["status"] }
 
-// token is what readers get now.
+// token returns the access token that readers get now.
 func (d *badDay) token() string {
 	return d.read(d.t, "kaizala/creds/acme")["access_token"].(string)
 }
@@ -180,12 +181,12 @@ var badDays = map[string]func(*badDay){
 		d.next("")
 		require.Equal(d.t, "ok", d.status())
 	},
-	// Both steps end where a person opens the URL; the code flow itself has tests of its own.
+	// Both steps end with the URL that a person opens; other tests play the code flow.
 	"A grant that was withdrawn": func(d *badDay) {
 		token := d.moveToOAuth()
 		d.server.Withdraw("asha")
 		require.False(d.t, d.server.Alive(token))
-		require.Equal(d.t, token, d.token(), "as the runbook says, Vault cannot know")
+		require.Equal(d.t, token, d.token(), "as the runbook says, Vault cannot know that the grant has ended")
 		d.next("")
 		require.Zero(d.t, d.leases())
 		status, answer := d.request(d.t, d.RootToken, http.MethodGet, "kaizala/creds/acme", nil)
@@ -287,8 +288,8 @@ var badDays = map[string]func(*badDay){
 		d.next("")
 		require.EqualValues(d.t, "25", d.read(d.t, "kaizala/config")["exchanges_per_minute"])
 	},
-	// No Vault here has storage that fails; the engine's own tests have. A
-	// tenant that is degraded for another reason stands in for it.
+	// The storage of a real Vault cannot be made to fail here; the tests in process do
+	// that. This test uses a tenant that is degraded for another reason.
 	"Storage fails": func(d *badDay) {
 		d.token()
 		d.kaizala.Inject(kaizalatest.Fault{Status: 500})
@@ -301,7 +302,7 @@ var badDays = map[string]func(*badDay){
 	},
 }
 
-// Every step of the runbook, as it stands, on a Vault where it is needed.
+// Every step of the runbook, unchanged, on a Vault in the situation that it is for.
 func TestRunbook(t *testing.T) {
 	t.Parallel()
 	steps := runbook(t)
@@ -319,8 +320,8 @@ func TestRunbook(t *testing.T) {
 		"connector owner":       s.TokenWith(t, "connector-owner"),
 		"owner of connector hr": s.TokenWith(t, "hr-owner"),
 	}
-	// Sorted, the 429s come early: the share, which outlives the connector's
-	// configuration, has room for few more calls then.
+	// In this order the 429s come early: few other calls have used the share then,
+	// which does not start anew when the connector is configured again.
 	for _, title := range slices.Sorted(maps.Keys(badDays)) {
 		t.Run(title, func(t *testing.T) {
 			here := &site{Vault: s.Vault, kaizala: s.kaizala}

@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Each recipe is written to a real Vault as the page says, and read back. None of these writes makes a call.
+// Each recipe is written to a real Vault as its page says, and read back. None of these writes makes a call.
 func TestServiceRecipesOnVault(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -41,12 +41,12 @@ func buildRelease010(t *testing.T) string {
 	return path
 }
 
-// An upgrade from version 0.1.0 by the steps of the README: tenants, tokens and leases live on, and Kaizala is not called
-// for it. That entries of every format load is shown in process.
+// An upgrade from version 0.1.0 with the steps of the README keeps tenants, tokens and leases, and makes no call to Kaizala. A test
+// in process loads the entries of every format.
 func TestUpgrade(t *testing.T) {
 	const older, newer = "v0.1.0", "v0.2.0"
 	binaries := map[string]string{older: buildRelease010(t), newer: BuildPlugin(t, newer)}
-	t.Parallel() // nothing else runs while these are built
+	t.Parallel() // so that other tests run during the builds
 	for _, vault := range []struct {
 		version string
 		binary  func(testing.TB) string
@@ -102,7 +102,7 @@ func TestUpgrade(t *testing.T) {
 			other := second.access("acme")
 			calls, otherCalls := m.kaizala.CallCount(), second.kaizala.CallCount()
 			before := m.read("tenants/acme").ok(t).data()
-			delete(before, "next_exchange_time") // planned anew by each version
+			delete(before, "next_exchange_time") // each version plans it again
 			listed := m.list("tenants").ok(t).data()
 
 			lives := func(leases ...string) {
@@ -142,22 +142,22 @@ func TestUpgrade(t *testing.T) {
 			lives(leases["acme"]...)
 			require.Equal(t, "kaizala", m.read("config").ok(t).text("service"))
 
-			// Leases of the older build do as they are told. The count of leases
-			// ended with its process, so one revocation is enough.
+			// The leases of the older build can be revoked and renewed. The count of
+			// leases was lost with its process, so one revocation gives the token up.
 			m.revoke(leases["acme"][0])
 			m.renew(leases["acme"][0], 0).refused(t, 400)
 			fresh := m.access("acme")
 			assert.NotEqual(t, tokens["acme"], fresh)
 			assert.Equal(t, calls+1, m.kaizala.CallCount())
 			for _, lease := range leases["acme"][1:] {
-				require.Equal(t, time.Hour, m.renew(lease, 0).ok(t).ttl(), "the others' leases live on")
+				require.Equal(t, time.Hour, m.renew(lease, 0).ok(t).ttl(), "the other leases live on")
 				m.revoke(lease)
 			}
-			assert.Equal(t, fresh, m.access("acme"), "leases on a token that was given up before")
+			assert.Equal(t, fresh, m.access("acme"), "the revocation of leases on a token that was given up before changes nothing")
 			m.revoke(leases["beta"][0])
 			assert.NotEqual(t, tokens["beta"], m.access("beta"))
 
-			// What the older build has stored without a try works as well.
+			// A tenant that the older build has stored without verification works too.
 			m.read("creds/idle").ok(t)
 			require.Equal(t, 1, m.kaizala.Exchanges("idle"))
 			requireNoIrrevocableLeases(t, v)

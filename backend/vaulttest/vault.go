@@ -19,18 +19,18 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Vault is a running server, initialized, unsealed and active. Its fields do
-// not change, a restart included.
+// Vault is a running server, initialized, unsealed and active. Its fields do not
+// change, also not in a restart.
 type Vault struct {
 	Addr      string // http://127.0.0.1:PORT
 	RootToken string
 	UnsealKey string
-	Dir       string // holds everything of this server's
+	Dir       string // the directory of all files of this server
 	PluginDir string
-	LogFile   string // at trace level, the plugin's lines included
+	LogFile   string // at trace level, with the plugin's lines
 	AuditFile string // written with WithAudit only
 
-	// Client speaks as root and never retries, so that a test sees the first
+	// Client has the root token and never retries, so that a test sees the first
 	// 429 or 503.
 	Client *api.Client
 
@@ -56,18 +56,18 @@ type options struct {
 	edit      []func(map[string]any)
 }
 
-// InMem keeps storage in the server's memory, which is the default: fastest,
-// and gone with the process.
+// InMem keeps storage in the server's memory, which is the default: it is the
+// fastest, and ends with the process.
 func InMem() Option { return func(o *options) { o.storage = "inmem" } }
 
-// Raft keeps storage in integrated storage of one node, which survives
-// Restart. (The minimal build of Vault knows no file storage.)
+// Raft uses the integrated storage of one node, which a Restart keeps. (The minimal
+// build of Vault has no file storage.)
 func Raft() Option { return func(o *options) { o.storage = "raft" } }
 
 // WithAudit enables a file audit device, which writes AuditFile.
 func WithAudit() Option { return func(o *options) { o.audit = true } }
 
-// WithBinary runs another Vault than VaultBinary's.
+// WithBinary runs this Vault and not that of VaultBinary.
 func WithBinary(path string) Option { return func(o *options) { o.binary = path } }
 
 // WithEnv adds "NAME=value" entries to the server's environment, which plugins
@@ -108,7 +108,7 @@ func launch(t testing.TB, opts ...Option) *Vault {
 	if o.binary == "" {
 		o.binary = VaultBinary(t)
 	}
-	// Vault refuses a plugin directory that is reached through a symbolic link.
+	// Vault refuses a plugin directory whose path has a symbolic link.
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	require.NoError(t, err)
 	v := &Vault{
@@ -129,7 +129,7 @@ func launch(t testing.TB, opts ...Option) *Vault {
 	}
 	t.Cleanup(func() { v.cleanup(t) })
 
-	// A port that was free a moment ago may be taken: then try others.
+	// Another process may have taken the port since it was found free: then try others.
 	for range 5 {
 		require.NoError(t, v.configure(o))
 		if err = v.start(); err == nil || !errors.Is(err, errPortTaken) {
@@ -159,7 +159,7 @@ func (v *Vault) configure(o options) error {
 	}
 	if o.storage == "raft" {
 		storage["node_id"] = o.nodeID
-		// Elections within some seconds. With 1 a leader that a busy machine holds up for half a second loses its place.
+		// Elections within some seconds. With 1 a leader that a busy machine delays for half a second loses its leadership.
 		storage["performance_multiplier"] = "3"
 		var join []map[string]any
 		for _, addr := range o.join {
@@ -195,7 +195,7 @@ func (v *Vault) configure(o options) error {
 	return v.connect()
 }
 
-// connect makes the root client; its token follows once there is one.
+// connect makes the client; it gets the root token when Vault is initialized.
 func (v *Vault) connect() error {
 	transport := cleanhttp.DefaultPooledTransport()
 	transport.Proxy = nil
@@ -241,8 +241,8 @@ func (v *Vault) start() error {
 	return fmt.Errorf("vault did not start:\n%s", tail(text, 20))
 }
 
-// health is the status of sys/health: 200 for an active node alone, 0 while
-// nobody answers.
+// health is the status of sys/health: 200 only for an active node, 0 while the
+// server does not answer.
 func (v *Vault) health() int {
 	resp, err := v.http.Get(v.Addr + "/v1/sys/health")
 	if err != nil {
@@ -302,20 +302,20 @@ func (v *Vault) Unseal(t testing.TB) {
 	v.WaitActive(t)
 }
 
-// WaitActive waits until this server is active, which a standby is not.
+// WaitActive waits until this server is the active node.
 func (v *Vault) WaitActive(t testing.TB) {
 	t.Helper()
 	Eventually(t, "Vault to be active", func() bool { return v.health() == 200 })
 }
 
-// Active tells whether this server is the active one at the moment.
+// Active returns whether this server is the active node now.
 func (v *Vault) Active() bool { return v.health() == 200 }
 
 // Kill ends the server and its plugins with SIGKILL.
 func (v *Vault) Kill() { v.proc.kill() }
 
-// Stop ends the server as an operator would, with a signal, and kills what is
-// left of it after 30 seconds.
+// Stop ends the server with a signal, as an operator does, and kills the processes
+// that still run after 30 seconds.
 func (v *Vault) Stop() { v.proc.interrupt(30 * time.Second) }
 
 // Restart kills the server and its plugins with SIGKILL, starts it again on
@@ -355,7 +355,7 @@ func (v *Vault) RegisterAs(t testing.TB, name, version, binary string) {
 	require.NoError(t, err)
 	sum := sha256.Sum256(content)
 	command := name + "-" + version
-	// Written anew rather than over the old file, which may be running.
+	// A new file, because the old one may be running.
 	path := filepath.Join(v.PluginDir, command)
 	_ = os.Remove(path)
 	require.NoError(t, os.WriteFile(path, content, 0o755))
@@ -393,13 +393,13 @@ func (v *Vault) MountEngine(t testing.TB, path string) {
 	v.Mount(t, path)
 }
 
-// Unmount disables the engine at a path, which revokes its leases first.
+// Unmount disables the engine at a path; Vault revokes its leases first.
 func (v *Vault) Unmount(t testing.TB, path string) {
 	t.Helper()
 	require.NoError(t, v.Client.Sys().Unmount(path), "unmounting %s/", path)
 }
 
-// Reload ends the engine's process and has Vault start it again for all its
+// Reload ends the engine's process and makes Vault start it again for all its
 // mounts.
 func (v *Vault) Reload(t testing.TB) {
 	t.Helper()
@@ -423,8 +423,8 @@ func (v *Vault) TokenWith(t testing.TB, policies ...string) string {
 	return secret.Auth.ClientToken
 }
 
-// CLI runs vault's command line with a token against this server and returns
-// what it printed, standard error included, and its exit status.
+// CLI runs the vault command with a token against this server, and returns its
+// output, with standard error, and its exit status.
 func (v *Vault) CLI(t testing.TB, token string, args ...string) (string, int) {
 	t.Helper()
 	return v.CLIWithInput(t, token, "", args...)
@@ -446,9 +446,8 @@ func (v *Vault) CLIWithInput(t testing.TB, token, input string, args ...string) 
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// CLIEnv is an environment for scripts and programs that call vault: this
-// server's address, a token, a home directory of the server's own, and this
-// Vault first in PATH.
+// CLIEnv is an environment for scripts and programs that call vault: this server's
+// address, a token, a home directory below Dir, and this Vault first in PATH.
 func (v *Vault) CLIEnv(token string) []string {
 	bin := filepath.Join(v.Dir, "bin")
 	if _, err := os.Lstat(filepath.Join(bin, "vault")); err != nil {
@@ -464,11 +463,11 @@ func (v *Vault) CLIEnv(token string) []string {
 	)
 }
 
-// Logs is all that the server and its plugins have logged so far.
+// Logs is the whole log of the server and its plugins so far.
 func (v *Vault) Logs() string { return contents(v.LogFile) }
 
-// Audit is all that the audit device has written so far: a JSON object a
-// line. Empty without WithAudit.
+// Audit is the whole audit log so far: a JSON object in each line. It is empty
+// without WithAudit.
 func (v *Vault) Audit() string { return contents(v.AuditFile) }
 
 func contents(path string) string {

@@ -30,7 +30,7 @@ func TestStart(t *testing.T) {
 
 	require.Contains(t, v.Logs(), "[TRACE]")
 	require.Contains(t, v.Audit(), `"path":"cubbyhole/note"`)
-	require.NotContains(t, v.Audit(), "hello", "the audit log holds HMACs")
+	require.NotContains(t, v.Audit(), "hello", "the audit log has HMACs")
 }
 
 func TestSealAndUnseal(t *testing.T) {
@@ -54,7 +54,7 @@ func TestRestartKeepsWhatWasStored(t *testing.T) {
 	require.Contains(t, policy, "cubbyhole")
 
 	v.Stop()
-	require.Contains(t, v.Logs(), "shutdown triggered", "Stop lets Vault end by itself")
+	require.Contains(t, v.Logs(), "shutdown triggered", "after Stop, Vault ends by itself")
 	v.StartAgain(t)
 	v.WaitActive(t)
 }
@@ -81,7 +81,7 @@ func TestPoliciesTokensAndCLI(t *testing.T) {
 	require.Equal(t, "from standard input", strings.TrimSpace(out))
 }
 
-// A plugin outlives a Vault that is killed: the harness ends both.
+// The plugin of a killed Vault goes on running: Kill ends both.
 func TestKillEndsThePluginToo(t *testing.T) {
 	v := Start(t)
 	v.MountEngine(t, "kaizala")
@@ -90,8 +90,8 @@ func TestKillEndsThePluginToo(t *testing.T) {
 	require.Empty(t, pluginsIn(t, v.PluginDir))
 }
 
-// A test process that its timeout ends runs no cleanup: its servers end all
-// the same.
+// A test process that its timeout ends runs no cleanup: its servers end
+// nevertheless.
 func TestNothingOutlivesTheTestProcess(t *testing.T) {
 	if os.Getenv("VAULTTEST_DIE") != "" {
 		v := Start(t)
@@ -113,7 +113,7 @@ func TestNothingOutlivesTheTestProcess(t *testing.T) {
 	Eventually(t, "Vault to end", func() bool { return !mentioned(t, logs[0]) })
 }
 
-// mentioned tells whether a process that runs has text among its arguments.
+// mentioned returns whether a running process has text in its arguments.
 func mentioned(t *testing.T, text string) bool {
 	t.Helper()
 	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -126,7 +126,7 @@ func mentioned(t *testing.T, text string) bool {
 	return false
 }
 
-// pluginsIn lists the processes whose program lies in dir.
+// pluginsIn lists the processes whose program is in dir.
 func pluginsIn(t *testing.T, dir string) (pids []string) {
 	t.Helper()
 	entries, err := os.ReadDir("/proc")
@@ -160,7 +160,7 @@ func TestTheEngineInVault(t *testing.T) {
 	v.Reload(t)
 	_, exit = v.CLI(t, v.RootToken, "path-help", "kaizala")
 	require.Zero(t, exit)
-	require.NotEqual(t, before, pluginsIn(t, v.PluginDir), "another process")
+	require.NotEqual(t, before, pluginsIn(t, v.PluginDir), "the plugin runs in another process")
 
 	v.Unmount(t, "second")
 	out, exit = v.CLI(t, v.RootToken, "path-help", "kaizala")

@@ -1,16 +1,16 @@
-// Command authserver is zitadel/oidc's example OpenID provider on a loopback address: an authorization server that others
-// wrote, for tests and for trying the engine. It is a module of its own: the plugin never depends on it.
+// Command authserver is zitadel/oidc's example OpenID provider on a loopback address: an authorization server of another
+// project, for tests and for trying the engine. It is its own Go module, so the plugin does not depend on it.
 //
 // Settings come from the environment:
 //
 //	PORT           the port to listen on; 0, the default, takes any free one
 //	CLIENT_ID      the client that is registered; default engine
 //	CLIENT_SECRET  its secret; the default has characters that Basic authentication has to encode (RFC 6749 §2.3.1)
-//	REDIRECT_URIS  where the client may have browsers sent back, separated by spaces
-//	ACCESS_TTL     an access token's life in seconds, 300 at most, which is the default and the example's own
+//	REDIRECT_URIS  the client's redirect URIs, separated by spaces
+//	ACCESS_TTL     an access token's life in seconds, 300 at most; the default is 300, as in the example
 //
 // When it is ready it prints one line of JSON: the endpoints, the client, a user who can log in, and two addresses that are
-// not OAuth: a POST to mint answers with the refresh token of a new grant, a GET of stats with what [stats] counts.
+// not part of OAuth: a POST to mint answers with the refresh token of a new grant, and a GET of stats with [stats].
 package main
 
 import (

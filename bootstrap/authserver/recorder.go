@@ -12,34 +12,34 @@ import (
 	"github.com/zitadel/oidc/v3/pkg/op"
 )
 
-// stats is what a test asks of the server, who knows best.
+// stats are the server's counts, which a test reads.
 type stats struct {
 	Exchanges            int `json:"exchanges"`              // refresh tokens exchanged
 	Refused              int `json:"refused"`                // exchanges refused for their refresh token, Reused included
 	Reused               int `json:"reused"`                 // exchanges with a refresh token that an earlier one had replaced
 	RevokedAccessTokens  int `json:"revoked_access_tokens"`  // revocations of an access token that was valid until then
 	RevokedRefreshTokens int `json:"revoked_refresh_tokens"` // revocations of a refresh token that was valid until then
-	RevokedEnded         int `json:"revoked_ended"`          // revocations of an access token past its end
-	RevokedOther         int `json:"revoked_other"`          // revocations of what is unknown, or was dead before its end
+	RevokedEnded         int `json:"revoked_ended"`          // revocations of an expired access token
+	RevokedOther         int `json:"revoked_other"`          // revocations of an unknown token, or one that was ended before it expired
 	LiveGrants           int `json:"live_grants"`            // refresh tokens that can be exchanged now
 	LiveAccessTokens     int `json:"live_access_tokens"`     // access tokens that are valid now
 }
 
-// recorder is zitadel's example storage. What it adds:
+// recorder is zitadel's example storage with these additions:
 //   - It counts, and knows which refresh tokens were replaced.
 //   - Access tokens can live shorter than the example's five minutes.
-//   - A device's grant belongs to its client and its user. In the example it belongs to no user, so that its refresh token is
-//     never taken, and the user's name stands where his ID should.
-//   - One lock around all that reads or writes refresh tokens: the example reads its map without one when a token is
-//     revoked, and a concurrent exchange would end the process.
+//   - A device's grant belongs to its client and its user. In the example it belongs to no user, so its refresh token is always
+//     refused, and it has the user's name in place of his ID.
+//   - One lock for all reads and writes of refresh tokens: the example reads its map without a lock when a token is revoked, and
+//     a concurrent exchange would end the process.
 type recorder struct {
 	*storage.Storage
 	accessTTL time.Duration
 
 	mu       sync.Mutex
 	counted  stats
-	replaced map[string]bool         // refresh tokens
-	grants   map[string]string       // a live refresh token's access token, by ID
+	replaced map[string]bool         // replaced refresh tokens
+	grants   map[string]string       // the ID of the access token of each live refresh token
 	tokens   map[string]*accessToken // by ID
 }
 
@@ -124,7 +124,7 @@ func (r *recorder) refused(refreshToken string) {
 	}
 }
 
-// deviceGrant gives a device's grant the form in which the example's storage finds a client.
+// deviceGrant returns a device's grant in a form in which the example's storage finds its client.
 func deviceGrant(request op.TokenRequest) op.TokenRequest {
 	if state, ok := request.(*op.DeviceAuthorizationState); ok {
 		return &storage.AuthRequest{ApplicationID: state.ClientID, UserID: state.Subject, Scopes: state.Scopes}
@@ -195,7 +195,7 @@ func (r *recorder) CompleteDeviceAuthorization(ctx context.Context, userCode, us
 	return r.Storage.CompleteDeviceAuthorization(ctx, userCode, users{}.GetUserByUsername(userName).ID)
 }
 
-// GetClientByClientID lets the client use the device flow too; the example has another kind of client for it, which gets no
+// GetClientByClientID permits the client the device flow too; the example has another kind of client for it, which gets no
 // refresh tokens.
 func (r *recorder) GetClientByClientID(ctx context.Context, clientID string) (op.Client, error) {
 	c, err := r.Storage.GetClientByClientID(ctx, clientID)
@@ -211,7 +211,7 @@ func (c client) GrantTypes() []oidc.GrantType {
 	return append(slices.Clone(c.Client.GrantTypes()), oidc.GrantTypeDeviceCode)
 }
 
-// The one user who can log in.
+// The only user who can log in.
 const (
 	userID   = "asha"
 	password = "verysecure"

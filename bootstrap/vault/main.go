@@ -1,6 +1,6 @@
-// Command vault is HashiCorp's Vault server and CLI, built from its own
-// module so that a machine with no more than Go can try the engine on it. It
-// is a module of its own: the plugin never depends on Vault itself.
+// Command vault is HashiCorp's Vault server and CLI, built from its Go module, so
+// that a machine with only Go can run the engine. It is its own Go module, so the
+// plugin does not depend on Vault itself.
 package main
 
 import (

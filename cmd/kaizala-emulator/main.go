@@ -1,9 +1,8 @@
-// Command kaizala-emulator is Kaizala's stand-in as a program: its token service and, for the people of the procedure, its
+// Command kaizala-emulator is an emulator of Kaizala as a program: its token service and, for the people of the procedure, its
 // portal, both in memory and on a loopback address. With "serve -service oauth2" it is an OAuth 2.0 authorization server
-// instead. It is for demonstrations and acceptance tests; a program that reaches it may do everything.
+// instead. It is for demonstrations and acceptance tests: each program that can connect to it may do everything.
 //
-// "kaizala-emulator serve" is the service. The other subcommands talk to one that runs, at -url or at
-// $KAIZALA_EMULATOR_URL.
+// "kaizala-emulator serve" is the service. The other subcommands call a running one, at -url or at $KAIZALA_EMULATOR_URL.
 package main
 
 import (
@@ -28,7 +27,7 @@ type command struct {
 	run        func(ctx context.Context, p program, args []string) error
 }
 
-// program is what a subcommand knows of its surroundings.
+// program is the environment of a subcommand.
 type program struct {
 	in       io.Reader
 	out, err io.Writer
@@ -85,7 +84,7 @@ func run(ctx context.Context, p program, args []string) error {
 	return errors.New("give one of these commands")
 }
 
-// client is a subcommand that talks to a running emulator.
+// client is a subcommand that calls a running emulator.
 type client struct {
 	program
 	*flag.FlagSet
@@ -117,7 +116,7 @@ func (c *client) parse(args []string, required ...string) error {
 	return nil
 }
 
-// given returns the flags that the command line sets, but for -url.
+// given returns the flags that the command line sets, without -url.
 func (c *client) given() url.Values {
 	values := url.Values{}
 	c.Visit(func(f *flag.Flag) {
@@ -244,7 +243,7 @@ func fault(ctx context.Context, p program, args []string) error {
 	return c.portal(ctx)
 }
 
-// portalCommand is a subcommand with flags that must be given, all of them names.
+// portalCommand is a subcommand with required flags, whose values are names.
 func portalCommand(name string, flags ...string) func(context.Context, program, []string) error {
 	return func(ctx context.Context, p program, args []string) error {
 		c := newClient(p, name)
@@ -273,8 +272,8 @@ func decide(name string) func(context.Context, program, []string) error {
 	}
 }
 
-// caller is a subcommand that calls with the access token in a header, and fails unless that works, so that a script can
-// tell.
+// caller is a subcommand that makes a call with the access token in a header. Its exit status shows a script whether the token
+// works.
 func caller(name, path, header, scheme string) func(context.Context, program, []string) error {
 	return func(ctx context.Context, p program, args []string) error {
 		c := newClient(p, name)

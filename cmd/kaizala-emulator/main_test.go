@@ -59,7 +59,7 @@ func (e *emulator) run(args ...string) string {
 	return strings.TrimSuffix(out, "\n")
 }
 
-// exchange makes the exchange itself, which is the client's part and no subcommand.
+// exchange makes an exchange as a client; the program has no subcommand for it.
 func (e *emulator) exchange(id, secret, token string) (int, map[string]any) {
 	e.t.Helper()
 	r, err := http.NewRequestWithContext(e.t.Context(), http.MethodGet, e.url+"/v1/accessToken", nil)
@@ -93,7 +93,7 @@ func newEmulator(t *testing.T) *emulator {
 	return &emulator{t: t, path: path}
 }
 
-// serve starts the service and returns its process and what follows its first line.
+// serve starts the service and returns its process, and its output after the first line.
 func (e *emulator) serve(stderr io.Writer, args ...string) (*exec.Cmd, *bufio.Reader) {
 	e.t.Helper()
 	serving := exec.CommandContext(e.t.Context(), e.path, append([]string{"serve"}, args...)...)
@@ -167,14 +167,14 @@ func TestProgram(t *testing.T) {
 	e.run("settings", "-access-token-life", "1ms", "-limit-per-tenant", "0")
 	_, short := e.exchange(id, secret, token)
 	out, _, err = e.try(short["accessToken"].(string), "me")
-	assert.Error(t, err, "it has expired")
+	assert.Error(t, err, "the access token has expired")
 	assert.Contains(t, out, "401 Unauthorized\n")
 	e.run("settings", "-refresh-token-life", "1s", "-limit-per-connector", "1")
 	status, _ = e.exchange(id, secret, group)
 	assert.Equal(t, 429, status)
 	e.run("settings", "-limit-per-connector", "0")
 	status, _ = e.exchange(id, secret, group)
-	assert.Equal(t, 200, status, "refresh tokens that exist live on")
+	assert.Equal(t, 200, status, "existing refresh tokens live on")
 
 	e.run("fault", "-status", "503", "-retry-after", "9", "-times", "1")
 	status, _ = e.exchange(id, secret, token)
@@ -215,7 +215,7 @@ func TestProgram(t *testing.T) {
 		assert.Contains(t, errs, "the service that runs here")
 	}
 
-	// It ends at once, though an exchange hangs.
+	// The service ends at once, although an exchange hangs.
 	id2 := strings.TrimPrefix(strings.Split(e.run("connector"), "\n")[0], "connector_id=")
 	e.run("fault", "-hang")
 	hung := make(chan int)
@@ -226,8 +226,8 @@ func TestProgram(t *testing.T) {
 	require.NoError(t, serving.Process.Signal(syscall.SIGTERM))
 	rest, err := io.ReadAll(lines)
 	require.NoError(t, err)
-	assert.Empty(t, rest, "one line alone")
-	require.NoError(t, serving.Wait(), "SIGTERM is its proper end")
+	assert.Empty(t, rest, "only one line of output")
+	require.NoError(t, serving.Wait(), "SIGTERM ends it without an error")
 	assert.Zero(t, <-hung)
 
 	for _, secret := range []string{token, group, secret, renewed, grant["accessToken"].(string)} {

@@ -20,8 +20,8 @@ func classes() map[string]func(*oauth2test.Options) {
 	}
 }
 
-// setOptions sets an authorization server to a class and a rotation, "" being those that it has, and then changes the
-// rest.
+// setOptions sets the class and the rotation of an authorization server, where "" keeps the present ones, and then makes the
+// other changes.
 func setOptions(s *oauth2test.Server, class, rotation string, rest func(*oauth2test.Options)) error {
 	preset := classes()[class]
 	if preset == nil && class != "" {
@@ -46,7 +46,7 @@ func setOptions(s *oauth2test.Server, class, rotation string, rest func(*oauth2t
 	return nil
 }
 
-// newOAuth2Handler serves an authorization server and its control API, by the same names as Kaizala's.
+// newOAuth2Handler serves an authorization server and its control API, which has the same names as Kaizala's.
 func newOAuth2Handler(s *oauth2test.Server) http.Handler {
 	return withPortal(s.Handler(), s, map[string]operation[*oauth2test.Server]{
 		"connector":        {"method redirect-uri", oauth2Connector},

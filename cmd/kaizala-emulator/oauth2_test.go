@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// form posts a form as a client, which is no subcommand.
+// form posts a form as a client; the program has no subcommand for it.
 func (e *emulator) form(path, id, secret string, fields ...string) (int, map[string]any) {
 	e.t.Helper()
 	values := url.Values{}
@@ -139,13 +139,13 @@ func TestOAuth2(t *testing.T) {
 	require.NoError(t, serving.Process.Signal(syscall.SIGTERM))
 	rest, err := io.ReadAll(lines)
 	require.NoError(t, err)
-	assert.Empty(t, rest, "one line alone")
-	require.NoError(t, serving.Wait(), "SIGTERM is its proper end")
+	assert.Empty(t, rest, "only one line of output")
+	require.NoError(t, serving.Wait(), "SIGTERM ends it without an error")
 	select {
 	case status := <-hung:
 		assert.Zero(t, status)
 	case <-time.After(10 * time.Second):
-		t.Error("the exchange hangs on")
+		t.Error("the exchange still hangs")
 	}
 	for _, secret := range []string{token, secret, renewed, code, first["access_token"].(string), device["device_code"].(string)} {
 		assert.NotContains(t, logged.String(), secret)

@@ -69,7 +69,7 @@ func serve(ctx context.Context, p program, args []string) error {
 	default:
 		return errors.New("-service must be kaizala or oauth2")
 	}
-	// It obeys every request, so it is for this machine alone.
+	// Every request may change it, so it listens only on loopback.
 	host, _, err := net.SplitHostPort(*listen)
 	ip, ipErr := netip.ParseAddr(host)
 	if err != nil || (host != "localhost" && (ipErr != nil || !ip.IsLoopback())) {
@@ -88,7 +88,7 @@ func serve(ctx context.Context, p program, args []string) error {
 		ErrorLog:          logger,
 		ReadHeaderTimeout: 10 * time.Second,
 	}
-	// Close, and no Shutdown: an exchange may hang because a fault was set.
+	// Close and not Shutdown, because an exchange may hang by an injected fault.
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
 	fmt.Fprintln(p.out, "listening on "+at)
@@ -98,7 +98,7 @@ func serve(ctx context.Context, p program, args []string) error {
 	return nil
 }
 
-// statusWriter remembers the status. It unwraps, so that a connection can still be broken below it.
+// statusWriter records the status. Unwrap gives access to the connection, which a fault may break.
 type statusWriter struct {
 	http.ResponseWriter
 	status int
@@ -111,7 +111,7 @@ func (w *statusWriter) WriteHeader(status int) {
 
 func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// logged logs method, path and status: no header and no form, which hold the tokens.
+// logged logs method, path and status, but no header and no form, which have the tokens.
 func logged(logger *log.Logger, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		sw := &statusWriter{ResponseWriter: w}
@@ -140,13 +140,13 @@ func newHandler(s *kaizalatest.Service) http.Handler {
 	})
 }
 
-// operation is one of a control API, with the names of the fields that it knows.
+// operation is an operation of a control API, with the names of its fields.
 type operation[S any] struct {
 	fields string
 	do     func(S, form) (string, error)
 }
 
-// withPortal serves a service and, below /portal/, its control API: forms in, plain text out, by the names of the
+// withPortal serves a service and, below /portal/, its control API: a form in, plain text out, with the names of the
 // subcommands.
 func withPortal[S any](service http.Handler, s S, operations map[string]operation[S]) http.Handler {
 	mux := http.NewServeMux()
@@ -186,7 +186,7 @@ type form struct{ r *http.Request }
 func (f form) text(name string) string { return f.r.PostForm.Get(name) }
 func (f form) has(name string) bool    { return f.r.PostForm.Has(name) }
 
-// read calls set with a value that is there, and says which field is malformed.
+// read calls set with the value of a field if the form has it. The error names a malformed field.
 func read[T any](f form, name string, parse func(string) (T, error), set func(T)) error {
 	if !f.has(name) {
 		return nil
@@ -290,7 +290,7 @@ func portalFault(s *kaizalatest.Service, f form) (string, error) {
 	return "", nil
 }
 
-// readFault returns what goes wrong, nil where nothing does, and whether all faults are to be cleared first.
+// readFault returns the fault in a form, nil if it has none, and whether all faults are to be cleared first.
 func readFault(f form) (fault *kaizalatest.Fault, clearFirst bool, err error) {
 	fault = &kaizalatest.Fault{User: f.text("user"), Body: f.text("body"), Header: http.Header{}}
 	err = errors.Join(

@@ -25,7 +25,7 @@ var version = "v0.2.0"
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
 func run(args []string, stdout, stderr io.Writer) int {
-	// Vault passes the flags of its plugin API along in the registered args.
+	// Vault passes the flags of its plugin API in the registered args.
 	meta := api.PluginAPIClientMeta{}
 	flags := meta.FlagSet()
 	flags.Init(name, flag.ContinueOnError)
@@ -45,15 +45,15 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 
 	logger := hclog.New(&hclog.LoggerOptions{
-		// Vault drops what is below its own level.
+		// Vault drops lines below its own level.
 		Level:      hclog.Trace,
 		Output:     stderr,
 		JSONFormat: true,
 	})
 	err := plugin.ServeMultiplex(&plugin.ServeOpts{
 		BackendFactoryFunc: backend.Factory(version),
-		// Vault before 1.12 does not do AutoMTLS: there the certificate comes
-		// in a wrapped token. Nil, and unused, where it does.
+		// A Vault before 1.12 has no AutoMTLS: the certificate comes in a wrapped
+		// token. With AutoMTLS this is nil, and unused.
 		TLSProviderFunc: api.VaultPluginTLSProvider(meta.GetTLSConfig()),
 		Logger:          logger,
 	})

@@ -23,7 +23,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// One of the SDK's dependencies starts this one when it is imported.
+	// One of the SDK's dependencies starts this goroutine when it is imported.
 	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
@@ -32,14 +32,14 @@ func TestDefaultVersionIsSemantic(t *testing.T) {
 	require.Regexp(t, `^v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?$`, version)
 }
 
-// A linker flag for a variable that does not exist changes nothing and says
-// nothing: so the version is asked of a binary that the Makefile built.
+// A linker flag for a variable that does not exist has no effect and gives no error,
+// so this test runs a binary that the Makefile has built, and checks its version.
 func TestMakeSetsTheVersion(t *testing.T) {
 	root, err := vaulttest.Root()
 	require.NoError(t, err)
 	dir := t.TempDir()
 	cmd := exec.Command("make", "-C", root, "build-plugin", "BIN="+dir, "VERSION=v9.8.7-rc.1")
-	// A make that runs these tests must not hand its own settings down.
+	// If make runs these tests, its settings must not apply to this make.
 	cmd.Env = append(os.Environ(), "MAKEFLAGS=", "MFLAGS=", "MAKEOVERRIDES=")
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
@@ -67,7 +67,7 @@ func TestStartedByHandItHelps(t *testing.T) {
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	require.Error(t, cmd.Run())
 	require.Equal(t, 1, cmd.ProcessState.ExitCode())
-	require.Empty(t, stdout.String(), "standard output is go-plugin's")
+	require.Empty(t, stdout.String(), "standard output is only for go-plugin")
 	for _, text := range []string{
 		"vault plugin register -sha256=",
 		"vault secrets enable -path=kaizala",
@@ -87,8 +87,8 @@ func TestArguments(t *testing.T) {
 	require.Equal(t, 1, run([]string{"nonsense"}, &stdout, &stderr))
 }
 
-// The whole of what Vault does with the binary, with no Vault: handshake,
-// mutual TLS, set-up, requests, storage called back, clean-up.
+// All that Vault does with the binary, without a Vault: handshake, mutual TLS,
+// set-up, requests, calls back to storage, clean-up.
 func TestOverGoPlugin(t *testing.T) {
 	ctx := context.Background()
 	process := vaulttest.StartPlugin(t, vaulttest.PluginBinary(t), nil)
@@ -124,7 +124,7 @@ func TestOverGoPlugin(t *testing.T) {
 	require.Equal(t, "37ba1e41-d55c-43bf-a2fa-d72c97aa080a", resp.Data["connector_id"])
 	require.NotContains(t, resp.Data, "connector_secret")
 
-	// Every key that was written lies under a prefix that is seal-wrapped.
+	// Every written key is below a seal-wrapped prefix.
 	keys, err := logical.CollectKeys(ctx, one)
 	require.NoError(t, err)
 	require.NotEmpty(t, keys)
@@ -132,7 +132,7 @@ func TestOverGoPlugin(t *testing.T) {
 		require.True(t, wrapped(first.SpecialPaths().SealWrapStorage, key), key)
 	}
 
-	// The second mount of the process knows nothing of it.
+	// The second mount of the process has no data of the first.
 	resp, err = second.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "config", Storage: two})
 	require.NoError(t, err)
 	require.Nil(t, resp)
@@ -140,7 +140,7 @@ func TestOverGoPlugin(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, keys)
 
-	// One mount ends and the other goes on.
+	// After the end of one mount, the other still works.
 	second.Cleanup(ctx)
 	resp, err = first.HandleRequest(ctx, read)
 	require.NoError(t, err)
@@ -148,8 +148,8 @@ func TestOverGoPlugin(t *testing.T) {
 	first.Cleanup(ctx)
 }
 
-// A Vault that does not do AutoMTLS hands the plugin its certificate in a
-// wrapped token, which the plugin unwraps at Vault.
+// A Vault without AutoMTLS gives the plugin its certificate in a wrapped token, which
+// the plugin unwraps at Vault.
 func TestOlderVaultsTLS(t *testing.T) {
 	binary := vaulttest.PluginBinary(t)
 	content, err := os.ReadFile(binary)
@@ -165,7 +165,7 @@ func TestOlderVaultsTLS(t *testing.T) {
 		Sha256:  sum[:],
 	}, hclog.NewNullLogger(), false)
 	require.NoError(t, err)
-	require.True(t, older.wrapped, "the certificate went through Vault")
+	require.True(t, older.wrapped, "the plugin has got the certificate from Vault")
 	storage := &logical.InmemStorage{}
 	require.NoError(t, mount.Setup(ctx, &logical.BackendConfig{
 		StorageView: storage,
@@ -178,7 +178,7 @@ func TestOlderVaultsTLS(t *testing.T) {
 	require.NotEmpty(t, resp.Data["help"])
 }
 
-// olderVault runs plugins as Vault did before 1.12.
+// olderVault runs plugins like a Vault before 1.12.
 type olderVault struct {
 	*logical.StaticSystemView
 	vault   *vaulttest.Vault

@@ -4,23 +4,23 @@ import (
 	"time"
 )
 
-// Call is a call that reached the token service. What apps do with an access token (/v1/users/me) is not among them.
+// Call is a call that reached the token service. Calls of apps with an access token (/v1/users/me) are not recorded.
 type Call struct {
-	// Start is when it came in, End when its answer was ready or its client had gone away; zero while it is under way.
+	// Start is when the call came, End when its answer was ready or its client had cancelled; zero while it is under way.
 	Start, End time.Time
-	// ConnectorID is what the call named, right or wrong.
+	// ConnectorID is the connector ID in the call, right or wrong.
 	ConnectorID string
-	// User is whose refresh token it brought, dead or alive, or whose phone number; "" when the service has never issued it,
-	// or does not know the number.
+	// User is the user of the refresh token in the call, dead or alive, or of the phone number; "" if the service has never
+	// issued the token, or does not know the number.
 	User string
-	// Path is the request's.
+	// Path is the path of the request.
 	Path string
-	// Status is that of the answer, 0 where none was sent.
+	// Status is the status of the answer, 0 if none was sent.
 	Status int
-	// Rotated says that the service issued a new refresh token to an exchange, whether or not the answer arrived.
+	// Rotated is true if the service issued a new refresh token in an exchange, whether or not the answer arrived.
 	Rotated bool
-	// RefreshToken is the one that the call brought, AccessToken the one that the service issued for it, whether or not the
-	// answer arrived; "" where it issued none.
+	// RefreshToken is the refresh token in the call, AccessToken the one that the service issued for it, whether or not the
+	// answer arrived; "" if it issued none.
 	RefreshToken, AccessToken string
 }
 
@@ -32,7 +32,7 @@ type window struct {
 
 const minute = time.Minute
 
-// prune forgets what is 60 seconds old.
+// prune drops calls that are 60 seconds old.
 func (w *window) prune(now time.Time) {
 	old := 0
 	for old < len(w.times) && now.Sub(w.times[old]) >= minute {
@@ -47,7 +47,7 @@ func (w *window) add(now time.Time) {
 	w.most = max(w.most, len(w.times))
 }
 
-// wait returns how long to wait for a place in a window of that size, 0 when there is one.
+// wait returns how long to wait for a place in a window of that size, 0 if there is one.
 func (w *window) wait(now time.Time, limit int) time.Duration {
 	w.prune(now)
 	if limit <= 0 || len(w.times) < limit {
@@ -103,7 +103,7 @@ func (s *Service) limited(connectorID string) time.Duration {
 	return 0
 }
 
-// Calls returns the calls that were seen, in the order in which they came: the last 50,000 at least.
+// Calls returns the calls that the service got, in the order in which they came: the last 50,000 at least.
 func (s *Service) Calls() []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -114,7 +114,7 @@ func (s *Service) Calls() []Call {
 	return calls
 }
 
-// ResetCalls forgets what Calls, CallCount, Exchanges and MaxPerMinute tell. The limits go on counting.
+// ResetCalls resets Calls, CallCount, Exchanges and MaxPerMinute. The limits go on counting.
 func (s *Service) ResetCalls() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -124,7 +124,7 @@ func (s *Service) ResetCalls() {
 	}
 }
 
-// CallCount returns how many calls were seen, redirected, refused and unanswered ones included.
+// CallCount returns how many calls the service got, also redirected, refused and unanswered ones.
 func (s *Service) CallCount() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -152,7 +152,7 @@ func (s *Service) TotalExchanges() int {
 	return total
 }
 
-// MaxPerMinute returns the most calls that named a connector in any 60 seconds, refused ones included.
+// MaxPerMinute returns the most calls with a connector's ID in any 60 seconds, also refused ones.
 func (s *Service) MaxPerMinute(connectorID string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -15,12 +15,12 @@ const (
 	mePath       = "/v1/users/me"    // (client)
 )
 
-// reply is an answer, or the lack of one.
+// reply is an answer, or a broken connection.
 type reply struct {
 	status int
 	header http.Header
 	body   string
-	// cut is after how many bytes of the body the connection breaks; less than 0 means that it does not.
+	// cut is the number of bytes of the body after which the connection breaks; less than 0 means that it does not.
 	cut int
 	// none breaks the connection without an answer.
 	none bool
@@ -30,12 +30,12 @@ func jsonReply(status int, v map[string]any) reply {
 	return reply{status: status, header: http.Header{"Content-Type": {"application/json; charset=utf-8"}}, body: text(v), cut: -1}
 }
 
-// errorReply is the error object (client). Which status goes with it was not written down (guess).
+// errorReply is the error object (client). The status that goes with it is not documented (guess).
 func errorReply(status int, message, code, category string) reply {
 	return jsonReply(status, map[string]any{"message": message, "errorCode": code, "errorCategoryKey": category})
 }
 
-// answer is the whole service: both ServeHTTP and Transport put it on their wires.
+// answer answers a request. ServeHTTP and Transport both use it.
 func (s *Service) answer(ctx context.Context, r *http.Request) reply {
 	switch {
 	case strings.HasSuffix(r.URL.Path, mePath):
@@ -59,7 +59,7 @@ func limitReply(wait time.Duration) reply {
 	return a
 }
 
-// serve answers a call that counts: within the limits, and with the fault that befalls it. process carries it out.
+// serve answers a call that counts, within the limits and with the fault that was injected for it. process carries it out.
 func (s *Service) serve(ctx context.Context, c *Call, process func() reply) reply {
 	a := s.withFault(ctx, c, process)
 	if a.none {
@@ -130,7 +130,7 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	}
 	known := s.connectors[c.ConnectorID]
 	if known == nil || known.deleted || subtle.ConstantTimeCompare([]byte(known.secret), []byte(given)) != 1 {
-		// The message is a published client's, the errorCode beside it is ours (guess).
+		// The message is from a published client, the errorCode is ours (guess).
 		return errorReply(http.StatusUnauthorized, "Dont have correct applicationId and secret in header!", "Unauthenticated", "AuthException")
 	}
 	token := s.refresh[c.RefreshToken]
@@ -148,7 +148,7 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	access, expires := s.issueAccessToken(token.holder)
 	token.user.granted++
 	c.AccessToken = access
-	// "" or null (doc); here in turn, so that clients meet both.
+	// "" or null (doc): here in turn, so that clients get both.
 	var newToken any
 	if s.empty = !s.empty; s.empty {
 		newToken = ""
@@ -168,10 +168,10 @@ func (s *Service) process(r *http.Request, c *Call) reply {
 	})
 }
 
-// endpointURL is the base of the apps' calls.
+// endpointURL is the base URL of the apps' calls.
 func (s *Service) endpointURL() string { return cmp.Or(s.endpoint, s.url, DefaultEndpointURL) }
 
-// me is the call by which an app can see that its access token works (client). It counts against the limits (doc).
+// me is the call with which an app can check that its access token works (client). It counts against the limits (doc).
 func (s *Service) me(r *http.Request) reply {
 	s.mu.Lock()
 	t, alive := s.accessToken(r.Header.Get("accessToken"))

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// guid returns a random GUID, as connectors and users are named by (client).
+// guid returns a random GUID, the form of the IDs of connectors and users (client).
 func guid() string {
 	var b [16]byte
 	_, _ = rand.Read(b[:])
@@ -29,8 +29,8 @@ func secret() string {
 	return string(b[:])
 }
 
-// jwt signs a token for a holder with the claims that were seen in published clients (client): HS256, with a key that only
-// the service has. jti is ours (guess): without it, two tokens of one second would be one token.
+// jwt signs a token for a holder with the claims that published clients show (client): HS256, with a key that only the
+// service has. jti is ours (guess): without it, two tokens of the same second would be equal.
 func (s *Service) jwt(h holder, issued, expires time.Time) string {
 	data := map[string]any{"AppName": "Connector"}
 	credentials := map[string]any{
@@ -64,7 +64,7 @@ func (s *Service) jwt(h holder, issued, expires time.Time) string {
 func text(v any) string {
 	raw, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // of maps of strings and numbers
+		panic(err) // maps of strings and numbers can be encoded
 	}
 	return string(raw)
 }

@@ -21,27 +21,27 @@ const (
 const (
 	// PINLife is how long a PIN can be redeemed (guess).
 	PINLife = 10 * time.Minute
-	// PINTries is how many wrong PINs a PIN survives, less one (guess).
+	// PINTries is the number of wrong PINs after which a PIN cannot be redeemed any more (guess).
 	PINTries = 5
-	// maxPINBody bounds the body of a call, in bytes.
+	// maxPINBody is the maximum size of the body of a call, in bytes.
 	maxPINBody = 64 << 10
 )
 
-// pin is the PIN that a user was sent for a connector. A new one replaces it, and a success uses it up (guess).
+// pin is the PIN that was sent to a user for a connector. A new one replaces it, and a success uses it up (guess).
 type pin struct {
 	digits  string
 	expires time.Time
-	tries   int // that are left
+	tries   int // the tries that are left
 }
 
-// PhoneNumber returns a user's phone number, with its country code. A user who was not seen before gets one.
+// PhoneNumber returns a user's phone number, with its country code. A new user gets one.
 func (s *Service) PhoneNumber(name string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.user(name).phone
 }
 
-// PIN returns the newest PIN that was sent to a user for a connector and is good still; "" where there is none.
+// PIN returns the newest PIN that was sent to a user for a connector and can still be redeemed; "" if there is none.
 func (s *Service) PIN(connectorID, name string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -60,12 +60,11 @@ func (s *Service) OnSMS(f func(mobileNumber, text string)) {
 	s.sms = f
 }
 
-// pin answers both calls of the PIN login. What their errors look like is not documented (guess): like those of the
-// exchange.
+// pin answers both calls of the PIN login. The form of their errors is not documented; it is that of the exchange's (guess).
 func (s *Service) pin(ctx context.Context, r *http.Request) reply {
 	var body struct{ MobileNumber, ApplicationID, ApplicationSecret, PIN string }
 	if r.Body != nil {
-		_ = json.NewDecoder(io.LimitReader(r.Body, maxPINBody)).Decode(&body) // what is no such object lacks its fields
+		_ = json.NewDecoder(io.LimitReader(r.Body, maxPINBody)).Decode(&body) // a body that is no such object has no fields
 	}
 	s.mu.Lock()
 	var known *user

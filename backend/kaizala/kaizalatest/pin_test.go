@@ -81,7 +81,7 @@ func TestPIN(t *testing.T) {
 		assert.EqualValues(t, time.Now().Add(365*day).UnixMilli(), g.fields["refreshTokenExpiry"])
 		c.granted(token)
 		c.granted(group)
-		assert.False(t, s.RefreshTokenAlive(old), "the user's older token dies")
+		assert.False(t, s.RefreshTokenAlive(old), "the user's older token has ended")
 		assert.Empty(t, s.PIN(c.id, "ada"))
 		refused(pin)
 
@@ -124,7 +124,7 @@ func TestPIN(t *testing.T) {
 		assert.Equal(t, "InvalidParameters", code(c.post(sendPINPath, nil)))
 		assert.Equal(t, "InvalidParameters", code(c.post(redeemPINPath, map[string]any{"mobileNumber": number, "applicationId": c.id, "pin": pin})))
 		assert.Equal(t, "Unauthenticated", code((&caller{t: t, rt: c.rt, root: c.root, id: "nobody's"}).sendPIN(number)))
-		assert.Equal(t, "InvalidPin", code(inProcess(t, s).redeemPIN(number, pin)), "a PIN is one connector's")
+		assert.Equal(t, "InvalidPin", code(inProcess(t, s).redeemPIN(number, pin)), "the PIN is for another connector")
 		assert.Equal(t, http.StatusMethodNotAllowed, c.call(t.Context(), sendPINPath, nil).status)
 		redeemed(pin)
 		s.DeactivateConnector(c.id)

@@ -1,11 +1,11 @@
 // Package kaizalatest emulates Kaizala for tests, in the manner of net/http/httptest: the portal, where connectors are
 // registered and refresh tokens are generated, and the token service, which exchanges them.
 //
-// Nothing but a token's random parts depends on chance, and time is [time.Now], so a [Service] that was made inside a
-// testing/synctest bubble lives by the bubble's clock; reach it there through [Service.Transport], which needs no socket.
+// Only parts of the tokens are random, and time is [time.Now], so a [Service] that was made inside a testing/synctest
+// bubble uses the bubble's clock; reach it there through [Service.Transport], which needs no socket.
 //
-// Where the behaviour comes from is marked as in the project's notes: (doc) Microsoft's documentation, (client) at least
-// one published client, (guess) ours.
+// The source of each behaviour is marked as in the project's notes: (doc) is Microsoft's documentation, (client) is at
+// least one published client, (guess) is ours.
 package kaizalatest
 
 import (
@@ -23,29 +23,29 @@ const (
 	DefaultRefreshTokenLife  = 365 * 24 * time.Hour // (doc)
 	DefaultLimitPerConnector = 100                  // calls in a minute (doc)
 	DefaultLimitPerTenant    = 300                  // calls in a minute, over all connectors (doc)
-	// DefaultEndpointURL is what an exchange names as the base of an app's calls where the Service has no URL of its own (doc).
+	// DefaultEndpointURL is the base URL of an app's calls in an exchange's answer, if the Service has no URL of its own (doc).
 	DefaultEndpointURL = "https://inc-000.kaizalamessaging.osi.office.net"
 )
 
-// maxCalls is how many calls are kept for Calls; half of them are forgotten when there are more.
+// maxCalls is how many calls are kept for Calls; half of them are deleted when there are more.
 const maxCalls = 100_000
 
 // Service is Kaizala's portal and token service, in memory: one tenant (one organization) with its connectors and users.
 // It is safe for concurrent use.
 type Service struct {
 	key []byte
-	url string // of the Server around it
+	url string // the URL of the Server around it
 
 	mu         sync.Mutex
 	connectors map[string]*connector
 	users      map[string]*user
-	refresh    map[string]*refreshToken   // dead ones too: they tell whose they were
-	held       map[holder][]*refreshToken // those that the next one generated for the holder kills
+	refresh    map[string]*refreshToken   // also dead ones, for their user
+	held       map[holder][]*refreshToken // those that end when the portal generates the next one for the holder
 	access     map[string]accessToken
 	pruneAt    int // the size at which access is pruned of what has expired
 
 	accessLife, refreshLife time.Duration
-	refreshAge              time.Duration // of a refresh token that the portal generates
+	refreshAge              time.Duration // the age of a refresh token that the portal generates
 	oldLives                bool
 	perConnector, perTenant int
 	endpoint                string
@@ -53,7 +53,7 @@ type Service struct {
 	windows                 map[string]*window
 	all                     window
 	faults                  []*Fault
-	cleared                 chan struct{} // closed by ClearFaults: ends the hangs
+	cleared                 chan struct{} // closed by ClearFaults, which ends the hangs
 	calls                   []*Call
 	callCount               int
 	busiest                 map[string]*window
@@ -68,13 +68,13 @@ type connector struct {
 
 type user struct {
 	name, id, phone   string
-	newest            string // refresh token
+	newest            string // the newest refresh token
 	granted           int
 	location          string
 	locationIsPassing bool
 }
 
-// holder is whom a token was made for.
+// holder is the user, connector and group that a token was made for.
 type holder struct {
 	connector string
 	user      *user
@@ -92,8 +92,8 @@ type accessToken struct {
 	expires time.Time
 }
 
-// New returns a Service with nothing registered, the documented limits and lives, and an old refresh token that dies
-// when a new one replaces it.
+// New returns a Service with nothing registered and the documented limits and lives. A refresh token ends when a new one
+// replaces it.
 func New() *Service {
 	s := &Service{
 		key:          make([]byte, 32),
@@ -126,8 +126,8 @@ func (s *Service) RegisterConnector() (id, connectorSecret string) {
 	return id, connectorSecret
 }
 
-// SetConnectorSecret replaces a connector's secret; the old one is refused from now on (guess). An unknown connector is
-// left alone.
+// SetConnectorSecret replaces a connector's secret; the old one is refused from now on (guess). It does nothing for an
+// unknown connector.
 func (s *Service) SetConnectorSecret(id, connectorSecret string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -148,7 +148,7 @@ func (s *Service) NewConnectorSecret(id string) string {
 	return c.secret
 }
 
-// DeleteConnector deletes a connector: its refresh tokens die (doc), its access tokens live until they expire.
+// DeleteConnector deletes a connector: its refresh tokens end (doc), its access tokens live until they expire.
 func (s *Service) DeleteConnector(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -162,8 +162,8 @@ func (s *Service) DeleteConnector(id string) {
 	}
 }
 
-// DeactivateConnector deactivates a connector: the portal generates no new tokens for it (doc), while those that it has go
-// on being exchanged and rotated (guess).
+// DeactivateConnector deactivates a connector: the portal generates no new tokens for it (doc), and its existing tokens are
+// still exchanged and rotated (guess).
 func (s *Service) DeactivateConnector(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,15 +172,15 @@ func (s *Service) DeactivateConnector(id string) {
 	}
 }
 
-// GenerateUserToken generates a user's refresh token for a connector (step 2 of the procedure, doc). The one that the same
-// user had of the same connector dies (doc). It returns "" where the portal would refuse: the connector is unknown,
-// deleted or deactivated.
+// GenerateUserToken generates a user's refresh token for a connector (step 2 of the procedure, doc). The user's token for
+// the same connector before it ends (doc). It returns "" if the portal would refuse: the connector is unknown, deleted or
+// deactivated.
 func (s *Service) GenerateUserToken(connectorID, user string) string {
 	return s.generate(connectorID, user, "")
 }
 
-// GenerateGroupToken does the same from a group's page: the token reaches that group alone (doc). It replaces the user's
-// token for that group and no other (guess).
+// GenerateGroupToken does the same from a group's page: the token gives access to that group alone (doc). It replaces the
+// user's token for that group and no other (guess).
 func (s *Service) GenerateGroupToken(connectorID, user, groupID string) string {
 	return s.generate(connectorID, user, groupID)
 }
@@ -196,7 +196,7 @@ func (s *Service) generate(connectorID, name, group string) string {
 	return s.replaceRefreshToken(h, now().Add(-s.refreshAge))
 }
 
-// replaceRefreshToken issues a refresh token in the place of those that the holder had.
+// replaceRefreshToken issues a refresh token, and ends those that the holder had.
 func (s *Service) replaceRefreshToken(h holder, issued time.Time) string {
 	for _, t := range s.held[h] {
 		t.dead = true
@@ -205,7 +205,7 @@ func (s *Service) replaceRefreshToken(h holder, issued time.Time) string {
 	return s.issueRefreshToken(h, issued)
 }
 
-// user returns a user, made where there is none of that name.
+// user returns the user of that name, and creates it if there is none.
 func (s *Service) user(name string) *user {
 	u := s.users[name]
 	if u == nil {
@@ -235,7 +235,7 @@ func (s *Service) issueRefreshToken(h holder, issued time.Time) string {
 	return token
 }
 
-// now is the time in whole seconds, which is all that a JWT's claims hold.
+// now is the time in whole seconds, the precision of a JWT's claims.
 func now() time.Time { return time.Now().Truncate(time.Second) }
 
 // SetAccessTokenLife sets how long access tokens live that are issued from now on; 0 is the documented 24 hours.
@@ -245,17 +245,17 @@ func (s *Service) SetAccessTokenLife(d time.Duration) {
 	s.accessLife = orDefault(d, DefaultAccessTokenLife)
 }
 
-// SetRefreshTokenLife sets how long refresh tokens live that are issued from now on; 0 is the documented 365 days. They
-// live whole seconds.
+// SetRefreshTokenLife sets how long refresh tokens live that are issued from now on, in whole seconds; 0 is the documented
+// 365 days.
 func (s *Service) SetRefreshTokenLife(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refreshLife = orDefault(d, DefaultRefreshTokenLife)
 }
 
-// SetRefreshTokenAge sets how old the refresh tokens are, in whole seconds, that the portal generates from now on, as if
-// their users had kept them for so long (ours, for tests that cannot wait: the documented age is 0). It comes off their
-// lives. What exchanges issue is always new.
+// SetRefreshTokenAge sets the age, in whole seconds, of the refresh tokens that the portal generates from now on, as if
+// their users had kept them for so long (ours, for tests that cannot wait: the documented age is 0). Their lives are
+// shorter by that. Refresh tokens of exchanges are always new.
 func (s *Service) SetRefreshTokenAge(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -269,8 +269,8 @@ func orDefault(d, otherwise time.Duration) time.Duration {
 	return d
 }
 
-// SetOldTokenDies says whether a refresh token dies when an exchange returns a new one, which is not documented. It does
-// unless this says otherwise.
+// SetOldTokenDies sets whether a refresh token ends when an exchange returns a new one, which is not documented. The
+// default is true.
 func (s *Service) SetOldTokenDies(dies bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -278,7 +278,7 @@ func (s *Service) SetOldTokenDies(dies bool) {
 }
 
 // SetLimits sets how many calls a connector, and the tenant over all its connectors, may make in 60 seconds; 0 is no limit.
-// Without it they are the documented 100 and 300.
+// The defaults are the documented 100 and 300.
 func (s *Service) SetLimits(perConnector, perTenant int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -292,19 +292,20 @@ func (s *Service) Limits() (perConnector, perTenant int) {
 	return s.perConnector, s.perTenant
 }
 
-// SetEndpointURL sets what exchanges name as the base of the apps' calls. "" is the Server's own URL, or DefaultEndpointURL.
+// SetEndpointURL sets the base URL of the apps' calls in the answers to exchanges. "" is the Server's own URL, or
+// DefaultEndpointURL.
 func (s *Service) SetEndpointURL(u string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.endpoint = u
 }
 
-// MoveUser answers each exchange of a user with a 308 to location (doc), except where the exchange has arrived there: at
-// location's host and path, which is all that a Service can tell of a URL. A location without a path is a base URL. ""
-// undoes it.
+// MoveUser answers each exchange of a user with a 308 to location (doc), except an exchange that comes to location's host
+// and path, which are the parts of the URL that the Service sees. A location without a path is a base URL. "" ends the
+// move.
 func (s *Service) MoveUser(name, location string) { s.move(name, location, false) }
 
-// MoveUserTemporarily is MoveUser with a 307 (guess).
+// MoveUserTemporarily is like MoveUser, with a 307 (guess).
 func (s *Service) MoveUserTemporarily(name, location string) { s.move(name, location, true) }
 
 func (s *Service) move(name, location string, passing bool) {
@@ -314,7 +315,7 @@ func (s *Service) move(name, location string, passing bool) {
 	u.location, u.locationIsPassing = location, passing
 }
 
-// arrived says whether a request is where its user was moved to.
+// arrived returns whether a request has come to the location that its user was moved to.
 func (u *user) arrived(r *http.Request) bool {
 	to, err := url.Parse(u.location)
 	if err != nil {
@@ -327,7 +328,7 @@ func (u *user) arrived(r *http.Request) bool {
 	return (to.Host == "" || strings.EqualFold(to.Host, r.Host)) && path == r.URL.Path
 }
 
-// RefreshTokenAlive says whether an exchange with that refresh token would be granted.
+// RefreshTokenAlive returns whether an exchange with that refresh token would be granted.
 func (s *Service) RefreshTokenAlive(token string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -337,8 +338,8 @@ func (s *Service) RefreshTokenAlive(token string) bool {
 
 func (t *refreshToken) alive() bool { return !t.dead && time.Now().Before(t.expires) }
 
-// CurrentRefreshToken returns the newest refresh token that was issued to a user, by the portal or by an exchange, of
-// whichever connector or group; "" when there was none.
+// CurrentRefreshToken returns the newest refresh token that was issued to a user, by the portal or by an exchange, for any
+// connector or group; "" if there was none.
 func (s *Service) CurrentRefreshToken(name string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -348,7 +349,7 @@ func (s *Service) CurrentRefreshToken(name string) string {
 	return ""
 }
 
-// AccessTokenAlive says whether an app can use that access token now.
+// AccessTokenAlive returns whether an app can use that access token now.
 func (s *Service) AccessTokenAlive(token string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -361,7 +362,7 @@ func (s *Service) accessToken(token string) (accessToken, bool) {
 	return t, ok && time.Now().Before(t.expires)
 }
 
-// issueAccessToken issues one, and every so often forgets those that have expired.
+// issueAccessToken issues an access token, and from time to time deletes those that have expired.
 func (s *Service) issueAccessToken(h holder) (string, time.Time) {
 	if len(s.access) >= s.pruneAt {
 		for token, t := range s.access {
@@ -371,7 +372,7 @@ func (s *Service) issueAccessToken(h holder) (string, time.Time) {
 		}
 		s.pruneAt = max(1024, 2*len(s.access))
 	}
-	// To the millisecond, since that is what accessTokenExpiry holds.
+	// In whole milliseconds, the precision of accessTokenExpiry.
 	expires := time.UnixMilli(time.Now().Add(s.accessLife).UnixMilli())
 	token := s.jwt(h, time.Now(), expires)
 	s.access[token] = accessToken{holder: h, expires: expires}

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const day = 24 * time.Hour
 
-// caller makes calls through a transport, as somebody with a connector.
+// caller makes calls through a transport, with a connector.
 type caller struct {
 	t          *testing.T
 	rt         http.RoundTripper
@@ -36,7 +36,7 @@ func inProcess(t *testing.T, s *Service) *caller {
 	return &caller{t: t, rt: s.Transport(), root: "https://api.kaiza.la", id: id, secret: secret}
 }
 
-// got is an answer. err is the transport's, or the body's.
+// got is an answer. err is the error of the transport, or of reading the body.
 type got struct {
 	status int
 	header http.Header
@@ -148,7 +148,7 @@ func TestAnswer(t *testing.T) {
 		assert.Equal(t, DefaultEndpointURL, first.text("endpointUrl"))
 		assert.Equal(t, "token.write", first.text("scope"))
 		assert.EqualValues(t, time.Now().Add(day).UnixMilli(), first.fields["accessTokenExpiry"])
-		assert.NotEqual(t, first.text("accessToken"), second.text("accessToken"), "two of one second")
+		assert.NotEqual(t, first.text("accessToken"), second.text("accessToken"), "two tokens of the same second")
 		assert.Equal(t, "", first.fields["refreshToken"])
 		assert.Contains(t, second.fields, "refreshToken")
 		assert.Nil(t, second.fields["refreshToken"])
@@ -158,7 +158,7 @@ func TestAnswer(t *testing.T) {
 	})
 }
 
-// claims reads a token's claims, and the objects that they hold as strings.
+// claims reads a token's claims, and the objects that are strings in them.
 func claims(t *testing.T, token string) (all, credentials, data map[string]any) {
 	t.Helper()
 	parts := strings.Split(token, ".")
@@ -234,7 +234,7 @@ func TestRotation(t *testing.T) {
 				born := time.Now()
 
 				time.Sleep(328*day + 12*time.Hour - time.Nanosecond)
-				assert.Empty(t, c.granted(first).text("refreshToken"), "a moment before")
+				assert.Empty(t, c.granted(first).text("refreshToken"), "a moment before the rotation window")
 				time.Sleep(time.Nanosecond)
 				second := c.granted(first).text("refreshToken")
 				require.NotEmpty(t, second)
@@ -246,7 +246,7 @@ func TestRotation(t *testing.T) {
 					third := c.granted(first).text("refreshToken")
 					assert.NotEqual(t, second, third, "every exchange returns a new one")
 				}
-				assert.Empty(t, c.granted(second).text("refreshToken"), "a new life")
+				assert.Empty(t, c.granted(second).text("refreshToken"), "the new refresh token is not in the rotation window")
 
 				time.Sleep(365*day - time.Since(born))
 				c.refused(first, "InvalidToken")
@@ -283,7 +283,7 @@ func TestAge(t *testing.T) {
 		all, _, _ = claims(t, next)
 		assert.EqualValues(t, time.Now().Unix(), all["iat"])
 		assert.EqualValues(t, time.Now().Add(365*day).Unix(), all["exp"])
-		assert.Empty(t, c.granted(next).text("refreshToken"), "a new life")
+		assert.Empty(t, c.granted(next).text("refreshToken"), "the new refresh token is not in the rotation window")
 
 		s.SetRefreshTokenAge(364*day + 1500*time.Millisecond)
 		old = s.GenerateUserToken(c.id, "ada")
@@ -342,7 +342,7 @@ func TestLimits(t *testing.T) {
 		use(a, 60)
 		time.Sleep(10*time.Second + time.Millisecond)
 		use(a, 40)
-		limited(a, "50") // of the first 60, rounded up
+		limited(a, "50") // until the first call is 60 seconds old, rounded up
 		assert.Equal(t, 101, s.MaxPerMinute(a.id))
 		use(b, 100)
 		use(x, 100)
@@ -357,7 +357,7 @@ func TestLimits(t *testing.T) {
 		time.Sleep(time.Minute)
 		access := a.granted(of[a]).text("accessToken")
 		me := a.call(t.Context(), mePath, map[string]string{"accessToken": access})
-		assert.Equal(t, http.StatusTooManyRequests, me.status, "an app's calls come out of the same allowance")
+		assert.Equal(t, http.StatusTooManyRequests, me.status, "an app's calls count against the same limit")
 		perConnector, perTenant := s.Limits()
 		assert.Equal(t, [2]int{1, 0}, [2]int{perConnector, perTenant})
 	})
@@ -536,7 +536,7 @@ func TestTruncateAt(t *testing.T) {
 		s.Inject(Fault{Truncate: true, TruncateAt: at, Times: 1})
 		g := c.exchange(token)
 		require.ErrorIs(t, g.err, io.ErrUnexpectedEOF)
-		assert.InDelta(t, want, len(g.raw), 4, "two answers differ by a null")
+		assert.InDelta(t, want, len(g.raw), 4, "two answers differ by \"\" and null")
 	}
 }
 
@@ -561,7 +561,7 @@ func TestCalls(t *testing.T) {
 			time.Sleep(time.Minute)
 			c.granted(token)
 		}
-		assert.Equal(t, 2, s.MaxPerMinute(c.id), "60 seconds apart are two minutes")
+		assert.Equal(t, 2, s.MaxPerMinute(c.id), "calls that are 60 seconds apart are not in the same minute")
 
 		s.ResetCalls()
 		assert.Empty(t, s.Calls())
@@ -621,7 +621,7 @@ func TestServers(t *testing.T) {
 			assert.Len(t, g.raw, 100)
 			assert.Greater(t, length, 100)
 
-			// Close ends what hangs.
+			// Close ends a hang.
 			s.Inject(Fault{Hang: true})
 			before := s.CallCount()
 			var hung sync.WaitGroup

@@ -31,7 +31,7 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	panic(http.ErrAbortHandler)
 }
 
-// reset breaks the connection with a TCP reset where it can, and does not return.
+// reset breaks the connection, with a TCP reset if possible, and does not return.
 func reset(w http.ResponseWriter) {
 	if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
 		if tcp, ok := conn.(*net.TCPConn); ok {
@@ -42,8 +42,8 @@ func reset(w http.ResponseWriter) {
 	panic(http.ErrAbortHandler)
 }
 
-// Transport returns a transport that answers in process, whatever host a request names, with no socket and no goroutine of
-// its own. A broken connection is [io.ErrUnexpectedEOF].
+// Transport returns a transport that answers requests to every host in process, with no socket and no goroutine of its own.
+// A broken connection is [io.ErrUnexpectedEOF].
 func (s *Service) Transport() http.RoundTripper { return transport{s} }
 
 type transport struct{ service *Service }
@@ -88,7 +88,7 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// broken is a connection that has gone.
+// broken is a connection that has broken.
 type broken struct{}
 
 func (broken) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
@@ -96,7 +96,7 @@ func (broken) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 // Server is a Service that listens on a loopback address.
 type Server struct {
 	*Service
-	// URL is the server's base URL, which is an api root.
+	// URL is the server's base URL, which can be a connector's api_root.
 	URL string
 	// CACert is the certificate, in PEM, that a client of a TLS server has to trust; "" without TLS.
 	CACert string
@@ -113,7 +113,7 @@ func NewTLSServer() *Server { return serve((*httptest.Server).StartTLS) }
 func serve(start func(*httptest.Server)) *Server {
 	s := New()
 	server := httptest.NewUnstartedServer(s)
-	server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that reject the certificate, say
+	server.Config.ErrorLog = log.New(io.Discard, "", 0) // for example errors of clients that reject the certificate
 	start(server)
 	s.mu.Lock()
 	s.url = server.URL

@@ -13,12 +13,12 @@ import (
 	"time"
 )
 
-// code is an authorization code. It is kept after its use, so that a second one is seen.
+// code is an authorization code. It is kept after its use, so that a second use is found.
 type code struct {
 	authorization
 	user    string
 	expires time.Time
-	// grant is what it was exchanged for, nil before that.
+	// grant is the grant that the code was redeemed for, nil before that.
 	grant *grant
 }
 
@@ -31,11 +31,11 @@ type authorization struct {
 	hint                                 string
 }
 
-// challengeS256 is what a code challenge by S256 looks like (RFC 7636, section 4.2).
+// challengeS256 is the form of a code challenge by S256 (RFC 7636, section 4.2).
 var challengeS256 = regexp.MustCompile(`^[A-Za-z0-9_-]{43}$`)
 
 // readAuthorization reads an authorization request. An error is shown on a page, because the redirect URI cannot be
-// trusted; refusal is an error code that the browser takes back to the client (RFC 6749, section 4.1.2.1).
+// trusted; refusal is an error code that the redirect brings to the client (RFC 6749, section 4.1.2.1).
 func (s *Server) readAuthorization(q url.Values) (a authorization, refusal string, err error) {
 	a.client = s.clients[q.Get("client_id")]
 	a.redirectURI, a.state, a.nonce, a.hint = q.Get("redirect_uri"), q.Get("state"), q.Get("nonce"), q.Get("login_hint")
@@ -73,14 +73,14 @@ func (s *Server) readAuthorization(q url.Values) (a authorization, refusal strin
 	return a, "", nil
 }
 
-// Approve plays the browser and the person who consents: it returns the URL that the server sends the browser to,
-// which has a code or, where the request is wrong, an error. Its own error is a page that the browser would stay at.
-// A user of "" is the one of login_hint.
+// Approve plays the browser and the person who consents. It returns the URL that the server redirects the browser to,
+// with a code or, if the request is wrong, an error. err is the text of a page without a redirect. If user is "", it is
+// that of login_hint.
 func (s *Server) Approve(authorizationURL, user string) (redirectURL string, err error) {
 	return s.visit(authorizationURL, user, true)
 }
 
-// Deny is Approve for a person who does not consent.
+// Deny is like Approve, but the person does not consent.
 func (s *Server) Deny(authorizationURL string) (redirectURL string, err error) {
 	return s.visit(authorizationURL, "", false)
 }
@@ -97,7 +97,7 @@ func (s *Server) visit(authorizationURL, user string, allow bool) (string, error
 	return to, nil
 }
 
-// decide returns where the browser goes after the person's decision. Its error is for a page.
+// decide returns the redirect after the person's decision. Its error is the text of a page.
 func (s *Server) decide(q url.Values, user string, allow bool) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -130,7 +130,7 @@ func (s *Server) decide(q url.Values, user string, allow bool) (string, error) {
 	if err != nil {
 		return "", errors.New("redirect_uri cannot be read")
 	}
-	// What the redirect URI has already stays (RFC 6749, section 3.1.2).
+	// The query of the redirect URI stays (RFC 6749, section 3.1.2).
 	if to.RawQuery != "" {
 		to.RawQuery += "&"
 	}
@@ -138,7 +138,7 @@ func (s *Server) decide(q url.Values, user string, allow bool) (string, error) {
 	return to.String(), nil
 }
 
-// page is all that people see.
+// page is the template of all pages.
 var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{.Title}}</title></head>
 <body><h1>{{.Title}}</h1><p>{{.Text}}</p>
@@ -159,7 +159,7 @@ type pageData struct {
 func htmlReply(status int, d pageData) reply {
 	var b bytes.Buffer
 	if err := page.Execute(&b, d); err != nil {
-		panic(err) // of strings into a buffer
+		panic(err) // strings into a buffer cannot fail
 	}
 	a := canned(status, typeHTML, b.String()).reply("")
 	a.header.Set("Cache-Control", "no-store")
@@ -172,8 +172,8 @@ func errorPage(err error) reply {
 	return a
 }
 
-// authorizationPage is the authorization endpoint: GET shows what is asked for, POST to the same URL with "decision"
-// (allow or deny) and "user" is the person's decision.
+// authorizationPage is the authorization endpoint: GET shows the request, POST to the same URL with "decision" (allow or
+// deny) and "user" is the person's decision.
 func (s *Server) authorizationPage(q *request, _ *Call) reply {
 	query := q.URL.Query()
 	s.mu.Lock()

@@ -2,45 +2,45 @@ package oauth2test
 
 import "time"
 
-// maxCalls is how many calls are kept for Calls; half of them are forgotten when there are more.
+// maxCalls is how many calls are kept for Calls; half of them are deleted when there are more.
 const maxCalls = 100_000
 
 // Call is a request that reached the server.
 type Call struct {
-	// Start is when it came in, End when its answer was ready or its client had gone away; zero while it is under
+	// Start is when the request came, End when its answer was ready or its client had cancelled; zero while it is under
 	// way.
 	Start, End time.Time
 	// Endpoint is "" for a path that the server does not have.
 	Endpoint Endpoint
 	// Path is the request's.
 	Path string
-	// GrantType is the one that was sent to the token endpoint.
+	// GrantType is grant_type, at the token endpoint.
 	GrantType string
-	// ClientID is the one that the request named, right or wrong.
+	// ClientID is the client ID in the request, right or wrong.
 	ClientID string
-	// User is whose token, code or device code it brought; "" where the server does not know it.
+	// User is the user of the token, code or device code in the request; "" if the server does not know that.
 	User string
-	// Token is the refresh token, or the token to be revoked or introspected, that the request brought.
+	// Token is the refresh token, or the token to be revoked or introspected, in the request.
 	Token string
-	// Expired says that Token was known and past its end when it came; Left is what was left of its life, 0 where it
-	// has no end or is not known.
+	// Expired is true if Token was known and had expired when it came; Left is the rest of its life, 0 if it has no end
+	// or is not known.
 	Expired bool
 	Left    time.Duration
-	// Status is that of the answer that was sent, 0 where none was.
+	// Status is the status of the answer, 0 if none was sent.
 	Status int
-	// Processed says that the request was carried out, whether or not its answer was sent. Error is then the error
-	// code of the right answer, "" where it was granted.
+	// Processed is true if the request was carried out, whether or not its answer was sent. Error is then the error code
+	// of the answer without the fault, "" if the request was granted.
 	Processed bool
 	Error     string
-	// AccessToken and RefreshToken are those that were given, whether or not the answer arrived. Rotated says that
-	// the refresh token is a new one in the place of the one that came.
+	// AccessToken and RefreshToken are the issued ones, whether or not the answer arrived. Rotated is true if RefreshToken
+	// is new and replaces Token.
 	AccessToken, RefreshToken string
 	Rotated                   bool
-	// Reused says that a refresh token came that had been replaced, in its grace or after it.
+	// Reused is true if Token is a refresh token that had been replaced, in its grace or after it.
 	Reused bool
 }
 
-// Granted says that the request was carried out and was no error, whether or not its answer was sent.
+// Granted returns whether the request was carried out without an error, whether or not its answer was sent.
 func (c Call) Granted() bool { return c.Processed && c.Error == "" }
 
 // window counts what happened in the last 60 seconds.
@@ -63,7 +63,7 @@ func (w *window) add(now time.Time) {
 	w.most = max(w.most, len(w.times))
 }
 
-// wait returns how long to wait for a place in a window of that size, 0 when there is one.
+// wait returns how long to wait for a place in a window of that size, 0 if there is one.
 func (w *window) wait(now time.Time, limit int) time.Duration {
 	w.prune(now)
 	if limit <= 0 || len(w.times) < limit {
@@ -81,7 +81,7 @@ func windowOf(m map[string]*window, key string) *window {
 	return w
 }
 
-// counted says which endpoints count against the limit.
+// counted returns whether an endpoint's calls count against the limit.
 func (e Endpoint) counted() bool {
 	return e == EndpointToken || e == EndpointRevocation || e == EndpointDevice
 }
@@ -100,7 +100,7 @@ func (s *Server) begin(c *Call) {
 	}
 }
 
-// end completes its record.
+// end completes the record of a call.
 func (s *Server) end(c *Call, status int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,8 +122,8 @@ func (s *Server) limited(c *Call) time.Duration {
 	return wait
 }
 
-// Calls returns the requests that were seen, in the order in which they came: the last 50,000 at least. With
-// endpoints, only those that came there.
+// Calls returns the requests that the server got, in the order in which they came: the last 50,000 at least. With
+// endpoints, only the requests to these.
 func (s *Server) Calls(endpoints ...Endpoint) []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -141,8 +141,7 @@ func (s *Server) Calls(endpoints ...Endpoint) []Call {
 	return calls
 }
 
-// ResetCalls forgets what Calls, Exchanges, MaxPerMinute, UsedTwice, GraceUses and LostGrants tell. The limit goes on
-// counting.
+// ResetCalls resets Calls, Exchanges, MaxPerMinute, UsedTwice, GraceUses and LostGrants. The limit goes on counting.
 func (s *Server) ResetCalls() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -192,15 +191,15 @@ func (s *Server) GraceUses() int {
 	return s.graceUses
 }
 
-// Lost is a grant that ended though neither the user nor its client asked for that.
+// Lost is a grant that ended although neither its user nor its client asked for that.
 type Lost struct {
 	ClientID, User string
-	// Why is what ended it, for people.
+	// Why is the reason, as text for people.
 	Why string
 }
 
-// LostGrants returns the grants that ended because a refresh token or a code was used twice, because the revocation
-// of an access token took the grant with it, or because the revocation of another grant did.
+// LostGrants returns the grants that ended because a refresh token or a code was used twice, because the revocation of
+// an access token ended its grant, or because the revocation of another grant ended it.
 func (s *Server) LostGrants() []Lost {
 	s.mu.Lock()
 	defer s.mu.Unlock()

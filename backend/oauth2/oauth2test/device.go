@@ -62,7 +62,7 @@ func userCode() string {
 	return string(b[:4]) + "-" + string(b[4:])
 }
 
-// deviceGrant is a poll (RFC 8628, sections 3.4 and 3.5). One that comes before the interval is over makes it 5
+// deviceGrant is a poll (RFC 8628, sections 3.4 and 3.5). A poll before the end of the interval makes the interval 5
 // seconds longer.
 func (s *Server) deviceGrant(q *request, c *Call, cl *client) reply {
 	if q.form.Get("device_code") == "" {
@@ -90,7 +90,7 @@ func (s *Server) deviceGrant(q *request, c *Call, cl *client) reply {
 	return s.firstTokens(q, c, s.newGrant(cl, d.user, d.scopes), slices.Contains(d.scopes, "offline_access"), "")
 }
 
-// ApproveDevice plays the person who types the user code and consents. Its error says what the page would say.
+// ApproveDevice plays the person who types the user code and consents. Its error is the text of the page.
 func (s *Server) ApproveDevice(userCode, user string) error {
 	if user == "" {
 		return errors.New("name the user")
@@ -98,7 +98,7 @@ func (s *Server) ApproveDevice(userCode, user string) error {
 	return s.decideDevice(userCode, func(d *device) { d.user = user })
 }
 
-// DenyDevice is ApproveDevice for a person who does not consent.
+// DenyDevice is like ApproveDevice, but the person does not consent.
 func (s *Server) DenyDevice(userCode string) error {
 	return s.decideDevice(userCode, func(d *device) { d.denied = true })
 }
@@ -121,7 +121,7 @@ func (s *Server) decideDevice(userCode string, decide func(*device)) error {
 	return errors.New("there is no such code")
 }
 
-// plain takes a user code as people type it.
+// plain returns a user code as a person has typed it without hyphens and spaces, in upper case.
 func plain(userCode string) string {
 	return strings.ToUpper(strings.NewReplacer("-", "", " ", "").Replace(userCode))
 }

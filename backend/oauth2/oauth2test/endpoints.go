@@ -123,7 +123,7 @@ func (s *Server) token(q *request, c *Call) reply {
 	return s.fail(q, http.StatusBadRequest, "unsupported_grant_type", "This grant type is not supported.")
 }
 
-// refreshGrant is RFC 6749, section 6. A refusal that does not blame the refresh token does not spend it.
+// refreshGrant is RFC 6749, section 6. A refusal for another reason than the refresh token does not use the token up.
 func (s *Server) refreshGrant(q *request, c *Call, cl *client) reply {
 	if c.Token == "" {
 		return s.invalid(q, "refresh_token is missing.")
@@ -180,8 +180,8 @@ func (s *Server) refreshGrant(q *request, c *Call, cl *client) reply {
 	return s.tokens(q, c, access.issued, access, next, "")
 }
 
-// tokens is the answer with tokens (RFC 6749, section 5.1), in which lives are counted from now. refresh is the
-// refresh token to be used from now on; nil is none.
+// tokens is the answer with tokens (RFC 6749, section 5.1), with lives counted from now. refresh is the refresh token to
+// be used from now on, nil if there is none.
 func (s *Server) tokens(q *request, c *Call, now time.Time, access, refresh *token, idToken string) reply {
 	c.User, c.AccessToken = access.grant.user, access.value
 	fields := map[string]any{
@@ -301,7 +301,7 @@ func (s *Server) revocation(q *request, c *Call) reply {
 	case t.grant.client != cl:
 		return s.fail(q, http.StatusBadRequest, "unauthorized_client", "The token was issued to another client.")
 	case s.refresh[c.Token] != nil:
-		// One that was replaced ends the grant too.
+		// A replaced refresh token ends the grant too.
 		if !t.grant.ended.IsZero() || t.expired(now) {
 			return dead
 		}
@@ -352,7 +352,7 @@ func (s *Server) introspection(q *request, c *Call) reply {
 	return s.encode(q, http.StatusOK, fields)
 }
 
-// userInfo answers who an access token stands for; 401 where it does not work (RFC 6750).
+// userInfo answers with the user of an access token, or with 401 if the token does not work (RFC 6750).
 func (s *Server) userInfo(q *request, _ *Call) reply {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -2,7 +2,7 @@ package oauth2test
 
 import "time"
 
-// Endpoint is one of the server's.
+// Endpoint is an endpoint of the server.
 type Endpoint string
 
 // The endpoints. EndpointDevice is where device authorizations begin; polls come to EndpointToken.
@@ -18,35 +18,35 @@ const (
 	EndpointVerification  Endpoint = "verification"
 )
 
-// Fault is something that goes wrong with a request.
+// Fault makes requests fail in some way.
 type Fault struct {
-	// Endpoint is where; "" is the token endpoint.
+	// Endpoint is the endpoint of the requests; "" is the token endpoint.
 	Endpoint Endpoint
-	// User and ClientID are whose requests go wrong; "" is everyone's. A request is a user's if it brings a token, a
-	// code or a device code of that user.
+	// User and ClientID select the requests of a user and of a client; "" selects all. A request is a user's if it brings a
+	// token, a code or a device code of that user.
 	User, ClientID string
-	// Times is how many requests it befalls; 0 means all until ClearFaults.
+	// Times is the number of requests that the fault applies to; 0 is all requests until ClearFaults.
 	Times int
 	// Delay passes before anything else happens.
 	Delay time.Duration
-	// Hang waits until the client goes away, or ClearFaults is called; then the connection is reset.
+	// Hang waits until the client cancels, or ClearFaults is called; then the connection is reset.
 	Hang bool
-	// Hold carries the request out and keeps the answer back until ClearFaults is called, or the client goes away.
+	// Hold carries the request out and holds the answer back until ClearFaults is called, or the client cancels.
 	Hold bool
 	// Process carries the request out before the fault answers: with Reset or Hang the right answer is lost.
 	Process bool
 	// Reset breaks the connection instead of answering.
 	Reset bool
 	// Truncate cuts the right answer off, after TruncateAt bytes of its body or, with 0, in the middle. It implies
-	// Process. TruncateQuietly does the same and ends the answer as if it were whole.
+	// Process. TruncateQuietly does the same, and ends the answer as if it were complete.
 	Truncate, TruncateQuietly bool
 	TruncateAt                int
-	// Answer, where its Status is not 0, is given instead of the right answer.
+	// Answer, if its Status is not 0, is sent instead of the right answer.
 	Answer
 }
 
-// Inject queues a fault. A request takes the first fault in the queue that is meant for it and has uses left; one
-// that is over the limit takes none.
+// Inject queues a fault. A request takes the first fault in the queue that selects it and has uses left; a request that
+// is over the limit takes none.
 func (s *Server) Inject(f Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -66,7 +66,7 @@ func (s *Server) ClearFaults() {
 	s.cleared = make(chan struct{})
 }
 
-// fault returns the fault that befalls a call, and what ends its hang or hold.
+// fault returns the fault for a call, and the channel whose close ends its hang or hold.
 func (s *Server) fault(c *Call) (Fault, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

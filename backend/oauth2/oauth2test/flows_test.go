@@ -80,13 +80,13 @@ func TestCodeFlow(t *testing.T) {
 		at, rt := c.granted(g.text("refresh_token"))
 
 		assert.Equal(t, "invalid_grant", c.redeem(code).code(), "a code is used once")
-		assert.False(t, c.s.Alive(at), "and what it gave is ended")
+		assert.False(t, c.s.Alive(at), "the second use ends the tokens of the first")
 		assert.False(t, c.s.RefreshTokenAlive(rt))
 		assert.Equal(t, "a code was used twice", c.s.LostGrants()[0].Why)
 
 		code = c.approved("ada").Get("code")
 		time.Sleep(time.Minute)
-		assert.Equal(t, "invalid_grant", c.redeem(code).code(), "it has expired")
+		assert.Equal(t, "invalid_grant", c.redeem(code).code(), "the code has expired")
 		code = c.approved("ada").Get("code")
 		time.Sleep(time.Minute - 1)
 		assert.Equal(t, 200, c.redeem(code).status)
@@ -94,7 +94,7 @@ func TestCodeFlow(t *testing.T) {
 		code = c.approved("ada").Get("code")
 		other := *c
 		other.id, other.secret = c.s.RegisterClient(AuthBasic, back)
-		assert.Equal(t, "invalid_grant", other.redeem(code).code(), "another client's")
+		assert.Equal(t, "invalid_grant", other.redeem(code).code(), "the code is for another client")
 
 		assert.NotContains(t, c.redeem(c.approved("ada", "scope", "a").Get("code")).fields, "refresh_token")
 		g = c.redeem(c.approved("", "scope", "a", "access_type", "offline", "login_hint", "bo@b.example").Get("code"))
@@ -174,7 +174,7 @@ func TestDeviceFlow(t *testing.T) {
 		time.Sleep(15 * time.Second)
 		assert.Equal(t, "authorization_pending", poll(code))
 		require.NoError(t, c.s.ApproveDevice(strings.ToLower(strings.ReplaceAll(user, "-", "")), "ada"))
-		assert.Error(t, c.s.ApproveDevice(user, "ada"), "it was used")
+		assert.Error(t, c.s.ApproveDevice(user, "ada"), "the user code was used")
 		assert.Error(t, c.s.DenyDevice("XXXX"))
 		time.Sleep(15 * time.Second)
 		assert.Equal(t, "ok", poll(code))
@@ -204,7 +204,7 @@ func TestDeviceFlow(t *testing.T) {
 		require.NoError(t, c.s.ApproveDevice(g.text("user_code"), "ada"))
 		g = c.post(c.s.TokenURL(), "grant_type", deviceGrant, "device_code", g.text("device_code"))
 		assert.Equal(t, 200, g.status)
-		assert.NotContains(t, g.fields, "refresh_token", "no offline_access was asked for")
+		assert.NotContains(t, g.fields, "refresh_token", "the request had no offline_access")
 	})
 }
 
@@ -320,7 +320,7 @@ func TestLimit(t *testing.T) {
 	})
 }
 
-// TestSockets does over a socket what people and programs do there.
+// TestSockets plays the flows over a socket, with the pages that people see.
 func TestSockets(t *testing.T) {
 	c := newCaller(t)
 	ca, closeServer := c.s.ListenTLS()

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// The values that zero Options stand for.
+// The values of zero Options.
 const (
 	DefaultAccessTokenLife = time.Hour
 	DefaultCodeLife        = time.Minute
@@ -16,42 +16,42 @@ const (
 
 // Options are the server's switches. Zero Options are a server that rotates refresh tokens at each exchange, refuses
 // replaced ones, lets all access tokens of a grant live side by side, revokes one alone, and does what the RFCs say.
-// They count for the requests from now on; a token keeps the life that it was issued with.
+// Changed options apply to later requests; a token keeps the life that it was issued with.
 type Options struct {
-	// Rotation says what an exchange does to the refresh token.
+	// Rotation is what an exchange does to the refresh token.
 	Rotation Rotation
-	// Grace is how long a replaced refresh token goes on working after it was first exchanged. It then gives a new
-	// pair or, with GraceSame, the pair that it gave before, as long as the new refresh token was not used (Box).
+	// Grace is how long a replaced refresh token still works after it was first exchanged. It then gives a new pair of
+	// tokens or, with GraceSame, the pair that it gave before, as long as the new refresh token was not used (Box).
 	Grace     time.Duration
 	GraceSame bool
 	// ReuseKillsFamily ends the whole grant when a replaced refresh token comes after its grace (oidc-provider,
 	// fosite, Hydra, Okta, Auth0). Without it that token is refused and the grant lives on (zitadel).
 	ReuseKillsFamily bool
 	// RefreshTokenLife is how long a refresh token lives, from its issue or last use, or with RefreshTokenAbsolute
-	// from the consent. 0 is for ever.
+	// from the consent. 0 is without an end.
 	RefreshTokenLife     time.Duration
 	RefreshTokenAbsolute bool
-	// RefreshTokenLifeField names the field of the answer that tells what is left of that life, in seconds: 0 where
-	// it is for ever. Seen: refresh_token_expires_in, x_refresh_token_expires_in, refresh_expires_in. "" is none.
+	// RefreshTokenLifeField is the name of the answer's field with the rest of that life, in seconds, 0 if it has no end.
+	// Real servers use refresh_token_expires_in, x_refresh_token_expires_in and refresh_expires_in. "" is no field.
 	RefreshTokenLifeField string
-	// RefreshTokenJWT makes refresh tokens JWTs, whose exp tells their end where they have one.
+	// RefreshTokenJWT makes refresh tokens JWTs, with their end, if they have one, in exp.
 	RefreshTokenJWT bool
 
 	// AccessTokenLife is how long access tokens live; 0 is DefaultAccessTokenLife.
 	AccessTokenLife time.Duration
-	// ExpiresIn is how the answer spells that life.
+	// ExpiresIn is how the answer writes that life.
 	ExpiresIn ExpiresIn
 	// TokenType is the answer's token_type; "" is Bearer.
 	TokenType string
 	// ExchangeInvalidates ends the access tokens before an exchange (class D).
 	ExchangeInvalidates bool
-	// JWT makes access tokens JWTs, which nothing but their own end and ExchangeInvalidates ends, and whose
-	// revocation is refused with unsupported_token_type (class C).
+	// JWT makes access tokens JWTs: only their expiry and ExchangeInvalidates end them, and their revocation is refused
+	// with unsupported_token_type (class C).
 	JWT bool
-	// Scope says what a narrower scope in an exchange does.
+	// Scope is what a narrower scope in an exchange does.
 	Scope ScopeRule
 
-	// RevokeEnds is what revoking an access token ends. A refresh token always takes its grant with it.
+	// RevokeEnds is what the revocation of an access token ends. That of a refresh token always ends its grant.
 	RevokeEnds RevokeEnds
 	// RevokeExpiredEndsGrant ends the grant when an access token is revoked that has expired (oidc-provider, fosite,
 	// Hydra).
@@ -62,28 +62,28 @@ type Options struct {
 	// RevokeDead answers the revocation of a token that is not alive; zero is 200. Google answers InvalidToken.
 	RevokeDead Answer
 
-	// RefusedToken answers an exchange of a refresh token that is not alive, zero is InvalidGrant; RefusedClient a
-	// wrong authentication, zero is InvalidClient; UnknownClient one that names an unknown client, zero is
+	// RefusedToken answers an exchange of a refresh token that is not alive; zero is InvalidGrant. RefusedClient answers a
+	// wrong authentication; zero is InvalidClient. UnknownClient answers an authentication as an unknown client; zero is
 	// RefusedClient (zitadel: ServerError).
 	RefusedToken, RefusedClient, UnknownClient Answer
 	// Echo quotes the request's parameters in error_description, which a client must not pass on.
 	Echo bool
-	// Format is that of all answers of the token and device authorization endpoints, canned ones apart.
+	// Format is the encoding of all answers of the token and device authorization endpoints, except canned ones.
 	Format Format
-	// Edit, where it is not nil, changes the fields of a successful answer of the token, device, metadata and
-	// userinfo endpoints before it is encoded: adds instance_url, say. It must not call the server.
+	// Edit, if not nil, changes the fields of a successful answer of the token, device, metadata and userinfo endpoints
+	// before it is encoded, for example adds instance_url. It must not call the server.
 	Edit func(e Endpoint, fields map[string]any)
 
 	// LimitPerMinute is how many calls of the token, revocation and device authorization endpoints a client may make
-	// in 60 seconds, 0 is no limit. More are answered with TooManyRequests or, with LimitReset, RateLimitReset.
+	// in 60 seconds, 0 is no limit. Further ones get TooManyRequests or, with LimitReset, RateLimitReset.
 	LimitPerMinute int
 	LimitReset     bool
 
-	// Metadata says which documents are served.
+	// Metadata is which metadata documents are served.
 	Metadata Metadata
-	// MetadataIssuer is the issuer that they name; "" is Issuer().
+	// MetadataIssuer is the issuer in the documents; "" is Issuer().
 	MetadataIssuer string
-	// AuthMethods are those that they list; nil is all three, and an empty list leaves the field out.
+	// AuthMethods are the methods in the documents; nil is all three, and an empty list leaves the field out.
 	AuthMethods []string
 
 	// OddSecrets gives clients that are registered from now on an ID and a secret with ':', '+', '/', ' ', '%', '~',
@@ -92,20 +92,20 @@ type Options struct {
 	// RequirePKCE refuses an authorization request without a code challenge. A challenge is always checked, and its
 	// method must be S256.
 	RequirePKCE bool
-	// RequireOffline gives a refresh token only where the scope has offline_access or the authorization request
+	// RequireOffline gives a refresh token only if the scope has offline_access, or the authorization request has
 	// access_type=offline.
 	RequireOffline bool
 	// CodeLife is how long a code lives; 0 is DefaultCodeLife.
 	CodeLife time.Duration
-	// PromiseIss promises iss in the metadata, SendIss sends it with the redirect (RFC 9207), and WrongIss is sent
-	// instead of the right one.
+	// PromiseIss promises iss in the metadata, SendIss sends it with the redirect (RFC 9207), and WrongIss, if not "", is
+	// sent instead of the right one.
 	PromiseIss, SendIss bool
 	WrongIss            string
 
 	// DeviceLife and DeviceInterval are RFC 8628's expires_in and interval; 0 is DefaultDeviceLife and
 	// DefaultDeviceInterval.
 	DeviceLife, DeviceInterval time.Duration
-	// VerificationURL spells verification_uri as verification_url (Google).
+	// VerificationURL sends verification_uri under the name verification_url (Google).
 	VerificationURL bool
 }
 
@@ -119,7 +119,7 @@ const (
 	RotateEmpty Rotation = "empty" // the answer has ""
 )
 
-// ExpiresIn is how the answer spells an access token's life of an hour.
+// ExpiresIn is how the answer writes an access token's life. The examples below are for an hour.
 type ExpiresIn string
 
 const (
@@ -131,13 +131,13 @@ const (
 	ExpiresInEmpty   ExpiresIn = "empty" // ""
 )
 
-// RevokeEnds is what revoking an access token ends.
+// RevokeEnds is what the revocation of an access token ends.
 type RevokeEnds string
 
 const (
 	RevokeToken   RevokeEnds = ""        // that token alone (class A)
 	RevokeGrant   RevokeEnds = "grant"   // the refresh token and all access tokens (class B)
-	RevokeNothing RevokeEnds = "nothing" // nothing, though the answer is 200
+	RevokeNothing RevokeEnds = "nothing" // nothing, with the answer 200
 )
 
 // ScopeRule is what a scope in an exchange does.
@@ -146,7 +146,7 @@ type ScopeRule string
 const (
 	ScopeOnce    ScopeRule = ""        // holds for this exchange's access token (oidc-provider)
 	ScopeNarrows ScopeRule = "narrows" // holds for the refresh token too (zitadel, go-oauth2)
-	ScopeIgnored ScopeRule = "ignored" // is not looked at (fosite, Hydra)
+	ScopeIgnored ScopeRule = "ignored" // is ignored (fosite, Hydra)
 )
 
 // Format is how an answer is encoded.
@@ -159,7 +159,7 @@ const (
 	FormatAccept Format = "accept" // a form, unless Accept asks for application/json (GitHub)
 )
 
-// Metadata says which metadata documents are served.
+// Metadata is which metadata documents are served.
 type Metadata string
 
 const (
@@ -169,11 +169,11 @@ const (
 	MetadataNone   Metadata = "none"   // (fosite)
 )
 
-// ClassA to ClassD set all options to one of OAUTH.md's four classes, with rotation at each exchange and families
-// that die of reuse. A: access tokens are independent.
+// ClassA to ClassD set all options to one of OAUTH.md's four classes, with rotation at each exchange, and with the end
+// of the grant when a replaced refresh token comes again. A: access tokens are independent.
 func ClassA(o *Options) { *o = Options{ReuseKillsFamily: true} }
 
-// ClassB: revoking an access token, an expired one included, ends the grant.
+// ClassB: the revocation of an access token, also of an expired one, ends the grant.
 func ClassB(o *Options) {
 	*o = Options{ReuseKillsFamily: true, RevokeEnds: RevokeGrant, RevokeExpiredEndsGrant: true}
 }
@@ -207,7 +207,7 @@ func Fosite(o *Options) {
 	}
 }
 
-// Answer is a canned answer. Its zero value is none.
+// Answer is a canned answer. The zero Answer is no answer.
 type Answer struct {
 	Status int
 	Header http.Header

@@ -1,15 +1,14 @@
 // Package oauth2test is an OAuth 2.0 authorization server for tests, in the manner of net/http/httptest: refresh,
 // code and device grants (RFC 6749, 7636, 8628), revocation (RFC 7009), introspection (RFC 7662), metadata (RFC 8414,
 // OpenID Connect) and userinfo. [Options] make it behave like the servers that are in use, as the project's notes
-// (OAUTH.md) describe them; [Fault] lets requests go wrong; [Server.Calls] and the counters tell what clients did.
+// (OAUTH.md) describe them; [Fault] makes requests fail; [Server.Calls] and the counters show what clients did.
 //
-// It is strict where real servers differ, so that a client that passes here works everywhere: the registered way of
-// client authentication is required, two ways at once are refused, Basic must be encoded, no parameter may come
-// twice.
+// Where real servers differ, it is as strict as the strictest, so that a client that works here works with all of them:
+// the registered way of client authentication is required, two ways at once are refused, Basic must be encoded, and no
+// parameter may come twice.
 //
-// Nothing but the random parts of tokens depends on chance, and time is [time.Now], so a [Server] that was made
-// inside a testing/synctest bubble lives by the bubble's clock; reach it there through [Server.Transport], which
-// needs no socket.
+// Only parts of the tokens are random, and time is [time.Now], so a [Server] that was made inside a testing/synctest
+// bubble uses the bubble's clock; reach it there through [Server.Transport], which needs no socket.
 package oauth2test
 
 import (
@@ -45,15 +44,15 @@ type Server struct {
 	url     string
 	clients map[string]*client
 	grants  []*grant
-	refresh map[string]*token // dead ones too: they tell whose they were, and that they were replaced
-	access  map[string]*token // those that ended more than a day ago are forgotten at some time
+	refresh map[string]*token // also ended ones, for their user and their successor
+	access  map[string]*token // those that ended more than a day ago are deleted from time to time
 	pruneAt int
-	newest  map[string]string // refresh tokens, by user
+	newest  map[string]string // the newest refresh token of each user
 	codes   map[string]*code
 	devices map[string]*device // by device code
 
 	faults               []*Fault
-	cleared              chan struct{} // closed by ClearFaults: ends the hangs
+	cleared              chan struct{} // closed by ClearFaults, which ends the hangs
 	windows, busiest     map[string]*window
 	calls                []*Call
 	exchanges            map[string]int // by user
@@ -74,7 +73,7 @@ type grant struct {
 	begun  time.Time
 	ended  time.Time
 	why    string
-	access []*token // that have not ended
+	access []*token // the access tokens that have not ended
 }
 
 // token is a refresh token or an access token.
@@ -83,13 +82,13 @@ type token struct {
 	value  string
 	scopes []string
 	issued time.Time
-	// expires is zero for a refresh token that lives for ever.
+	// expires is zero for a refresh token without an end.
 	expires time.Time
-	// ended is when it was ended before that, and why by what.
+	// ended is when the token was ended before it expired, and why is the reason.
 	ended time.Time
 	why   string
 
-	// Of refresh tokens: when it was replaced, by what, and whether it was exchanged.
+	// For refresh tokens: when it was replaced, by which token, and whether it was exchanged.
 	replaced                time.Time
 	nextRefresh, nextAccess *token
 	used                    bool
@@ -197,8 +196,8 @@ func (s *Server) newSecret() string {
 	return random(24)
 }
 
-// NewClientSecret gives a client a new secret and returns it. The old one is refused from now on. It returns "" where
-// there is no such client, or one that has no secret.
+// NewClientSecret gives a client a new secret and returns it. The old one is refused from now on. It returns "" if
+// there is no such client, or if the client has no secret.
 func (s *Server) NewClientSecret(id string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -222,7 +221,7 @@ func (s *Server) DeleteClient(id string) {
 	}
 }
 
-// Grant returns the refresh token of a new grant, as if the user had consented; "" where there is no such client.
+// Grant returns the refresh token of a new grant, as if the user had consented; "" if there is no such client.
 func (s *Server) Grant(clientID, user string, scopes ...string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -233,7 +232,7 @@ func (s *Server) Grant(clientID, user string, scopes ...string) string {
 	return s.issueRefresh(s.newGrant(c, user, scopes)).value
 }
 
-// Withdraw ends all grants of a user, as if he had withdrawn his consent. It is no lost grant.
+// Withdraw ends all grants of a user, as if he had withdrawn his consent. They do not count as lost grants.
 func (s *Server) Withdraw(user string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -274,7 +273,7 @@ func (s *Server) AccessTokens(user string) []string {
 	return values
 }
 
-// Alive says whether an access token works now.
+// Alive returns whether an access token works now.
 func (s *Server) Alive(accessToken string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -282,7 +281,7 @@ func (s *Server) Alive(accessToken string) bool {
 	return t != nil && t.alive(time.Now())
 }
 
-// RefreshTokenAlive says whether an exchange with that refresh token would be granted now, by grace too.
+// RefreshTokenAlive returns whether an exchange with that refresh token would be granted now, also within its grace.
 func (s *Server) RefreshTokenAlive(refreshToken string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -292,9 +291,9 @@ func (s *Server) RefreshTokenAlive(refreshToken string) bool {
 
 // Status is what the server knows about a token.
 type Status struct {
-	// Known: it was issued here. The rest is zero otherwise.
+	// Known: the server has issued the token. The other fields are zero otherwise.
 	Known bool
-	// Alive: an access token works, a refresh token would be exchanged.
+	// Alive: the access token works, or the refresh token would be exchanged.
 	Alive bool
 	// Type is "access_token" or "refresh_token".
 	Type string
@@ -302,11 +301,11 @@ type Status struct {
 	ClientID, User string
 	Scopes         []string
 	Issued         time.Time
-	// Expires is the end that it was issued with; zero for a refresh token that lives for ever.
+	// Expires is the end that the token was issued with; zero for a refresh token without an end.
 	Expires time.Time
-	// Replaced is when another refresh token took its place; zero where none did.
+	// Replaced is when another refresh token replaced it; zero if none did.
 	Replaced time.Time
-	// Ended is when it was ended before that, zero where it was not; Why says by what, for people.
+	// Ended is when the token was ended before it expired, zero if it was not; Why is the reason, as text for people.
 	Ended time.Time
 	Why   string
 }
@@ -338,7 +337,7 @@ func (s *Server) TokenStatus(value string) Status {
 // Subject returns a user's sub, and Email his email, in ID tokens and at userinfo.
 func Subject(user string) string { return "sub-" + user }
 
-// Email returns a user's email address: the name itself where it is one.
+// Email returns a user's email address: the name itself if it is one.
 func Email(user string) string {
 	if strings.Contains(user, "@") {
 		return user
@@ -352,7 +351,7 @@ func (s *Server) newGrant(c *client, user string, scopes []string) *grant {
 	return g
 }
 
-// endGrant ends a grant and what was issued for it, save JWTs, which live to their own end.
+// endGrant ends a grant and its tokens, except JWTs, which live until they expire.
 func (s *Server) endGrant(g *grant, why string) {
 	if !g.ended.IsZero() {
 		return
@@ -361,7 +360,7 @@ func (s *Server) endGrant(g *grant, why string) {
 	s.endAccess(g, why, s.opts.JWT)
 }
 
-// loseGrant ends a grant that its user has not withdrawn.
+// loseGrant ends a grant that its user has not withdrawn, and records it as lost.
 func (s *Server) loseGrant(g *grant, why string) {
 	if g.ended.IsZero() {
 		s.lost = append(s.lost, Lost{ClientID: g.client.id, User: g.user, Why: why})
@@ -385,15 +384,15 @@ func (s *Server) endAccess(g *grant, why string, spare bool) {
 
 func (t *token) expired(now time.Time) bool { return !t.expires.IsZero() && !now.Before(t.expires) }
 
-// alive says whether a token has neither expired nor been ended.
+// alive returns whether a token has neither expired nor been ended.
 func (t *token) alive(now time.Time) bool { return t.ended.IsZero() && !t.expired(now) }
 
-// exchangeable says whether a refresh token works.
+// exchangeable returns whether a refresh token works.
 func (s *Server) exchangeable(t *token, now time.Time) bool {
 	return t.grant.ended.IsZero() && !t.expired(now) && (t.replaced.IsZero() || s.inGrace(t, now))
 }
 
-// inGrace says whether a replaced refresh token still works.
+// inGrace returns whether a replaced refresh token still works.
 func (s *Server) inGrace(t *token, now time.Time) bool {
 	return now.Before(t.replaced.Add(s.opts.Grace)) && (!s.opts.GraceSame || !t.nextRefresh.used)
 }
@@ -450,7 +449,7 @@ func (s *Server) issueAccess(g *grant, scopes []string) *token {
 	return t
 }
 
-// jwt signs a token by HS256. jti keeps two tokens of one second apart.
+// jwt signs a token by HS256. jti makes two tokens of the same second different.
 func (s *Server) jwt(typ string, claims map[string]any, key []byte) string {
 	claims["iss"], claims["jti"] = s.url, random(12)
 	signed := encode([]byte(`{"alg":"HS256","typ":"`+typ+`"}`)) + "." + encode([]byte(text(claims)))
@@ -462,7 +461,7 @@ func (s *Server) jwt(typ string, claims map[string]any, key []byte) string {
 func text(v any) string {
 	raw, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // of what Edit has put there
+		panic(err) // Edit has set a value that JSON cannot encode
 	}
 	return string(raw)
 }
@@ -476,7 +475,7 @@ func random(n int) string {
 	return encode(b)
 }
 
-// sameURL says whether a URL is the endpoint at that path, its query apart.
+// sameURL returns whether a URL is the endpoint at that path, without regard to its query.
 func (s *Server) sameURL(u *url.URL, path string) bool {
 	base := *u
 	base.RawQuery, base.Fragment = "", ""

@@ -40,7 +40,7 @@ func newCaller(t *testing.T, set ...func(*Options)) *caller {
 	return &caller{t: t, s: s, rt: s.Transport(), id: id, secret: secret}
 }
 
-// got is an answer. err is the transport's, or the body's.
+// got is an answer. err is the error of the transport, or of reading the body.
 type got struct {
 	status int
 	header http.Header
@@ -126,8 +126,9 @@ func (c *caller) get(to, bearer string) got {
 func TestClasses(t *testing.T) {
 	all := map[string]struct {
 		set func(*Options)
-		// at1 lives on after the next exchange; the reuse of an old refresh token ends the grant; a revoked access
-		// token ends itself, the grant; a revoked expired one ends the grant.
+		// sideBySide: the first access token lives on after the next exchange. reuseKills: the reuse of an old refresh token ends
+		// the grant. revokeKillsToken, revokeKillsGrant: a revoked access token ends, and its grant ends. expiredKillsGrant: the
+		// revocation of an expired access token ends the grant.
 		sideBySide, reuseKills, revokeKillsToken, revokeKillsGrant, expiredKillsGrant bool
 	}{
 		"zero":          {func(*Options) {}, true, false, true, false, false},
@@ -156,11 +157,11 @@ func TestClasses(t *testing.T) {
 				c.refused(rt1)
 				assert.Equal(t, 1, c.s.UsedTwice())
 				assert.Equal(t, !want.reuseKills, c.s.RefreshTokenAlive(rt2))
-				assert.Equal(t, !want.reuseKills || name == "C", c.s.Alive(at2), "its access tokens; JWTs live on")
+				assert.Equal(t, !want.reuseKills || name == "C", c.s.Alive(at2), "the end of a grant ends its access tokens, but no JWTs")
 				if want.reuseKills {
 					assert.Equal(t, []Lost{{ClientID: c.id, User: "ada", Why: "a refresh token was used twice"}}, c.s.LostGrants())
 					c.refused(rt2)
-					assert.Equal(t, 1, c.s.UsedTwice(), "the newest was not used before")
+					assert.Equal(t, 1, c.s.UsedTwice(), "the newest refresh token was not used before")
 				} else {
 					assert.Empty(t, c.s.LostGrants())
 				}
@@ -262,7 +263,7 @@ func TestGrace(t *testing.T) {
 		assert.True(t, c.s.Alive(at1))
 		c.granted(rt1)
 		c.refused(rt0)
-		assert.Len(t, c.s.LostGrants(), 2, "the new one was used, so the old one's grace is over")
+		assert.Len(t, c.s.LostGrants(), 2, "the grace of the old refresh token ends when the new one is used")
 	})
 }
 
@@ -310,7 +311,7 @@ func TestRefreshTokenLife(t *testing.T) {
 				assert.Equal(t, !absolute, c.s.RefreshTokenAlive(rt))
 				time.Sleep(6 * time.Hour)
 				c.refused(rt)
-				assert.Empty(t, c.s.LostGrants(), "an end in time is no loss")
+				assert.Empty(t, c.s.LostGrants(), "a refresh token that expires is no lost grant")
 			})
 		}
 	}
@@ -392,7 +393,7 @@ func TestScopes(t *testing.T) {
 		rt := g.text("refresh_token")
 		g = c.exchange(rt, "scope", "a z")
 		assert.Equal(t, want.unknown, g.code(), rule)
-		assert.Equal(t, rule != ScopeIgnored, c.s.RefreshTokenAlive(rt), "a refused scope spends nothing")
+		assert.Equal(t, rule != ScopeIgnored, c.s.RefreshTokenAlive(rt), "a refused scope does not use up the refresh token")
 	}
 }
 
@@ -458,7 +459,7 @@ func TestClientAuthentication(t *testing.T) {
 	require.True(t, c.s.RefreshTokenAlive(ofPost))
 
 	c.granted(rt)
-	assert.Zero(t, c.s.UsedTwice(), "no refusal has spent it")
+	assert.Zero(t, c.s.UsedTwice(), "no refused request has used the refresh token")
 	assert.Equal(t, 200, c.do(c.request(t.Context(), c.s.TokenURL(), "grant_type", "refresh_token", "refresh_token", ofPost,
 		"client_id", postID, "client_secret", postSecret)).status)
 	assert.Equal(t, 200, c.do(c.request(t.Context(), c.s.TokenURL(), "grant_type", "refresh_token", "refresh_token", ofPublic,
@@ -527,19 +528,19 @@ func TestRevocation(t *testing.T) {
 	assert.False(t, c.s.Alive(at2))
 	c.refused(rt)
 	assert.True(t, c.s.RefreshTokenAlive(other))
-	assert.Empty(t, c.s.LostGrants(), "this was asked for")
+	assert.Empty(t, c.s.LostGrants(), "the client asked for this end")
 	c.s.Set(func(o *Options) { o.RevokeRefreshEndsAll = true })
 	third := c.s.Grant(c.id, "ada")
 	require.Equal(t, 200, c.revoke(third).status)
 	assert.Equal(t, []bool{false, true}, []bool{c.s.RefreshTokenAlive(other), c.s.RefreshTokenAlive(bob)})
 	assert.Len(t, c.s.LostGrants(), 1)
 
-	// A user's grants of other clients are no business of this one's.
+	// A revocation does not change the user's grants to other clients.
 	public, _ := c.s.RegisterClient(AuthNone)
 	elsewhere := c.s.Grant(public, "ada")
 	require.Equal(t, 200, c.revoke(c.s.Grant(c.id, "ada")).status)
 	assert.True(t, c.s.RefreshTokenAlive(elsewhere))
-	assert.Equal(t, 400, c.revoke(third).status, "it has ended: RevokeDead")
+	assert.Equal(t, 400, c.revoke(third).status, "the token has ended: RevokeDead")
 
 	at, rt := c.granted(bob)
 	c.s.Withdraw("bob")
@@ -558,7 +559,7 @@ func TestUserInfoAndIntrospection(t *testing.T) {
 	g = c.post(c.s.IntrospectionURL(), "token", at)
 	assert.Equal(t, []any{true, "ada", "a", c.id}, []any{g.fields["active"], g.text("username"), g.text("scope"), g.text("client_id")})
 	c.granted(rt)
-	assert.Equal(t, map[string]any{"active": false}, c.post(c.s.IntrospectionURL(), "token", rt).fields, "it was replaced")
+	assert.Equal(t, map[string]any{"active": false}, c.post(c.s.IntrospectionURL(), "token", rt).fields, "the refresh token was replaced")
 	c.revoke(at)
 	assert.Equal(t, false, c.post(c.s.IntrospectionURL(), "token", at).fields["active"])
 	for _, bad := range []string{at, "", "x", rt} {
@@ -605,7 +606,7 @@ func TestMetadata(t *testing.T) {
 }
 
 func TestJWTsThatExchangesEnd(t *testing.T) {
-	// Hydra with JWTs: introspection says so after a refresh.
+	// Hydra with JWTs: after an exchange, introspection says that the older access token is not active.
 	c := newCaller(t, ClassC, func(o *Options) { o.ExchangeInvalidates = true })
 	at, rt := c.granted(c.s.Grant(c.id, "ada@a.example", "a"))
 	assert.Equal(t, []any{"sub-ada@a.example", c.id, "a"}, []any{claims(t, at)["sub"], claims(t, at)["client_id"], claims(t, at)["scope"]})
@@ -661,7 +662,7 @@ func TestExpiredTokensEndNothing(t *testing.T) {
 		time.Sleep(time.Hour)
 		c.refused(old)
 		require.Equal(t, 200, c.revoke(old).status)
-		assert.True(t, c.s.RefreshTokenAlive(rt), "a refresh token past its end proves no theft, and is not known any more")
+		assert.True(t, c.s.RefreshTokenAlive(rt), "an expired refresh token that comes again does not end the grant")
 		assert.Empty(t, c.s.LostGrants())
 	})
 }

@@ -19,14 +19,14 @@ import (
 	"time"
 )
 
-// reply is an answer, or the lack of one.
+// reply is an answer, or a broken connection.
 type reply struct {
 	status int
 	header http.Header
 	body   string
-	// code is the error code that the body holds.
+	// code is the error code in the body.
 	code string
-	// cut is after how many bytes of the body the connection breaks; less than 0 means that it does not.
+	// cut is the number of bytes of the body after which the connection breaks; less than 0 means that it does not.
 	cut int
 	// none breaks the connection without an answer.
 	none bool
@@ -43,14 +43,14 @@ func (a Answer) reply(code string) reply {
 // request is a request with its body read and its credentials found.
 type request struct {
 	*http.Request
-	path string // below the issuer's
+	path string // the path below the issuer's
 	form url.Values
-	// bad says what is wrong with the body, as an error_description; "" is nothing.
+	// bad is what is wrong with the body, as an error_description; "" if nothing is.
 	bad string
 
-	// The client's credentials: how they came, "" where none did.
+	// The client's credentials. method is how they came, "" if there were none.
 	id, secret, method string
-	// authBad says what is wrong with them.
+	// authBad is what is wrong with them.
 	authBad string
 }
 
@@ -133,7 +133,7 @@ func (q *request) readCredentials() {
 	}
 }
 
-// formEncoded says whether form encoding can have made this. "~" may be left as it is.
+// formEncoded returns whether this can be the result of form encoding. "~" may be unencoded.
 func formEncoded(s string) bool {
 	for i := range len(s) {
 		c := s[i]
@@ -146,7 +146,7 @@ func formEncoded(s string) bool {
 	return err == nil
 }
 
-// answer is the whole server: both Handler and Transport put it on their wires.
+// answer answers a request. Handler and Transport both use it.
 func (s *Server) answer(ctx context.Context, r *http.Request) reply {
 	q, err := s.read(r)
 	if err != nil {
@@ -190,7 +190,7 @@ func notFound() reply {
 	return canned(http.StatusNotFound, typeHTML, "<html><body>Not found</body></html>").reply("not_found")
 }
 
-// identify notes whose token, code or device code a request brings.
+// identify records the user of the token, code or device code in a request.
 func (s *Server) identify(q *request, c *Call) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -230,7 +230,7 @@ func (s *Server) anyToken(value string) *token {
 	return s.refresh[value]
 }
 
-// withFaults carries a call out with what goes wrong on the way.
+// withFaults carries a call out, with the fault that was injected for it.
 func (s *Server) withFaults(ctx context.Context, c *Call, handle func() reply) reply {
 	if wait := s.limited(c); wait > 0 {
 		if s.options().LimitReset {
@@ -301,7 +301,7 @@ func (s *Server) options() Options {
 	return s.opts
 }
 
-// Handler returns the server as a handler, to be reached by whatever host and below the path of its URL (SetURL).
+// Handler returns the server as a handler. It accepts every host name, and serves below the path of the server's URL (SetURL).
 func (s *Server) Handler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := s.answer(r.Context(), r)
@@ -321,7 +321,7 @@ func (s *Server) Handler() http.Handler {
 	})
 }
 
-// reset breaks the connection with a TCP reset where it can, and does not return.
+// reset breaks the connection, with a TCP reset if possible, and does not return.
 func reset(w http.ResponseWriter) {
 	if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
 		if tcp, ok := conn.(*net.TCPConn); ok {
@@ -333,7 +333,7 @@ func reset(w http.ResponseWriter) {
 }
 
 // Transport returns a transport that answers in process, with no socket and no goroutine of its own. A request to
-// another scheme or host than the server's is an error, as if there were none. A broken connection is
+// another scheme or host than the server's is an error, as if no server were there. A broken connection is
 // [io.ErrUnexpectedEOF].
 func (s *Server) Transport() http.RoundTripper { return transport{s} }
 
@@ -381,13 +381,13 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// broken is a connection that has gone.
+// broken is a connection that has broken.
 type broken struct{}
 
 func (broken) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 
-// Listen lets the server be reached on 127.0.0.1, sets its URL to that address, and returns what ends the hangs and
-// the listening.
+// Listen serves on a port of 127.0.0.1, and sets the server's URL to that address. closeServer ends the hangs and the
+// listening.
 func (s *Server) Listen() (closeServer func()) {
 	_, closeServer = s.listen((*httptest.Server).Start)
 	return closeServer
@@ -401,7 +401,7 @@ func (s *Server) ListenTLS() (caCert string, closeServer func()) {
 
 func (s *Server) listen(start func(*httptest.Server)) (*httptest.Server, func()) {
 	server := httptest.NewUnstartedServer(s.Handler())
-	server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that reject the certificate, say
+	server.Config.ErrorLog = log.New(io.Discard, "", 0) // for example errors of clients that reject the certificate
 	start(server)
 	s.SetURL(server.URL)
 	return server, func() {

@@ -1,7 +1,7 @@
-// Command benchtable makes one table of what the benchmarks say: it reads the
-// output of go test -bench and prints Markdown. What was measured several times is
-// its median with the least and the most; what the machine was too busy to tell is
-// said to be that.
+// Command benchtable makes one table of the benchmarks' results: it reads the output
+// of go test -bench and prints Markdown. A result that was measured several times is
+// the median, with the least and the most. If the values are too far apart for a
+// result, because the machine was busy, the table says so.
 package main
 
 import (
@@ -15,17 +15,17 @@ import (
 	"strings"
 )
 
-// A figure is printed as one where the middle half of its values lies within
-// widest of their median, and a ratio to the floor where its interval and what the
-// floor shows beside itself are within widestRatio: the engine is to come within 3 %
-// of the floor, which no wider interval can tell.
+// A figure is printed only if the middle half of its values is within widest of their
+// median. A ratio to the floor is printed only if its interval, and the ratio of the
+// floor to itself, are within widestRatio: the engine must be within 3 % of the floor,
+// and a wider interval could not show that.
 const (
 	widest      = 0.25
 	widestRatio = 0.03
 )
 
-// results are the values of each unit of each benchmark, without the Benchmark
-// before its name and the number of processors behind it.
+// results are the values of each unit of each benchmark, by its name without
+// Benchmark and the number of processors.
 type results map[string]map[string][]float64
 
 func main() {
@@ -96,7 +96,7 @@ func table(measured results) []string {
 			row(r.what, figure, spread, beside)
 		}
 	}
-	var bytes []float64 // at each size, per tenant
+	var bytes []float64 // per tenant, for each number of tenants
 	for _, size := range []string{"1000", "10000", "100000"} {
 		for _, r := range []struct{ name, what string }{
 			{"tick", "tick with nothing due, %s tenants"},
@@ -163,7 +163,7 @@ func table(measured results) []string {
 	return lines
 }
 
-// compared is what the rounds of two sides have shown.
+// compared adds a row with the comparison of two sides.
 func compared(row func(what, median, spread, beside string), what string, m map[string][]float64) {
 	if m == nil {
 		return
@@ -182,8 +182,8 @@ func compared(row func(what, median, spread, beside string), what string, m map[
 		fmt.Sprintf("%s; the floor beside itself %.3f ± %.3f; median rounds %.3f, and %.3f", ratio, one("noise"), one("±noise"), one("median-ratio"), one("median-noise")))
 }
 
-// writes is a row of what stores something, which is slower and less even than a read. m has a ratio where something was
-// measured beside it.
+// writes adds a row for a request that writes to storage, which is slower and less even than a read. m has a ratio if the request
+// was measured beside another one.
 func writes(row func(what, median, spread, beside string), what string, m map[string][]float64) {
 	if m == nil {
 		return
@@ -196,8 +196,8 @@ func writes(row func(what, median, spread, beside string), what string, m map[st
 	row(what, fmt.Sprintf("%.0f/s", median(m["reads/s"])), fmt.Sprintf("%.0f … %.0f", median(m["slowest-reads/s"]), median(m["fastest-reads/s"])), beside)
 }
 
-// summary is the median as text, unless the values are too far apart for that, and
-// their extremes.
+// summary is the median as text, unless the values are too far apart, and the least
+// and the most.
 func summary(values []float64, text func(float64) string) (figure, spread string) {
 	if len(values) == 0 {
 		return "", ""

@@ -1,5 +1,5 @@
-// Package browser goes through the pages of an authorization server, and the engine's own after them, as a person with a
-// browser would: it logs in, allows or refuses, and submits one form after another.
+// Package browser goes through the pages of an authorization server, and then those of the engine, like a person with a
+// browser: it logs in, allows or refuses, and submits one form after another.
 package browser
 
 import (
@@ -17,17 +17,17 @@ import (
 	"github.com/hashicorp/go-cleanhttp"
 )
 
-// Person is who sits in front of the browser.
+// Person is the user of the browser, and what he does.
 type Person struct {
 	User, Password string
-	Refuses        bool   // presses Cancel, Abort or Deny where there is such a button
+	Refuses        bool   // presses Cancel, Abort or Deny if there is such a button
 	StopAt         string // a URL without its query: a redirect to it is not followed, but reported
 }
 
-// Visit is what a person saw.
+// Visit is the pages that a person saw.
 type Visit struct {
 	Pages     []Page
-	StoppedAt string // the redirect to Person's StopAt, with its query; empty where there was none
+	StoppedAt string // the redirect to Person's StopAt, with its query; "" if there was none
 }
 
 // Page is one page.
@@ -40,18 +40,17 @@ type Page struct {
 // Last is the page that the visit ended with.
 func (v Visit) Last() Page { return v.Pages[len(v.Pages)-1] }
 
-// maxForms is more than a login, a consent and a confirmation have.
+// maxForms is more than the forms of a login, a consent and a confirmation.
 const maxForms = 6
 
-// Open opens an address in a new browser, which knows no cookies, and goes on until there is nothing left to fill in, or
-// the redirect that the person waits for. An error is one of the network, or of a page that asks for the same again and
-// again.
+// Open opens an address in a new browser, without cookies, and goes on until a page has no form, or until the redirect to
+// StopAt. It returns an error of the network, or an error if a page asks for the same again and again.
 func (p Person) Open(address string) (Visit, error) {
 	jar, err := cookiejar.New(nil)
 	if err != nil {
 		return Visit{}, err
 	}
-	// No connection outlives the visit; a test would find its goroutine.
+	// No connection is kept after the visit: a test would find its goroutine.
 	transport := cleanhttp.DefaultTransport()
 	transport.Proxy = nil
 	b := &browser{person: p}
@@ -123,7 +122,7 @@ var (
 	elementPattern = regexp.MustCompile(`<[^>]*>`)
 )
 
-// goOn does what the present page asks for, and tells whether it asks for nothing more.
+// goOn fills in and submits the form of the present page, and returns whether the page has none.
 func (b *browser) goOn() (done bool, err error) {
 	page := b.visit.Last()
 	if link := allowPattern.FindStringSubmatch(page.HTML); link != nil {
@@ -154,7 +153,7 @@ func (b *browser) goOn() (done bool, err error) {
 	if fields.Has("password") {
 		fields.Set("password", b.person.Password)
 	}
-	// oidc-provider's page for a device has a button beside the form.
+	// oidc-provider's page for a device has a second button, which aborts.
 	aborts := b.person.Refuses && fields.Has("confirm")
 	if aborts {
 		fields.Set("abort", "yes")
@@ -168,7 +167,7 @@ func (b *browser) goOn() (done bool, err error) {
 		return false, err
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-	return aborts, b.send(req) // after an abort the page asks for a user code anew
+	return aborts, b.send(req) // after an abort the page asks for a user code again
 }
 
 func (b *browser) follow(reference string) error {
@@ -187,7 +186,7 @@ func attributes(tag string) map[string]string {
 	return found
 }
 
-// Text is what a person reads on the page, in one line.
+// Text is the text of the page without its markup, in one line.
 func (p Page) Text() string {
 	text := elementPattern.ReplaceAllString(unseenPattern.ReplaceAllString(p.HTML, ""), " ")
 	return strings.Join(strings.Fields(html.UnescapeString(text)), " ")

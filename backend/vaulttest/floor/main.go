@@ -1,6 +1,6 @@
-// Command floor is a plugin that does nothing but answer: what a read of a secret
-// costs with Vault, go-plugin and the SDK around it, and nothing inside. make
-// bench compares the engine with it; it is never installed.
+// Command floor is a plugin that only returns fixed answers. It shows the cost of a
+// read with Vault, go-plugin and the SDK alone. make bench compares the engine with
+// it; it is never installed.
 package main
 
 import (
@@ -26,7 +26,7 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 		RunningVersion: "v0.0.1",
 		Paths:          []*framework.Path{constant("creds/"), constant("token/")},
 		Secrets: []*framework.Secret{{
-			Type: "kaizala_access_token", // the engine's own, for the sake of the size
+			Type: "kaizala_access_token", // the engine's type, so that answers have the same size
 			Revoke: func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
 				return nil, nil
 			},
@@ -35,11 +35,12 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 	return b, b.Setup(ctx, conf)
 }
 
-// constant is a path of tenants. Every read of one has the answer that was last written to it,
-// a logical.Response as JSON. Callbacks, unlike Operations, spare a read the
-// framework's question for the replication state, a round trip to Vault.
+// constant is a path of tenants. A read of a tenant returns the answer that was last
+// written to it, a logical.Response as JSON. With Callbacks, unlike Operations, the
+// framework does not ask for the replication state in a read, which would be a round
+// trip to Vault.
 func constant(prefix string) *framework.Path {
-	var answers sync.Map // of tenants
+	var answers sync.Map // the answer of each tenant
 	return &framework.Path{
 		Pattern: prefix + framework.GenericNameRegex("tenant"),
 		Fields: map[string]*framework.FieldSchema{
