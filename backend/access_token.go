@@ -31,8 +31,8 @@ func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time
 // accessToken is an access token in memory, with the parts of its responses and what is known of its use.
 type accessToken struct {
 	*accessEntry
-	// shown is what responses are made of, strings all: making an interface value of each for each answer would be half
-	// of what a read allocates.
+	// shown has the strings of responses as interface values: making these for each answer would be half of a read's
+	// allocations.
 	shown struct{ token, endpointURL, scope, kind, expires, obtained, tenant, generation any }
 	// leases is the number of live leases, or one of the two states below.
 	leases atomic.Int64
@@ -43,8 +43,8 @@ type accessToken struct {
 }
 
 const (
-	leasesUnknown = -1 // the count cannot be trusted: one early revocation is enough
-	givenUp       = -2 // never to be handed out again
+	leasesUnknown = -1 // the count is not known: the first early revocation of a lease gives the token up
+	givenUp       = -2 // the token is not handed out any more
 )
 
 const (
@@ -81,7 +81,7 @@ func earliest(a, b time.Time) time.Time {
 	return a
 }
 
-// response is what creds and token both answer.
+// response is the data that the answers of creds and token have in common.
 func (a *accessToken) response() map[string]any {
 	data := map[string]any{
 		"access_token": a.shown.token,
@@ -126,8 +126,8 @@ func (a *accessToken) doubt() {
 	}
 }
 
-// end takes a lease off the count and says whether the token is given up now, or was before. That is so once the last
-// lease has ended early. For a token that another has replaced any end of the last lease is enough.
+// end subtracts a lease from the count, and returns whether the token is given up, now or before. The early end of the
+// last lease gives the token up; if a newer token has replaced it, any end of the last lease does.
 func (a *accessToken) end(early, replaced bool) bool {
 	for {
 		n := a.leases.Load()
@@ -152,8 +152,8 @@ func (a *accessToken) leased() bool {
 	return n > 0 || n == leasesUnknown
 }
 
-// markRead notes a reader. It fails where an exchange that ends the token has begun; news says that this is the first
-// reader.
+// markRead notes that a reader gets the token. ok is false if an exchange that ends the token has begun; news is true for
+// the first reader.
 func (a *accessToken) markRead() (ok, news bool) {
 	if a.use.Load() == read {
 		return true, false
@@ -171,7 +171,7 @@ func (a *accessToken) wanted() bool { return a.use.Load() == read || a.leased() 
 // waits for that.
 func (a *accessToken) leasedUntil(end time.Time) {
 	if a.Planned.IsZero() {
-		return // none does
+		return // no exchange ends the token
 	}
 	for {
 		old := a.leasedTo.Load()

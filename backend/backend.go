@@ -65,11 +65,11 @@ type backend struct {
 	work     sync.WaitGroup // goroutines; none is added once stopping
 	indexing chan struct{}  // closed when the index of tenants has been built; nil: nothing builds it
 	indexed  bool           // it is complete, but for unread
-	unread   map[string]int // how often tenants were written by another node, or not given by storage, that are not read yet
+	unread   map[string]int // tenants to be read again, because another node has written them or storage has failed, and how often that was
 }
 
-// newBackend makes an engine. It neither calls a service nor touches storage, which at this point may not even be there. The
-// transport is nil but in tests.
+// newBackend makes an engine. It makes no call and does not use storage, which may not be there yet. transport is nil except
+// in tests.
 func newBackend(ctx context.Context, conf *logical.BackendConfig, version string, transport http.RoundTripper) (*backend, error) {
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
@@ -209,8 +209,8 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 	return b.Backend.HandleRequest(ctx, req)
 }
 
-// HandleExistenceCheck looks at the path alone: values are the handler's to
-// judge, after the policies.
+// HandleExistenceCheck uses only the path: the handler of the operation checks the
+// values, after Vault has checked the policies.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (bool, bool, error) {
 	pathOnly := *req
 	pathOnly.Data = nil
@@ -294,8 +294,8 @@ func (b *backend) initialize(context.Context, *logical.InitializationRequest) er
 	return nil
 }
 
-// periodic runs every minute. It also revives an engine whose process was
-// replaced without a word to this mount.
+// periodic runs every minute. It also starts the work of an engine that runs in a new
+// process without an initialization of this mount.
 func (b *backend) periodic(context.Context, *logical.Request) error {
 	b.buildIndex()
 	b.goWork(func() {
@@ -325,8 +325,8 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	b.grants.invalidate(key)
 }
 
-// connectorWritten takes in that another node has written a connector. Tenants stay in memory where that changes no planned end of
-// an access token: the node that may write also notes in a connector that the service refuses it.
+// connectorWritten handles the write of a connector by another node. Its tenants stay in memory if the write changes no planned end of
+// an access token: the active node also writes a connector to note that the service refuses it.
 func (b *backend) connectorWritten(name string, before *loadedConnector) {
 	if before != nil {
 		if now, err := b.connectors.get(b.ctx, name); err == nil && now != nil && before.plansAs(now.about) {
@@ -353,8 +353,8 @@ func (b *backend) isStopping() bool {
 	return b.stopping
 }
 
-// clean starts nothing new, gives what is under way a few seconds to end and to
-// be stored, and then lets go.
+// clean stops the engine. It starts no new work, waits a few seconds until the work
+// under way has ended and its results are stored, and then cancels it.
 func (b *backend) clean(context.Context) {
 	b.mu.Lock()
 	b.stopping = true

@@ -54,7 +54,7 @@ type connector struct {
 	hops    hops
 }
 
-// hopsKept is how long hops go by an exchange of before.
+// hopsKept is how long the redirects of an exchange are remembered.
 const hopsKept = 2 * share.Window
 
 // hops is how many further requests exchanges have lately made to follow redirects: while the service redirects, each exchange
@@ -65,7 +65,7 @@ type hops struct {
 	at   time.Time
 }
 
-// noted takes in that an exchange has asked for its n-th further request.
+// noted records that an exchange has asked for its n-th further request.
 func (h *hops) noted(n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -84,7 +84,7 @@ func (h *hops) ahead(n int) int {
 	return max(0, h.most-n)
 }
 
-// refusal is the service's word that a connector's ID or secret is wrong.
+// refusal says that the service has refused a connector's ID or secret.
 type refusal struct {
 	failure *tokenservice.Failure
 	// noted is when the service last said so, as storage has it, in nanoseconds since 1970.
@@ -182,8 +182,8 @@ func (cs *connectors) record(name string) *connector {
 	return c
 }
 
-// publish makes a configuration the connector's present one, unless something has happened to the connector since changes
-// was read, or another request has read the same configuration meanwhile: work that goes by that is not to be ended.
+// publish makes a configuration the connector's present one, unless the connector has changed since changes was read, or another
+// request has published the same configuration: its client is in use and must not be replaced.
 func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntry, service tokenservice.Service) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -299,7 +299,7 @@ func (l *loadedConnector) blocked(now time.Time) error {
 	return nil
 }
 
-// passage is the way of one piece of work to the service: its requests ask it for their permission.
+// passage permits the requests to the service of one piece of work.
 type passage struct {
 	via    *loadedConnector
 	want   share.Want
@@ -341,7 +341,7 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		call.Withdraw()
 		return nil, err
 	}
-	// The call is in storage before it is made. That storage takes it is also a sign that it will take what comes back.
+	// The call is stored before it is made. If storage takes that, it will probably take the tokens of the answer too.
 	switch err := call.Note(ctx); {
 	case errors.Is(err, share.ErrRemoved):
 		return nil, errReplaced
@@ -425,9 +425,9 @@ func (l *loadedConnector) nextProbe() time.Time {
 	return time.Now().Add(probeEvery)
 }
 
-// judge takes in what an answer says about the connector, even where the work that the request was made for is superseded. It
-// touches memory alone. What it returns tells storage, and is called once storage has what else the answer has brought: a new
-// refresh token is not kept waiting.
+// judge notes what an answer shows about the connector: that it is refused, accepted, or has to pause. It does so even if the work of
+// the request is superseded. It changes memory alone; the function that it returns changes storage, and is called after the tokens of
+// the answer are stored, so that a new refresh token does not wait for that.
 func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
 	storePause := storesNothing
 	failure := (*tokenservice.Failure)(nil)

@@ -81,7 +81,7 @@ func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
 }
 
-// isIn says whether an entry has the access token already: storage has taken it though it said otherwise.
+// isIn says whether an entry has the access token already: storage has taken it and reported an error.
 func (o *outcome) isIn(e *tenantEntry) bool {
 	return o.access != nil && e != nil && e.Access != nil && e.Access.Generation == o.access.Generation
 }
@@ -100,7 +100,7 @@ func (o *outcome) rotationAlone(e *tenantEntry) *outcome {
 	return &outcome{from: e.Lineage, connector: e.Connector, sent: o.sent, at: o.at, refreshToken: o.refreshToken, facts: o.facts, move: e.Move}
 }
 
-// onto makes the tenant's entry of what storage has, nil for nothing, and of what the exchange has brought.
+// onto returns base, the tenant's entry in storage or nil for none, with the result of the exchange.
 func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 	var next tenantEntry
 	if o.change != nil {
@@ -141,7 +141,8 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 	return &next
 }
 
-// sameEnd says whether two ends of a refresh token are one, told in whole seconds from different moments.
+// sameEnd says whether two ends of a refresh token are the same: the service sends the rest of the life in whole seconds, so the ends
+// that are computed at different times may differ a little.
 func sameEnd(a, b time.Time) bool {
 	return !a.IsZero() && !b.IsZero() && a.Sub(b).Abs() < time.Minute
 }
@@ -232,7 +233,7 @@ func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w wan
 	case !v.entry.Rejected.IsZero():
 		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
 	case trouble != nil && v.rests(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
-		return trouble.err // what storage alone is to blame for is tried at once
+		return trouble.err // after a failure of storage alone, the exchange is tried at once
 	}
 	if until := v.promised(); !w.background && now.Before(until) {
 		return tryAgain("tenant %q: leases on its access token last until %s, and an exchange would end that before: try again then; an update of tenants/%s/refresh does not wait", t.name, stamp(until.Truncate(time.Second)), t.name)
@@ -258,7 +259,7 @@ func (x *exchanger) fly(f *flight) {
 	x.revocations.wakeAll() // what the flight has given up
 }
 
-// call makes the exchange of a flight, and stores what comes of it.
+// call makes the exchange of a flight, and stores its result.
 func (x *exchanger) call(f *flight) error {
 	entry := f.v.base()
 	if c := f.want.change; c != nil {
@@ -289,7 +290,7 @@ func (x *exchanger) call(f *flight) error {
 			result = via.service.Exchange(x.ctx, request)
 		}
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
-			continue // the connector was written meanwhile: begin anew, with what it is now
+			continue // the connector was written meanwhile: begin again with the present one
 		}
 		storeVerdict := x.connectors.judge(via, result.Err)
 		if lost != nil && result.Sent.IsZero() {

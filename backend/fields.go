@@ -266,7 +266,7 @@ func secondsOr(d *framework.FieldData, name string, byDefault time.Duration) (ti
 	return seconds(d, name)
 }
 
-// seconds reads a duration. The framework would cut off fractions of seconds without a word, and make 0.5s the default.
+// seconds reads a duration. The framework would cut off fractions of seconds without an error, and make 0.5s the default.
 func seconds(d *framework.FieldData, name string) (time.Duration, error) {
 	v, err := parseutil.ParseDurationSecond(plain(d.Raw[name]))
 	if err != nil || v%time.Second != 0 {

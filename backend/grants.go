@@ -29,11 +29,11 @@ const (
 
 	// attemptLife is how long a person has, where the service does not say.
 	attemptLife = 10 * time.Minute
-	// longestAttempt is more than any attempt lasts. One that seems to end later was begun by a wrong clock.
+	// longestAttempt is longer than any attempt lasts. An attempt that seems to end later was started while the clock was wrong.
 	longestAttempt = 25 * time.Hour
-	// statesKnown is how long after its attempt's end a state is told from one that never was.
+	// statesKnown is how long a state is kept after its attempt's end, so that a callback can tell it from an unknown one.
 	statesKnown = time.Hour
-	// attemptsKnown is how long after their end storage has the attempts of a tenant that is not there.
+	// attemptsKnown is how long the attempts of a tenant that does not exist are kept after their end.
 	attemptsKnown = day
 )
 
@@ -44,7 +44,7 @@ const (
 	byPIN    = "pin"
 )
 
-// What can become of an attempt.
+// The statuses of an attempt.
 const (
 	attemptPending    = "pending"
 	attemptGranted    = "granted"
@@ -54,7 +54,7 @@ const (
 	attemptSuperseded = "superseded" // by a newer attempt, a write of the tenant, or its delete
 )
 
-// attempts are a tenant's, as storage keeps them: the last one by each path. One of them is pending at the most.
+// attempts are the attempts of a tenant as storage keeps them: the last one by each path. At most one of them is pending.
 type attempts struct {
 	Format int                 `json:"format"`
 	Last   map[string]*attempt `json:"last"`
@@ -66,7 +66,7 @@ type attempt struct {
 	Path      string    `json:"path"`
 	Tenant    string    `json:"tenant"`
 	Connector string    `json:"connector"`
-	By        string    `json:"by"` // Vault's display name of who has begun it
+	By        string    `json:"by"` // the display name of the Vault token that has started it
 	Begun     time.Time `json:"begun"`
 	Expires   time.Time `json:"expires"`
 	Status    string    `json:"status"`
@@ -96,7 +96,7 @@ func (a *attempt) close(status, text string) {
 	a.Verifier, a.Code, a.DeviceCode, a.MobileNumber = "", "", "", ""
 }
 
-// stateEntry says whose a state is, and what has become of it.
+// stateEntry has the tenant of a state, and its status.
 type stateEntry struct {
 	Format   int       `json:"format"`
 	Tenant   string    `json:"tenant"`
@@ -106,7 +106,7 @@ type stateEntry struct {
 	Used     bool      `json:"used,omitempty"`
 }
 
-// grants is what memory knows of attempts: who works on which, and when which needs a look. What they are is in storage alone.
+// grants is what memory has of attempts: those that are worked on, and when each is to be checked. Their entries are in storage alone.
 type grants struct {
 	mu        sync.Mutex
 	locks     map[string]*lock     // by tenant: the right to change its attempts
@@ -156,7 +156,7 @@ func (g *grants) works(id string) bool {
 	return g.working[id]
 }
 
-// note takes in when a tenant's attempts and a state need a look.
+// note notes when the attempts of a tenant are to be checked, and when a state is to be deleted.
 func (g *grants) note(a *attempt) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -168,7 +168,7 @@ func (g *grants) note(a *attempt) {
 	}
 }
 
-// invalidate takes in that another node has changed an attempt: all are read again once this node may write.
+// invalidate handles the change of an attempt by another node: all attempts are read again when this node is the active node.
 func (g *grants) invalidate(key string) {
 	if strings.HasPrefix(key, attemptPrefix) {
 		g.mu.Lock()
@@ -177,7 +177,7 @@ func (g *grants) invalidate(key string) {
 	}
 }
 
-// lookAt has a tenant's attempts looked at by the next sweep.
+// lookAt makes the next sweep check a tenant's attempts.
 func (g *grants) lookAt(tenant string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -192,7 +192,7 @@ func (v *tenantView) storedLineage() string {
 	return v.entry.Lineage
 }
 
-// settled says what has become of an attempt, by its entry and by its tenant's.
+// settled returns the status of an attempt, from its entry and its tenant's entry.
 func (b *backend) settled(a *attempt, v *tenantView) (status, text string) {
 	now := time.Now()
 	kept := v != nil && v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
@@ -260,8 +260,8 @@ func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts)
 	return nil
 }
 
-// noteState lets a state's own entry say what has become of its attempt, so that the next one to bring the state costs one
-// read. The attempt decides, so it matters little that storage takes this.
+// noteState stores the status of the attempt in the entry of its state, so that the next callback with the state needs one read. A
+// failure of storage is ignored, because the status in the attempt's own entry decides.
 func (b *backend) noteState(ctx context.Context, a *attempt) {
 	if a.Status == attemptPending && !a.Used {
 		return
@@ -384,7 +384,7 @@ func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice
 		return status, text
 	}
 	a.close(status, text)
-	// Where storage fails, the tenant's entry says what has become of the attempt.
+	// Where storage fails, the tenant's entry still shows the attempt's status.
 	_ = b.putAttempts(b.ctx, tenant, all)
 	return status, text
 }
@@ -433,7 +433,8 @@ func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Re
 	b.revocations.wake(via.name)
 }
 
-// grantTries is how often storing a grant is tried: there is no second one, but a person's consent cannot wait for ever.
+// grantTries is how often the engine tries to store a grant. The tokens of a grant cannot be had again, but the person cannot wait for
+// ever.
 const grantTries = 6
 
 // storeGrant stores a refresh token that a service has given, as a verified write of it: with the access token that came beside
@@ -665,7 +666,7 @@ func (b *backend) loadAttempts() error {
 	return nil
 }
 
-// goOn takes in the attempts of a tenant that another process may have begun, or of one that is not there any more.
+// goOn goes on with the attempts of a tenant that another process may have started, or of a tenant that does not exist any more.
 func (b *backend) goOn(name string, all *attempts) {
 	t := b.tenants.named(name)
 	gone := t == nil || !t.view.Load().summary.stored

@@ -82,7 +82,7 @@ func (b *backend) indexTenants() error {
 	}
 	b.Logger().Warn("some tenants could not be read yet", "tenants", failed.Load())
 	if int(failed.Load()) == len(names) {
-		return errStorage // storage gives nothing: the next tick begins anew
+		return errStorage // storage fails all reads: the next tick begins again
 	}
 	return nil
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// stateForm is what a state looks like: 256 bits in the alphabet of URLs.
+// stateForm is the form of a state: 256 bits in the alphabet of URLs.
 var stateForm = regexp.MustCompile(`^[A-Za-z0-9_-]{43}$`)
 
 func (b *backend) callbackPaths() []*framework.Path {
@@ -66,7 +66,7 @@ var callbackFields = always(map[string]*framework.FieldSchema{
 	"status": oneOf("granted; pending: the service has not answered yet, and the engine goes on.", attemptGranted, attemptPending),
 })
 
-// verdict is what a callback has come to.
+// verdict is the result of a callback.
 type verdict struct {
 	// what is one of the constants below, or the status of an attempt.
 	what    string
@@ -87,8 +87,8 @@ const (
 	endLater     = "later"
 )
 
-// callback takes what the service's redirect brings. It needs no Vault token, so all that it does before it has found
-// the state is one read.
+// callback handles the service's redirect. It needs no Vault token, so it makes only one read of storage before it has found the
+// state.
 func (b *backend) callback(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	if req.WrapInfo != nil && req.WrapInfo.TTL > 0 {
 		// Vault would store the answer, on a request without a token.
@@ -110,7 +110,7 @@ func (b *backend) callback(ctx context.Context, req *logical.Request, d *framewo
 	return end.response(d)
 }
 
-// response is the answer to who has pasted a code by hand.
+// response is the answer to a person who has pasted a code by hand.
 func (e *verdict) response(d *framework.FieldData) (*logical.Response, error) {
 	switch e.what {
 	case attemptGranted, attemptPending:
@@ -130,7 +130,7 @@ func (e *verdict) response(d *framework.FieldData) (*logical.Response, error) {
 	return answer(badValue("%s", why))
 }
 
-// receive says what a callback comes to, and does it.
+// receive handles a callback, and returns its result.
 func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData) (*verdict, error) {
 	callback := ""
 	if d.Schema["connector"] != nil {
@@ -176,8 +176,8 @@ func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData
 	return b.redeem(ctx, &a, code)
 }
 
-// examine looks at what a callback has brought for an attempt. It returns the code that is to be sent, or else what has become of
-// the attempt.
+// examine checks the parameters of a callback for an attempt. It returns the code that is to be sent, or else the result of the
+// callback.
 func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (end *verdict, code string, changed bool, err error) {
 	if a == nil || a.State != hash {
 		return &verdict{what: attemptSuperseded}, "", false, nil
@@ -264,7 +264,7 @@ func inParentheses(s string) string {
 // errUsed ends a redemption whose state is used up, or whose attempt has ended.
 var errUsed = errors.New("the state is used up")
 
-// redeem sends a code for its tokens and stores them. It waits as long as a person waits; the rest goes on without.
+// redeem sends a code, and stores the tokens that come for it. It waits no longer than its context; the work goes on after that.
 func (b *backend) redeem(ctx context.Context, a *attempt, code string) (*verdict, error) {
 	end := &verdict{attempt: a}
 	done := make(chan struct{})
@@ -325,7 +325,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 			end.what = endUsed
 			return nil
 		}
-		// Nothing was sent, so the state is as good as before.
+		// Nothing was sent, so the state can still be used.
 		return b.notSent(end, result.Err)
 	}
 }
@@ -340,7 +340,7 @@ func (b *backend) notSent(end *verdict, err error) error {
 	return nil
 }
 
-// useUp makes sure, before a code is sent, that it is not sent again, not after a restart either.
+// useUp stores, before a code is sent, that its state is used, so that the code is not sent again, also after a restart.
 func (b *backend) useUp(ctx context.Context, a *attempt) error {
 	claimed := false
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {

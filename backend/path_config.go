@@ -290,8 +290,8 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	return nil
 }
 
-// knowsTenants makes sure that memory knows what each tenant in storage needs of a connector, but for one that storage still does
-// not give: one bad key must not keep every connector for ever.
+// knowsTenants makes sure that memory knows what each tenant in storage needs of a connector, except a tenant that storage still fails
+// to read: one bad key must not prevent the delete of every connector for ever.
 func (b *backend) knowsTenants(ctx context.Context, connector string) error {
 	if !b.awaitIndex(ctx) {
 		return stillReading(connector)

@@ -198,7 +198,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		if v.isEnded() {
 			return nil, nil
 		}
-		if !r.waited { // who has waited for the token gets it in the moments before its planned exchange too
+		if !r.waited { // a reader who has waited for the token gets it also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
 		}
 		until = until.Add(-1) // from then on a read exchanges

@@ -201,7 +201,7 @@ func (b *backend) pollDevice(tenant, id string) {
 	storeVerdict(b.ctx)
 }
 
-// decide takes in the answer to a poll.
+// decide handles the answer to a poll.
 func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result tokenservice.Result) {
 	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)
 	wait := a.Interval
@@ -246,7 +246,7 @@ func (b *backend) slowDown(a *attempt) time.Duration {
 	return wait
 }
 
-// endPolling takes in the last answer about a device code.
+// endPolling handles the last answer about a device code.
 func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
 	b.finish(a.Tenant, a.ID, via, result)
 	b.stopPolling(a.Tenant, a.ID)

@@ -340,7 +340,7 @@ func (b *backend) unmixed(ctx context.Context, a *attempt, flow tokenservice.Cod
 	return nil
 }
 
-// readAttempt answers what has become of a tenant's last attempt by a path.
+// readAttempt answers with the status of a tenant's last attempt by a path.
 func (b *backend) readAttempt(path string) framework.OperationFunc {
 	return func(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 		name, err := nameOf(d, "tenant")

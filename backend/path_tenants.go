@@ -496,7 +496,7 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 	return done(d), nil
 }
 
-// refreshTenant exchanges a tenant's refresh token now, so that the access token of before is not handed out any more.
+// refreshTenant exchanges a tenant's refresh token now, so that the older access token is not handed out any more.
 func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {

@@ -22,8 +22,8 @@ const (
 	// what a few failures take, and little enough for about one exchange a day.
 	leadLeast, leadMost = 0.02, 0.05
 
-	// plannedRetryLeast is how long a failed exchange waits for the next at the least, where exchanges end older access
-	// tokens: what is handed out meanwhile has to be worth something.
+	// plannedRetryLeast is the least time between a failed exchange and the next, if exchanges end older access tokens:
+	// the leases that are given in between must be long enough to be useful.
 	plannedRetryLeast = 15 * time.Second
 
 	// hopPatience is how long background work that has begun waits for a further call.
@@ -33,8 +33,8 @@ const (
 	patience = 5 * time.Second
 )
 
-// schedule puts a tenant where it belongs in the index of due times. Of a tenant that has left memory the entry is read
-// first, once it is due. Of one whose exchange is not permitted before some time, rest is that.
+// schedule puts a tenant into the index at its due time. If its entry is not in memory, it is read when the tenant is due. rest
+// is the time before which the tenant's exchange is not permitted, if there is one.
 func (b *backend) schedule(t *tenant, rest ...time.Time) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
@@ -59,7 +59,7 @@ func (b *backend) schedule(t *tenant, rest ...time.Time) {
 	}
 }
 
-// rescheduleTroubled has the tenants of a connector tried again whose last exchange failed.
+// rescheduleTroubled schedules the tenants of a connector again whose last exchange failed.
 func (b *backend) rescheduleTroubled(connector string) {
 	b.tenants.each(func(t *tenant) {
 		if v := t.view.Load(); v.summary.connector == connector && v.trouble != nil {
@@ -89,7 +89,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	if via != nil {
 		keepAlive = via.service.KeepAlive(e.Facts)
 		if trouble != nil && trouble.revision != via.revision {
-			trouble = trouble.over() // what failed with the connector as it was is tried with it as it is
+			trouble = trouble.over() // the connector has changed since the failure, so there is no backoff
 		}
 	} else if e.Facts.RotatesFrom.IsZero() {
 		keepAlive = 30 * day
@@ -270,7 +270,7 @@ func (b *backend) attend(name string) {
 		return
 	}
 	if a := v.access; a != nil && !a.current() {
-		// Storage has not heard of its end: a process after this one would hand it out.
+		// Storage does not know yet that the token was given up: the next process would hand it out.
 		if _, err := b.tenants.giveUp(ctx, name, a.Generation); err != nil {
 			b.index.at(name, time.Now().Add(time.Minute))
 			return
@@ -301,7 +301,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		b.schedule(t)
 		return
 	}
-	// The connector as it is before it is asked: once it has been written or taken again, an older refusal does not count.
+	// The connector from before the exchange begins: if it is written or accepted again meanwhile, this failure does not count.
 	via := b.connectors.present(v.entry.Connector)
 	f, _, err := b.exchanger.start(b.ctx, t, v, want{background: true})
 	if err == nil {
@@ -342,8 +342,8 @@ func (b *backend) landed(t *tenant, connector string, err error) {
 }
 
 // index is one index, by due time, of all tenants: when each needs attention next without a reader. Those that are due wait
-// there for a place in their connector's share, the one whose refresh token ends first at the head. A timer runs ahead of
-// Vault's periodic function, which also comes where the timer has died with its process.
+// there for a place in their connector's share, the one whose refresh token ends first at the head. A timer serves it in time;
+// Vault's periodic function serves it too, for the case that the timer has ended with its process.
 type index struct {
 	mu      sync.Mutex
 	queue   *queue.PriorityQueue // tenants' names by due time, in nanoseconds since 1970

@@ -20,7 +20,7 @@ import (
 const (
 	// intentPrefix is where storage keeps the tokens that are to be revoked: <connector>/<id>.
 	intentPrefix = "revocations/"
-	// heldPrefix is where storage keeps access tokens that leases stand for and that are not their tenant's current one:
+	// heldPrefix is where storage keeps access tokens that have leases and are not their tenant's current one:
 	// <tenant>/<generation>.
 	heldPrefix = "held/"
 
@@ -59,10 +59,10 @@ type intent struct {
 	isDeleted     doubtfulDelete
 }
 
-// doubtfulDelete says whether a tenant has been deleted, though storage has said that it has not. nil: it is deleted.
+// doubtfulDelete says whether storage has deleted a tenant although it has reported an error. nil: the tenant is deleted.
 type doubtfulDelete func(context.Context) (bool, error)
 
-// held is an access token that leases stand for.
+// held is an access token that has leases and is not its tenant's current one.
 type held struct {
 	Format    int       `json:"format"`
 	Own       bool      `json:"own,omitempty"` // it is one lease's alone, and ends with that and not with its tenant
@@ -86,7 +86,7 @@ type revocations struct {
 	intents  map[string]map[string]*intent // by connector and id
 	expiries map[string]time.Time          // of what is held, by key below heldPrefix
 	loaded   bool
-	told     int                      // how often storage has changed, or may have, beside what memory knows
+	told     int                      // how often storage has changed, or may have, in a way that memory does not know
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
@@ -190,7 +190,7 @@ func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant,
 		r.add(i)
 	}
 	if err := r.store(ctx, connector, rand.Text(), i); err != nil {
-		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have the intent even so
+		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have taken the intent
 		return nil, err
 	}
 	return tell, nil
@@ -217,7 +217,7 @@ func (r *revocations) put(ctx context.Context, connector, id string, i *intent) 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if err != nil {
-		r.loaded = false // storage may have it even so: the next tick looks
+		r.loaded = false // storage may have taken the intent: the next tick reads it
 		r.told++
 		return err
 	}
@@ -237,7 +237,7 @@ func (r *revocations) add(i *intent) {
 	of[i.id] = i
 }
 
-// spare takes a refresh token that is being written out of the intents: it is wanted again.
+// spare deletes the intent of a refresh token that is being written, because the token is in use again.
 func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err
@@ -290,8 +290,8 @@ func (r *revocations) settle(ctx context.Context, i *intent) error {
 	return nil
 }
 
-// hold stores an access token that leases stand for, where its service can revoke it. One of a lease alone is stored in any case: the
-// connector may be written while the token comes, and written again while the lease lives.
+// hold stores an access token that has leases, if its service can revoke it. A token of one lease alone is stored in any case: the
+// connector may be written during its exchange, and written again while the lease lives.
 func (r *revocations) hold(ctx context.Context, connector, tenant string, a *accessEntry, own bool) error {
 	if !own {
 		via, err := r.connectors.get(ctx, connector)
@@ -301,7 +301,7 @@ func (r *revocations) hold(ctx context.Context, connector, tenant string, a *acc
 	}
 	key := tenant + "/" + a.Generation
 	r.mu.Lock()
-	r.expiries[key] = a.Expires // storage may have the record though it says otherwise: it is swept
+	r.expiries[key] = a.Expires // before the write: storage may take the record and report an error
 	r.mu.Unlock()
 	return putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires})
 }
@@ -312,8 +312,8 @@ func (r *revocations) holds(ctx context.Context, tenant, generation string) (boo
 	return h != nil, err
 }
 
-// giveUpHeld notes the access token that a lease stands for, for revocation. It returns its connector, "" where there is
-// nothing to revoke.
+// giveUpHeld notes the access token of a record for revocation, and deletes the record. It returns the token's connector, "" where
+// there is nothing to revoke.
 func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string) (connector string, err error) {
 	key := tenant + "/" + generation
 	h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
@@ -326,8 +326,8 @@ func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string)
 	return h.Connector, r.release(ctx, key)
 }
 
-// giveUpReplaced notes the access tokens for revocation that leases of a tenant stand for and that newer ones have replaced.
-// Tokens of one lease alone are that lease's.
+// giveUpReplaced notes for revocation the access tokens of a tenant that have leases and that newer tokens have replaced. It leaves a
+// token of one lease alone to that lease.
 func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
 	generations, err := r.storage.List(ctx, heldPrefix+tenant+"/")
 	if err != nil {
@@ -674,7 +674,7 @@ func (r *revocations) load(ctx context.Context) error {
 		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		// What was read before another node's write is announced may be of before that: the next tick reads it again.
+		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again.
 		if r.told == told && r.intents[i.connector][i.id] == nil && !r.settled[key] {
 			r.add(i)
 		}

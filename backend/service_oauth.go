@@ -132,7 +132,7 @@ func (s *oauthSettings) set(d *framework.FieldData, name string) (err error) {
 	isNull := d.Raw[name] == nil
 	switch name {
 	case "issuer":
-		// What was found belongs to the issuer of before; discover asks the new one.
+		// Found has the addresses of the issuer before; discover reads those of the new one.
 		s.Issuer, s.Found, s.IssuerPromised = textOf(d, name), oauthAddresses{}, false
 	case "token_params":
 		s.TokenParams, err = pairsOf(d, name)

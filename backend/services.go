@@ -38,7 +38,7 @@ const defaultService = "kaizala"
 
 // serviceSettings are the fields of one kind. Their JSON form is stored.
 type serviceSettings interface {
-	// set takes in a field that a write names. A null sets it to its default.
+	// set sets a field that a write names. A null sets it to its default.
 	set(d *framework.FieldData, name string) error
 	// show adds the fields to what a read of config answers.
 	show(data map[string]any)
@@ -188,7 +188,7 @@ func serviceFields() map[string]*framework.FieldSchema {
 	return all
 }
 
-// fieldProblem turns a client's word about a field of config into an answer.
+// fieldProblem turns a client's error about a field of config into an answer.
 func fieldProblem(err error) error {
 	if problem := (*tokenservice.FieldError)(nil); errors.As(err, &problem) {
 		return badValue("%s", problem)

@@ -174,8 +174,8 @@ func (v *tenantView) derive() {
 	}
 	// A min_ttl that was written after the token came counts for the next one: leases live until the planned exchange.
 	v.until = latest(v.until, a.Planned.Add(-leaseMargin))
-	// An exchange ends this token. While exchanges fail, the next try does, and not before the leases that were given until an
-	// earlier one; after an answer that was lost neither the planned time holds nor do they.
+	// An exchange ends this token: at the planned time, or after the latest end of a lease that has been given. While exchanges
+	// fail, the next try ends it, if that is later. After a lost answer only the next try counts.
 	v.bound = latest(a.Planned, v.promised())
 	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(v.bound)) {
 		v.bound = v.trouble.until
@@ -239,7 +239,7 @@ type flight struct {
 	lost bool
 	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
 	carriedOut bool
-	// parting says who has come first: the reader whom the token is for, by going away, or the flight, with the token.
+	// parting says which came first: the reader of an own token has cancelled, or the flight has handed the token over.
 	parting atomic.Int32
 
 	placed chan struct{} // place closes it: the flight has its place in the share
@@ -259,7 +259,8 @@ func (f *flight) handOver() bool { return f.parting.CompareAndSwap(0, handedOver
 
 func (f *flight) isAbandoned() bool { return f.parting.Load() == abandoned }
 
-// answered notes that the flight's exchange was refused by an answer: a process after this one need not ask.
+// answered notes in storage that the service has answered the flight's exchange with a refusal: the next process does not take it for
+// an exchange whose answer was lost.
 func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
 	failure := (*tokenservice.Failure)(nil)
 	if f.way == nil || f.way.call == nil || via == nil || !via.about.RetryLost || !errors.As(err, &failure) || failure.Lost {
@@ -286,8 +287,8 @@ func (f *flight) retires() bool {
 	return f.want.force || f.want.change != nil
 }
 
-// shared says whether what this flight brings is also for a request of that kind. What a verification brings is the
-// writer's alone, and a token for one lease is that reader's.
+// shared says whether the result of this flight is also for a request of that kind. The result of a verification is only for
+// its writer, and a token for one lease only for its reader.
 func (f *flight) shared(w want) bool {
 	return w.change == nil && !w.ownToken && f.want.change == nil && !f.want.ownToken
 }
@@ -322,7 +323,7 @@ func (v *tenantView) show(e *tenantEntry, a *accessToken) {
 	}
 }
 
-// found takes in what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the
+// found records what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the
 // view has changed since storage was asked. An access token that readers have seen keeps the count of its leases; the
 // count of another one cannot be trusted.
 func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
@@ -350,8 +351,9 @@ func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 	}
 }
 
-// known returns the access token of an entry, as v has it where it does. One that is kept is nobody's before [tenants.store] knows
-// that it is stored: the count of its leases begins then, and the one before it stays until then. The caller holds mu.
+// known returns the access token of an entry: that of v, with its count of leases, if it is the same. If the entry's token is one that
+// is kept, known returns the older token of v: no reader gets a kept token before [tenants.store] knows that it is stored, and the count
+// of its leases begins then. The caller holds mu.
 func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
 	if e.Access == nil {
 		return nil
@@ -378,7 +380,7 @@ func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
 	return a
 }
 
-// summarized takes in what the index needs of a tenant, and no tokens.
+// summarized records what the index needs of a tenant, without its tokens.
 func (t *tenant) summarized(e *tenantEntry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -392,7 +394,7 @@ func (t *tenant) summarized(e *tenantEntry) {
 	})
 }
 
-// stored takes in that storage has an entry. What was kept is part of it, or superseded by it. fresh is the access token
+// stored records that storage has an entry. What was kept is part of it, or superseded by it. fresh is the access token
 // that has just been obtained, nil for none: the count of its leases begins at a known zero.
 func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 	t.mu.Lock()
@@ -428,7 +430,7 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 	}
 }
 
-// retired takes in that storage has an entry whose access token is given up. What is kept stays so.
+// retired records that storage has an entry whose access token is given up. What is kept stays so.
 func (t *tenant) retired(e *tenantEntry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -462,7 +464,7 @@ func (v *tenantView) supersedes(o *outcome) bool {
 	return lineage != o.from && (o.change == nil || lineage != o.change.lineage)
 }
 
-// deleted takes in that storage has the tenant no more.
+// deleted records that storage does not have the tenant any more.
 func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -470,8 +472,8 @@ func (t *tenant) deleted() {
 	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 
-// doubt takes in that a write has failed, and that storage may have it even so. Readers of a usable token go on; who
-// needs more reads storage again.
+// doubt notes that a write has failed and that storage may have taken it. Readers still get a usable token; other requests read
+// storage again.
 func (t *tenant) doubt() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -482,7 +484,7 @@ func (t *tenant) doubt() {
 	})
 }
 
-// keep holds on to what the service has sent and storage has not taken. It ends in stored, deleted or dropKept.
+// keep keeps in memory what the service has sent and storage has not taken, until stored, deleted or dropKept.
 func (t *tenant) keep(o *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -494,7 +496,7 @@ func (t *tenant) keep(o *outcome) {
 	})
 }
 
-// dropKept takes in that what was kept is superseded.
+// dropKept drops what was kept, because it is superseded.
 func (t *tenant) dropKept() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -525,7 +527,7 @@ func (t *tenant) failed(next *trouble, of ...string) (news, superseded bool) {
 	return news, false
 }
 
-// cutOff takes in that a process has ended while it waited for the answer to the tenant's exchange. The next is made as soon as
+// cutOff records that a process has ended while it waited for the answer to the tenant's exchange. The next is made as soon as
 // it can: services give a replaced refresh token some seconds' grace.
 func (t *tenant) cutOff(connector string, via *loadedConnector) {
 	now := time.Now()
@@ -539,8 +541,8 @@ func (t *tenant) cutOff(connector string, via *loadedConnector) {
 	})
 }
 
-// recovered ends a tenant's trouble, and says whether there was any. Where nothing but a new refresh token has been stored, it
-// ends trouble that storage alone is to blame for.
+// recovered ends a tenant's trouble, and says whether there was any. exchanged: an access token has come; otherwise only trouble that
+// comes from storage alone ends.
 func (t *tenant) recovered(exchanged bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -574,7 +576,7 @@ func (t *tenant) forget() {
 	}
 }
 
-// replan has the end of the access token planned anew, as the connector says now: storage is read again. The caller holds
+// replan plans the end of the access token again, as the connector says now: storage is read again. The caller holds
 // storing.
 func (t *tenant) replan() {
 	t.mu.Lock()
@@ -599,7 +601,7 @@ func (t *tenant) leave() {
 	}
 }
 
-// invalidate takes in that another node has changed the tenant in storage.
+// invalidate records that another node has changed the tenant in storage.
 func (t *tenant) invalidate() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -760,8 +762,8 @@ func (t *tenant) mayEnd(now time.Time) bool {
 	return !a.leased() && (a.use.CompareAndSwap(unread, ending) || a.use.Load() == ending)
 }
 
-// rests says whether the tenant's last exchange has failed so lately that none is made yet. Where an exchange ends older access
-// tokens, readers may come for it once no more leases are given until then.
+// rests says whether the tenant's last exchange has failed so recently that none is made yet. Where an exchange ends older access
+// tokens, the rest ends leaseMargin earlier: from then on no lease fits before the next try, so a reader may wait for that.
 func (v *tenantView) rests(now time.Time) bool {
 	until := v.trouble.until
 	if a := v.access; a != nil && !a.Planned.IsZero() && !v.trouble.lost && now.Before(a.Expires) {
@@ -770,9 +772,9 @@ func (v *tenantView) rests(now time.Time) bool {
 	return until.After(now)
 }
 
-// promised is until when leases on the access token last that an exchange would end; zero: there are none. Those that were given
-// until the next try of an exchange that failed or was not permitted hold though that could be made by now: storage is healed, or
-// the connector written.
+// promised is the latest end of the leases on an access token that an exchange would end; zero: there are none. Leases that were given
+// until the next try of an exchange that failed or was not permitted count too, although the exchange may be possible earlier, because
+// storage works again or the connector was written.
 func (v *tenantView) promised() time.Time {
 	a := v.access
 	if a == nil || a.Planned.IsZero() || !a.current() || v.trouble != nil && v.trouble.lost {
@@ -781,8 +783,8 @@ func (v *tenantView) promised() time.Time {
 	return time.Unix(0, a.leasedTo.Load())
 }
 
-// postpone takes in that an exchange was due and is not permitted before then. An access token that an exchange would have ended
-// lives on meanwhile, and is handed out until then.
+// postpone notes that an exchange was due and is not permitted before until. An access token that the exchange would have ended lives on,
+// and is handed out until then.
 func (t *tenant) postpone(until time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

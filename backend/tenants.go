@@ -162,7 +162,7 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 				return nil, err
 			}
 			if unplanned && e.Access != nil && !e.Access.Planned.IsZero() && ts.revocations.node.WriteSafeReplicationState() {
-				// Leases are given until then: what is written later does not bring it forward, not after a restart either.
+				// Leases are given until this planned end, so a later write of the connector must not make it earlier, also after a restart.
 				_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 			}
 		}
@@ -353,7 +353,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
-// doubt takes in that a write or a delete has failed, which storage may have done even so. An access token that was given up
+// doubt records that storage has reported an error for a write or a delete, and may have done it. An access token that was given up
 // is taken out of storage within a minute, without another request: a process after this one would hand it out.
 func (ts *tenants) doubt(t *tenant) {
 	t.doubt()
@@ -369,7 +369,7 @@ func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	}
 }
 
-// giveUpAll notes for revocation what a tenant's access tokens leave behind when the tenant is rewritten or deleted.
+// giveUpAll notes a tenant's access tokens for revocation when the tenant is rewritten or deleted.
 func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
 	if kept != nil && kept.access != nil {
 		if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
@@ -385,7 +385,7 @@ func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kep
 	return ts.resolveUnleased(ctx, t, e)
 }
 
-// giveUpShared notes a tenant's access token for revocation, and those before it that leases stand for.
+// giveUpShared notes a tenant's access token for revocation, and the older ones that have leases.
 func (ts *tenants) giveUpShared(ctx context.Context, t *tenant, e *tenantEntry) error {
 	if e.Access != nil {
 		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
@@ -539,7 +539,7 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 	return nil
 }
 
-// unstored takes in that storage has not taken what an exchange has brought. next is what it was asked to take, nil where
+// unstored records that storage has not taken the result of an exchange. next is what it was asked to take, nil where
 // it was not asked.
 func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 	switch {
@@ -551,7 +551,7 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 		t.keep(o)
 		return keptTrouble(t.name)
 	case next != nil:
-		// Memory knows it even so; after a restart the service is asked once more.
+		// Memory knows it all the same; after a restart the service is asked once more.
 		t.stored(next, nil)
 	}
 	return nil
@@ -596,7 +596,7 @@ func (ts *tenants) invalidate(name string) {
 }
 
 // connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are
-// to be planned anew, too. Where a tenant is being read or stored, which may also give it the connector, that is done afterwards.
+// to be planned again, too. Where a tenant is being read or stored, which may also give it the connector, that is done afterwards.
 func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
 		busy, v := t.storing.busy(), t.view.Load() // in this order: what ends in between is in the view

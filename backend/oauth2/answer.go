@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// maxAccessTokenLife bounds an access token's life: beyond it a number is likelier to be in another unit than seconds.
+	// maxAccessTokenLife bounds an access token's life: a larger number is probably in another unit than seconds.
 	maxAccessTokenLife = 400 * 24 * time.Hour
 	// maxTypeBytes bounds a token_type; RFC 6749 knows "Bearer" and "mac".
 	maxTypeBytes = 64
@@ -40,8 +40,8 @@ func readFields(a tokenservice.Answer) (f fields) {
 }
 
 // formObject writes a form as a JSON object; nil for what is no form, or none of an authorization server. A parameter that
-// cannot be decoded is left out, and costs no other. One that is cut off is not told from a whole one, since a form has no
-// mark at its end.
+// cannot be decoded is left out, without effect on the others. A form that is cut off cannot be told from a complete one,
+// because a form has no mark at its end.
 func formObject(body string) []byte {
 	// A page of HTML can hold the URL of a form.
 	if strings.ContainsAny(body, "<>\"\r\n\x00") {
@@ -77,10 +77,10 @@ func (f fields) refused() (code string, refused bool) {
 	return "", notOK || !empty(f.Value("error"))
 }
 
-// empty says whether a value is nothing in the way of one of the usual programming languages.
+// empty says whether a value is null, false, 0, or an empty text, list or object.
 func empty(value json.RawMessage) bool {
 	var v any
-	_ = json.Unmarshal(value, &v) // what cannot be read is nothing
+	_ = json.Unmarshal(value, &v) // a value that cannot be read counts as nothing
 	switch v := v.(type) {
 	case bool:
 		return !v
@@ -309,7 +309,7 @@ func (c *Client) senseless(why string) string {
 	return "The answer of the " + c.name() + " cannot be used: " + why + "."
 }
 
-// tokenRefusal is the text about what a request stands or falls with. It has a place for the code.
+// tokenRefusal is the text for the refusal of a request's token or code. It has a place for the error code.
 func (c *Client) tokenRefusal(p purpose) string {
 	switch p {
 	case redeemingCode:
@@ -341,7 +341,7 @@ func (p purpose) field() string {
 	return "token_url"
 }
 
-// thing is what a request stands or falls with.
+// thing is what a request is about, for texts: its token or code, or its tenant.
 func (p purpose) thing() string {
 	switch p {
 	case redeemingCode:

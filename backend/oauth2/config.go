@@ -261,7 +261,7 @@ func (c Config) checkClient() error {
 	return nil
 }
 
-// What the client itself puts into requests, in lower case. A name that ends in "*" stands for all that begin like it.
+// The parameters that the client itself sends, in lower case. A name that ends in "*" stands for all with this beginning.
 var (
 	reservedTokenParams = []string{
 		"grant_type", "refresh_token", "code", "code_verifier", "redirect_uri", "device_code", "client_*",

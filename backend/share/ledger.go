@@ -248,7 +248,7 @@ func (s *Share) Pause(until time.Time) {
 
 // StorePause stores the present pause, unless that has been done, for the process after this one. One write runs at a time, so
 // that the longest pause is written last; it takes 30 seconds at most. The error is storage's as it is, the context's, or
-// [ErrRemoved]; the pause holds in this process even so.
+// [ErrRemoved]; the pause holds in this process in any case.
 func (s *Share) StorePause(ctx context.Context) error {
 	select {
 	case s.pausing <- struct{}{}:
@@ -280,8 +280,8 @@ func (s *Share) pause(until time.Time) (cut bool) {
 	return end.Before(until)
 }
 
-// bounded returns a time that is no further ahead than it could be. It passes as the process's own clock does, whatever
-// becomes of the host's.
+// bounded returns a time that is no further in the future than it can be. It is measured by the process's monotonic clock, which a
+// change of the host's clock does not affect.
 func bounded(t time.Time, ahead time.Duration) time.Time {
 	now := time.Now()
 	return now.Add(min(t.Sub(now), ahead))
@@ -317,8 +317,8 @@ func (s *Share) isRemoved() bool {
 	return s.removed
 }
 
-// Load counts the calls of the process before this one, and goes on with its pause. Storage is read once for all who ask;
-// each waits no longer than its own context allows. The error is storage's as it is, or the context's; the next who asks
+// Load counts the calls of the process before this one, and goes on with its pause. Storage is read once for all callers;
+// each waits no longer than its own context allows. The error is storage's as it is, or the context's; the next call of Load
 // tries again. An entry that cannot be decoded is left out.
 func (s *Share) Load(ctx context.Context) error {
 	for !s.isLoaded() {
@@ -385,7 +385,7 @@ func (s *Share) read(ctx context.Context) error {
 	s.loaded = s.version == version
 	s.mu.Unlock()
 	if cut {
-		// Otherwise each restart would begin the day anew. A node that may not write goes on without.
+		// Otherwise the day would begin again with each restart. A standby, which cannot write, does without.
 		_ = s.StorePause(ctx)
 	}
 	return nil
@@ -411,7 +411,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			cut = s.pause(e.Until)
 		}
 		if err != nil || !e.Until.After(s.noted[place]) {
-			continue // what this process has stored, it knows better
+			continue // memory has the calls that this process has stored
 		}
 		n := &note{place: place}
 		for _, noted := range append(e.With, e.notedCall) {
@@ -426,7 +426,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			n.counted++
 			calls = append(calls, &Call{
 				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
-				frees: bounded(e.Until, Window), // who made it has ended by now
+				frees: bounded(e.Until, Window), // the process that made it has ended by now
 			})
 		}
 	}

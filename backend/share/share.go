@@ -18,7 +18,7 @@ const Window = time.Minute
 // glance is how soon a waiter looks again for a place that is left to work that has begun.
 const glance = time.Second
 
-// Class says who waits for a call. A lower class goes first.
+// Class is the kind of work that a call is for. A lower class goes first.
 type Class int
 
 const (
@@ -105,7 +105,7 @@ type Share struct {
 	paused       time.Time         // the service wants no call before
 
 	places    places // of notes
-	gathering *note  // takes in the calls that are noted next
+	gathering *note  // the note to which calls are added until its write begins
 	writes    int    // of notes, that are under way
 	// noted is, for each place, the latest time that this process has stored.
 	noted   map[int]time.Time
@@ -134,7 +134,7 @@ func New(storage logical.Storage, connector string) *Share {
 }
 
 // Configure sets how many calls a [Window] may see, 1 or more, and how long one request to the service takes at most. It
-// applies to those who wait already, and ends what [Share.Remove] began.
+// also applies to calls that wait already, and ends the effect of [Share.Remove].
 func (s *Share) Configure(limit int, requestTimeout time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -204,7 +204,7 @@ func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	return w.call, w.err
 }
 
-// leave takes a waiter who has given up out of the queue, or gives back his call.
+// leave removes a waiter that has given up from the queue, or gives back its call.
 func (s *Share) leave(w *waiter) {
 	s.queue = slices.DeleteFunc(s.queue, func(other *waiter) bool { return other == w })
 	if w.call != nil {
@@ -234,7 +234,7 @@ func (s *Share) FreeAt(want Want) time.Time {
 	return latest(p.slot(want).at, s.paused)
 }
 
-// arrange goes through the queue: it permits what can be permitted now, and sends away who would wait too long.
+// arrange goes through the queue: it permits the calls that can be permitted now, and refuses those that would wait too long.
 func (s *Share) arrange() {
 	p := s.plan()
 	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
