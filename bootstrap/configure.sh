@@ -97,7 +97,8 @@ if [[ -n $pin && $pin != "$version" ]]; then
 fi
 
 # What audit logs may show in clear. Everything else is there as an HMAC: tokens above all, and what may hold a secret or
-# names a person.
+# names a person. authorization_url is in the requests alone: in the answer of tenants/NAME/authorize it holds a state that
+# is still valid.
 request_keys=(
   service connector_id ca_cert request_timeout exchanges_per_minute api_root redirect_hosts
   issuer token_url revocation_url authorization_url device_authorization_url token_endpoint_auth_method
@@ -108,7 +109,7 @@ request_keys=(
 response_keys=(
   endpoint_url scope token_type expire_time tenant rotation_period last_vault_rotation
   service connector_id ca_cert request_timeout exchanges_per_minute api_root redirect_hosts
-  issuer token_url revocation_url authorization_url device_authorization_url token_endpoint_auth_method
+  issuer token_url revocation_url device_authorization_url token_endpoint_auth_method
   scopes redirect_uris endpoint_url_field access_token_life refresh_token_life keep_alive
   exchange_invalidates revocation revoke_on_delete confirm
   connector ttl max_ttl min_ttl retire_on_revoke token_per_lease status kind group_id granted_time granted_by

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/json"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -237,10 +238,11 @@ func TestConfigureOAuth(t *testing.T) {
 	t.Parallel()
 	s := &site{Vault: Start(t, WithAudit())}
 	server := newAuthServer(t)
-	id, secret := server.RegisterClient(oauth2test.AuthBasic, "https://vault.example/v1/kaizala/callback")
+	const callback = "https://vault.example/v1/kaizala/callback"
+	id, secret := server.RegisterClient(oauth2test.AuthBasic, callback, callback+"/crm")
 	recipe := filepath.Join(s.Dir, "crm.json")
 	require.NoError(t, os.WriteFile(recipe, []byte(`{"service": "oauth2", "issuer": "`+server.Issuer()+`",
-		"redirect_uris": ["https://vault.example/v1/kaizala/callback"], "scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
+		"redirect_uris": ["`+callback+`"], "scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
 	env := []string{"KAIZALA_CONNECTOR_FILE=" + recipe, "KAIZALA_EXCHANGES_PER_MINUTE=30", "KAIZALA_CALLBACKS_PER_MINUTE=20"}
 
 	out, _ := configureOK(t, s.Vault, env...)
@@ -250,6 +252,8 @@ func TestConfigureOAuth(t *testing.T) {
 	require.Equal(t, server.TokenURL(), config["token_url"])
 	require.Equal(t, json.Number("30"), config["exchanges_per_minute"])
 	require.Equal(t, map[string]any{"audience": "x"}, config["token_params"])
+	// An older configure.sh named a key that the next run has to take out.
+	s.write(t, "sys/mounts/kaizala/tune", map[string]any{"audit_non_hmac_response_keys": []string{"authorization_url", "user_code"}})
 
 	out, _ = configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm")...)
 	require.Contains(t, out, "(a policy like kaizala-connector-owner, for kaizala/config/crm):  vault write kaizala/config/crm connector_id=")
@@ -259,11 +263,21 @@ func TestConfigureOAuth(t *testing.T) {
 	s.write(t, "kaizala/tenants/contoso", map[string]any{"connector": "crm", "refresh_token": server.Grant(id, "asha")})
 	require.True(t, server.Alive(s.read(t, "kaizala/token/contoso")["access_token"].(string)))
 
-	// The audit log shows the addresses that refresh tokens are sent to, and no value that may be a secret.
+	// The audit log does not show what a person needs to connect another account: the state of the code flow, and the code of the device flow.
+	s.write(t, "kaizala/config/crm", map[string]any{"redirect_uris": callback + "/crm"})
+	started := s.put(t, "kaizala/tenants/contoso/authorize", map[string]any{"connector": "crm"})
+	address, err := url.Parse(started["authorization_url"].(string))
+	require.NoError(t, err)
+	require.NotEmpty(t, address.Query().Get("state"))
+	device := s.put(t, "kaizala/tenants/contoso/device", map[string]any{"connector": "crm"})
+	require.Contains(t, device["verification_uri_complete"], device["user_code"])
+	require.Empty(t, secretsIn(s.Audit(), address.Query().Get("state"), device["user_code"].(string)))
+
+	// It shows the addresses that refresh tokens are sent to, and no value that may be a secret.
 	s.read(t, "kaizala/config/crm")
 	logged := auditedResponse(t, s.Vault, "kaizala/config/crm")
 	for field := range config {
-		if field == "token_params" {
+		if field == "token_params" || field == "authorization_url" {
 			require.Contains(t, jsonText(t, logged[field]), "hmac-sha256:")
 		} else {
 			require.NotContains(t, jsonText(t, logged[field]), "hmac-sha256:", field)

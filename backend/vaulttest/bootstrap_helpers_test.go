@@ -65,6 +65,15 @@ func (s *site) write(t *testing.T, path string, data map[string]any) {
 	require.NoError(t, err, "writing %s", path)
 }
 
+// put is write, and returns the answer.
+func (s *site) put(t *testing.T, path string, data map[string]any) map[string]any {
+	t.Helper()
+	secret, err := s.Client.Logical().Write(path, data)
+	require.NoError(t, err, "writing %s", path)
+	require.NotNil(t, secret, "no answer of %s", path)
+	return secret.Data
+}
+
 // read reads as root.
 func (s *site) read(t *testing.T, path string) map[string]any {
 	t.Helper()

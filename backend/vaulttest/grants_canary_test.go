@@ -45,6 +45,11 @@ func TestGrantsTellNothing(t *testing.T) {
 	mounts, err := m.vault.Client.Logical().Read("sys/mounts/canary")
 	require.NoError(t, err)
 	stored := mounts.Data["uuid"].(string)
+	inClear := fields{}
+	for kind, keys := range keysInClear(t) {
+		inClear[kind] = keys
+	}
+	require.Equal(t, 204, m.sys(http.MethodPut, "sys/mounts/canary/tune", inClear).status)
 	outside := m.as("")
 
 	// look reads the secrets of a pending attempt from storage.

@@ -30,7 +30,8 @@ resource "vault_mount" "kaizala" {
   default_lease_ttl_seconds = var.default_lease_ttl_seconds
   max_lease_ttl_seconds     = var.max_lease_ttl_seconds
 
-  # What audit logs may show in clear, as in configure.sh.
+  # What audit logs may show in clear, as in configure.sh. authorization_url is in the requests alone: in the answer of
+  # tenants/NAME/authorize it holds a state that is still valid.
   audit_non_hmac_request_keys = [
     "service", "connector_id", "ca_cert", "request_timeout", "exchanges_per_minute", "api_root", "redirect_hosts",
     "issuer", "token_url", "revocation_url", "authorization_url", "device_authorization_url", "token_endpoint_auth_method",
@@ -41,7 +42,7 @@ resource "vault_mount" "kaizala" {
   audit_non_hmac_response_keys = [
     "endpoint_url", "scope", "token_type", "expire_time", "tenant", "rotation_period", "last_vault_rotation",
     "service", "connector_id", "ca_cert", "request_timeout", "exchanges_per_minute", "api_root", "redirect_hosts",
-    "issuer", "token_url", "revocation_url", "authorization_url", "device_authorization_url", "token_endpoint_auth_method",
+    "issuer", "token_url", "revocation_url", "device_authorization_url", "token_endpoint_auth_method",
     "scopes", "redirect_uris", "endpoint_url_field", "access_token_life", "refresh_token_life", "keep_alive",
     "exchange_invalidates", "revocation", "revoke_on_delete", "confirm",
     "connector", "ttl", "max_ttl", "min_ttl", "retire_on_revoke", "token_per_lease", "status", "kind", "group_id", "granted_time", "granted_by",
