@@ -18,6 +18,7 @@
 #   KAIZALA_CALLBACKS_PER_MINUTE   what one address may ask of the mount's callback, which needs no Vault token; 60 by default
 #   KAIZALA_CONNECTOR              name of the connector that this writes; default by default
 #   KAIZALA_CONNECTOR_FILE         for an OAuth 2.0 service: a JSON file with its fields, such as services/google.json
+#   KAIZALA_REDIRECT_URIS          for it: the connector's redirect_uris, which are not in services/*.json
 #   KAIZALA_API_ROOT               for Kaizala: another address than its own
 #   KAIZALA_CA_CERT_FILE           certificates, in PEM, to check the service against
 #   KAIZALA_EXCHANGES_PER_MINUTE   this mount's share of the calls that the service allows the connector
@@ -174,9 +175,16 @@ vault write "sys/quotas/rate-limit/$prefix-callback" path="$mount/callback*" \
 
 # The connector. A new one of Kaizala takes its ID and secret together; one of OAuth 2.0 can have them later, from its owner.
 config=$mount/config
-[[ $connector == default ]] || config+=/$connector
+callback=$mount/callback
+via= # what a tenant's writes name, which go to the connector default otherwise
+if [[ $connector != default ]]; then
+  config+=/$connector
+  callback+=/$connector
+  via=" connector=$connector"
+fi
 settings=()
 [[ -z ${KAIZALA_CONNECTOR_FILE:-} ]] || settings+=("@$KAIZALA_CONNECTOR_FILE")
+[[ -z ${KAIZALA_REDIRECT_URIS:-} ]] || settings+=("redirect_uris=$KAIZALA_REDIRECT_URIS")
 [[ -z ${KAIZALA_API_ROOT:-} ]] || settings+=("api_root=$KAIZALA_API_ROOT")
 [[ -z ${KAIZALA_CA_CERT_FILE:-} ]] || settings+=("ca_cert=@$KAIZALA_CA_CERT_FILE")
 [[ -z ${KAIZALA_EXCHANGES_PER_MINUTE:-} ]] || settings+=("exchanges_per_minute=$KAIZALA_EXCHANGES_PER_MINUTE")
@@ -205,8 +213,11 @@ if [[ -z $(vault read -field=connector_id "$config" 2>/dev/null) ]]; then
   [[ $connector == default ]] || owner="a policy like $owner, for $config"
   say "  the connector owner ($owner):  vault write $config connector_id=… connector_secret=-"
 fi
+if [[ $(vault read -field=redirect_uris "$config" 2>/dev/null) == "[]" ]]; then
+  say "  the operator, with the address that is registered with the service:  vault write $config redirect_uris=https://VAULT/v1/$callback"
+fi
 for tenant in "${tenants[@]:-TENANT}"; do
-  say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant refresh_token=-"
-  say "  or, by consent ($prefix-tenant-connect-$tenant):  vault write -f $mount/tenants/$tenant/authorize"
+  say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant$via refresh_token=-"
+  say "  or, by consent ($prefix-tenant-connect-$tenant):  vault write -f $mount/tenants/$tenant/authorize$via"
   say "  the app ($prefix-app-$tenant):  vault read $mount/creds/$tenant"
 done

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -242,7 +243,7 @@ func TestConfigureOAuth(t *testing.T) {
 	id, secret := server.RegisterClient(oauth2test.AuthBasic, callback, callback+"/crm")
 	recipe := filepath.Join(s.Dir, "crm.json")
 	require.NoError(t, os.WriteFile(recipe, []byte(`{"service": "oauth2", "issuer": "`+server.Issuer()+`",
-		"redirect_uris": ["`+callback+`"], "scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
+		"scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
 	env := []string{"KAIZALA_CONNECTOR_FILE=" + recipe, "KAIZALA_EXCHANGES_PER_MINUTE=30", "KAIZALA_CALLBACKS_PER_MINUTE=20"}
 
 	out, _ := configureOK(t, s.Vault, env...)
@@ -255,19 +256,34 @@ func TestConfigureOAuth(t *testing.T) {
 	// An older configure.sh named a key that the next run has to take out.
 	s.write(t, "sys/mounts/kaizala/tune", map[string]any{"audit_non_hmac_response_keys": []string{"authorization_url", "user_code"}})
 
+	require.Contains(t, out, "vault write kaizala/config redirect_uris=https://VAULT/v1/kaizala/callback\n")
+	env = append(env, "KAIZALA_TENANTS=contoso")
 	out, _ = configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm")...)
+	require.Contains(t, out, "vault write kaizala/config/crm redirect_uris=https://VAULT/v1/kaizala/callback/crm\n")
 	require.Contains(t, out, "(a policy like kaizala-connector-owner, for kaizala/config/crm):  vault write kaizala/config/crm connector_id=")
-	out, calls := configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm", "KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET="+secret)...)
+	out, calls := configureOK(t, s.Vault, append(env, "KAIZALA_CONNECTOR=crm", "KAIZALA_REDIRECT_URIS="+callback+"/crm",
+		"KAIZALA_CONNECTOR_ID="+id, "KAIZALA_CONNECTOR_SECRET="+secret)...)
 	require.NotContains(t, out, "vault write kaizala/config")
 	require.Empty(t, secretsIn(out+calls, secret))
-	s.write(t, "kaizala/tenants/contoso", map[string]any{"connector": "crm", "refresh_token": server.Grant(id, "asha")})
+
+	// The commands that it prints for a tenant go to this connector.
+	runPrinted := func(policy, input string) string {
+		t.Helper()
+		printed := regexp.MustCompile(`\(` + policy + `\):  vault (.*)`).FindStringSubmatch(out)
+		require.NotNil(t, printed, out)
+		answer, status := s.CLIWithInput(t, s.TokenWith(t, policy), input, strings.Fields(printed[1])...)
+		require.Zero(t, status, answer)
+		return answer
+	}
+	authorized := readField(t, runPrinted("kaizala-tenant-connect-contoso", ""), "authorization_url")
+	runPrinted("kaizala-tenant-user-contoso", server.Grant(id, "asha"))
+	require.Equal(t, "crm", s.read(t, "kaizala/tenants/contoso")["connector"])
 	require.True(t, server.Alive(s.read(t, "kaizala/token/contoso")["access_token"].(string)))
 
 	// The audit log does not show what a person needs to connect another account: the state of the code flow, and the code of the device flow.
-	s.write(t, "kaizala/config/crm", map[string]any{"redirect_uris": callback + "/crm"})
-	started := s.put(t, "kaizala/tenants/contoso/authorize", map[string]any{"connector": "crm"})
-	address, err := url.Parse(started["authorization_url"].(string))
+	address, err := url.Parse(authorized)
 	require.NoError(t, err)
+	require.Equal(t, callback+"/crm", address.Query().Get("redirect_uri"))
 	require.NotEmpty(t, address.Query().Get("state"))
 	device := s.put(t, "kaizala/tenants/contoso/device", map[string]any{"connector": "crm"})
 	require.Contains(t, device["verification_uri_complete"], device["user_code"])
