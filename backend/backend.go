@@ -203,6 +203,9 @@ func (routingView) ReplicationState() consts.ReplicationState { return consts.Re
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
 	if req.Operation != logical.HelpOperation && len(req.Data) > 0 {
 		if err := b.checkFields(req); err != nil {
+			if showsPage(req) {
+				return pageResponse(&verdict{what: endEmpty}, req.MountPoint), nil
+			}
 			return answer(err)
 		}
 	}

@@ -198,7 +198,7 @@ func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntr
 	c.share.Configure(entry.ExchangesPerMinute, entry.RequestTimeout)
 	c.refusal.Store(r) // in one step: a reload lets no call through
 	c.loaded.Store(&loadedConnector{
-		connector: c, entry: entry, service: service, about: service.About(), revision: changes, incomplete: entry.Settings.missing(entry),
+		connector: c, entry: entry, service: service, about: service.About(), revision: changes, incomplete: entry.Settings.missing(entry, c.name),
 	})
 }
 
@@ -456,8 +456,8 @@ func storesNothing(context.Context) {}
 // says.
 func asksForRest(failure *tokenservice.Failure) bool {
 	switch {
-	case failure.RetryAfter <= 0:
-		return false
+	case failure.RetryAfter <= 0, failure.Kind == tokenservice.Pending, failure.Kind == tokenservice.SlowDown:
+		return false // the latter two are about one device code
 	case failure.Status == http.StatusServiceUnavailable, failure.Status == http.StatusForbidden:
 		return true
 	}

@@ -280,9 +280,12 @@ func (x *exchanger) call(f *flight) error {
 			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
 		}
 		var result tokenservice.Result
-		if f.want.result != nil { // a grant has brought an access token already
+		switch {
+		case f.want.result != nil: // a grant has brought an access token already
 			result = f.want.result.result
-		} else {
+		case via.incomplete != nil:
+			result.Err = via.incomplete
+		default:
 			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
 			if m := entry.Move; m != nil && m.From == via.entry.address() {
 				request.Endpoint = m.To // the service has moved this tenant

@@ -28,7 +28,7 @@ func TestAuthorizationsThatDoNotBegin(t *testing.T) {
 		"cannot":                 {ask: data{}, says: "connector \"default\" is for Kaizala, which does not offer authorize: use tenants/NAME/pin"},
 		"the tenant's own cannot": {tenant: data{"connector": "default"}, ask: data{},
 			says: "does not offer authorize"},
-		"no client ID":             {config: data{"connector_secret": ""}, ask: data{"connector": "as"}, says: "connector_secret of the connector is missing"},
+		"no client ID":             {config: data{"connector_secret": ""}, ask: data{"connector": "as"}, says: "connector_secret of connector \"as\" is missing"},
 		"no address":               {config: data{"authorization_url": nil}, ask: data{"connector": "as"}, says: "authorization_url is missing"},
 		"no redirect URI":          {config: data{"redirect_uris": nil}, ask: data{"connector": "as"}, says: "redirect_uris of connector \"as\" is missing"},
 		"several redirect URIs":    {config: data{"redirect_uris": callbackTo + "," + callbackTo + "/as"}, ask: data{"connector": "as"}, says: "redirect_uri is required"},

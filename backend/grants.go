@@ -375,9 +375,11 @@ func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice
 		return attemptFailed, "Vault's storage failed: start again."
 	case a == nil:
 		b.abandon(tenant, via, r)
+		b.abandonDeleted(tenant, via, r.RefreshToken, r.Facts)
 		return attemptSuperseded, ""
 	case a.Status != attemptPending:
 		b.abandon(tenant, via, r)
+		b.abandonDeleted(tenant, via, r.RefreshToken, r.Facts)
 		return a.Status, a.Error
 	}
 	if status, text = b.settle(a, via, r); status == attemptPending {
@@ -417,6 +419,9 @@ func (b *backend) settle(a *attempt, via *loadedConnector, r tokenservice.Result
 			return attemptExpired, ""
 		}
 		text = failure.Text
+		if failure.Kind == tokenservice.Unavailable || failure.Kind == tokenservice.Limited {
+			text += " A code is sent once: start again in Vault."
+		}
 	default:
 		text = "The engine stopped before the service had answered: start again."
 	}
@@ -431,6 +436,23 @@ func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Re
 	// Where storage fails, the token lives to its end.
 	_ = b.revocations.giveUp(b.ctx, via.name, tenant, &accessEntry{Token: r.AccessToken.Token, Generation: rand.Text(), Expires: r.AccessToken.Expires})
 	b.revocations.wake(via.name)
+}
+
+// abandonDeleted gives up a refresh token whose tenant was deleted while the service was asked for it, as the delete did with the one
+// that the tenant had.
+func (b *backend) abandonDeleted(tenant string, via *loadedConnector, token string, facts *tokenservice.Facts) {
+	t, _, err := b.tenants.load(b.ctx, tenant)
+	if token == "" || t != nil || err != nil {
+		return
+	}
+	if facts == nil {
+		facts = &tokenservice.Facts{}
+	}
+	// Where storage fails, the token lives to its end.
+	if tell, err := b.revocations.giveUpRefreshToken(b.ctx, via.name, tenant, token, *facts); err == nil {
+		tell(nil)
+		b.revocations.wake(via.name)
+	}
 }
 
 // grantTries is how often the engine tries to store a grant. The tokens of a grant cannot be had again, but the person cannot wait for
@@ -461,6 +483,7 @@ func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Re
 		case kept:
 			return attemptPending, "" // memory has it, and storing it is tried again
 		case errors.Is(err, errSuperseded):
+			b.abandonDeleted(a.Tenant, via, token, r.Facts)
 			b.revocations.wake(via.name) // what is not kept has been given up
 			return attemptSuperseded, ""
 		case isRejection(err):

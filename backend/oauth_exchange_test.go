@@ -403,12 +403,12 @@ func (s *fakeSettings) set(d *framework.FieldData, name string) error {
 	s.Greeting = textOf(d, name)
 	return nil
 }
-func (s *fakeSettings) show(data map[string]any)    { data["greeting"] = s.Greeting }
-func (*fakeSettings) check(*connectorEntry) error   { return nil }
-func (*fakeSettings) missing(*connectorEntry) error { return nil }
-func (*fakeSettings) address() string               { return "" }
-func (s *fakeSettings) clone() serviceSettings      { next := *s; return &next }
-func (*fakeSettings) take(serviceSettings)          {}
+func (s *fakeSettings) show(data map[string]any)            { data["greeting"] = s.Greeting }
+func (*fakeSettings) check(*connectorEntry) error           { return nil }
+func (*fakeSettings) missing(*connectorEntry, string) error { return nil }
+func (*fakeSettings) address() string                       { return "" }
+func (s *fakeSettings) clone() serviceSettings              { next := *s; return &next }
+func (*fakeSettings) take(serviceSettings)                  {}
 func (s *fakeSettings) client(*connectorEntry, http.RoundTripper) (tokenservice.Service, error) {
 	return fakeService{s.Greeting}, nil
 }

@@ -70,7 +70,7 @@ var pageTexts = map[string]pageText{
 	endEmpty: {"Something is missing",
 		"Nothing was connected: the service has sent neither a code nor an error that can be used. Open the authorization again."},
 	endLater: {"Not now",
-		"Nothing was sent to the service, and nothing was connected. Reload this page at the time below."},
+		"Nothing was sent to the service, and nothing was connected. The link stays good. Reload this page later: what stands below says why, and when where that is known."},
 }
 
 // pageResponse makes the page of what a callback has come to.

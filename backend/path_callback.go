@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -87,10 +88,18 @@ const (
 	endLater     = "later"
 )
 
+// showsPage says whether a request is answered with a page: that of a person's browser.
+func showsPage(req *logical.Request) bool {
+	atCallback := req.Path == "callback" || strings.HasPrefix(req.Path, "callback/")
+	return atCallback && req.Operation == logical.ReadOperation && !isWrapped(req)
+}
+
+func isWrapped(req *logical.Request) bool { return req.WrapInfo != nil && req.WrapInfo.TTL > 0 }
+
 // callback handles the service's redirect. It needs no Vault token, so it makes only one read of storage before it has found the
 // state.
 func (b *backend) callback(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	if req.WrapInfo != nil && req.WrapInfo.TTL > 0 {
+	if isWrapped(req) {
 		// Vault would store the answer, on a request without a token.
 		return nil, badValue("callback does not wrap its answer: send the request again without a wrapping TTL")
 	}
@@ -212,21 +221,20 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		return finish(attemptFailed, "Connector \""+a.Connector+"\" was deleted, or is for another service now: start again.")
 	}
 	code, refusal := textOf(d, "code"), textOf(d, "error")
-	if code != "" || refusal != "" {
-		issuer, promised := flow.Issuer()
-		iss := textOf(d, "iss")
-		switch {
-		case issuer != "" && iss != "" && iss != issuer:
-			return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
-		case promised && iss == "":
-			return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
-		}
-	} else if !asks {
+	issuer, promised := flow.Issuer()
+	switch iss := textOf(d, "iss"); {
+	case issuer != "" && iss != "" && iss != issuer:
+		return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
+	case code == "" && refusal == "" && !asks:
 		code = a.Code // the person confirms what the page was shown for
+	case promised && iss == "" && (code != "" || refusal != ""):
+		return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
 	}
 	switch {
 	case refusal == "access_denied":
 		return finish(attemptDenied, "")
+	case refusal == "server_error", refusal == "temporarily_unavailable":
+		return finish(attemptFailed, upperFirst(via.about.Name)+" is failing"+inParentheses(refusal)+": start again later.")
 	case refusal != "":
 		return finish(attemptFailed, upperFirst(via.about.Name)+" grants nothing"+inParentheses(authorizationErrors[refusal])+": the operator has to check the connector's settings there and here.")
 	case tokenservice.CheckToken(code) != nil:

@@ -61,7 +61,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	if start.VerificationURIComplete != "" {
 		data["verification_uri_complete"] = start.VerificationURIComplete
 	}
-	return warnOfLeases(&logical.Response{Data: data}, a, v), nil
+	return b.warnOfLeases(&logical.Response{Data: data}, a), nil
 }
 
 // notBegun says why the service has not begun an attempt. What was pending for the tenant is pending still.

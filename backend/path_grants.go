@@ -205,9 +205,9 @@ func orNone(texts []string) string {
 }
 
 // warnOfLeases says what a grant will do to the leases that there are.
-func warnOfLeases(resp *logical.Response, a *attempt, v *tenantView) *logical.Response {
-	if v != nil && v.access != nil && v.access.leased() {
-		resp.AddWarning("Tenant \"" + a.Tenant + "\" has live leases: once access is granted, their access token is given up.")
+func (b *backend) warnOfLeases(resp *logical.Response, a *attempt) *logical.Response {
+	if t := b.tenants.named(a.Tenant); t != nil && t.hasLeases(time.Now()) {
+		resp.AddWarning("Tenant \"" + a.Tenant + "\" has live leases: once access is granted, their access tokens are given up.")
 	}
 	return resp
 }
@@ -261,10 +261,10 @@ func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, 
 	if err := b.begin(ctx, a, v); err != nil {
 		return answer(err)
 	}
-	return warnOfLeases(&logical.Response{Data: map[string]any{
+	return b.warnOfLeases(&logical.Response{Data: map[string]any{
 		"authorization_url": address,
 		"expire_time":       stamp(a.Expires),
-	}}, a, v), nil
+	}}, a), nil
 }
 
 // random256 returns 256 random bits in the alphabet of URLs.

@@ -45,7 +45,7 @@ func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framewor
 	if err := b.begin(ctx, a, v); err != nil {
 		return answer(err)
 	}
-	return warnOfLeases(&logical.Response{Data: attemptData(a, attemptPending, "")}, a, v), nil
+	return b.warnOfLeases(&logical.Response{Data: attemptData(a, attemptPending, "")}, a), nil
 }
 
 // takePIN turns a PIN into a refresh token. A PIN that is refused can be corrected while the attempt is pending.

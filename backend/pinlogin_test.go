@@ -106,7 +106,7 @@ func TestPINs(t *testing.T) {
 			t.Helper()
 			_, status, text := e.pin(map[string]any{"pin": "000000x"})
 			assert.Equal(t, 400, status)
-			assert.Contains(t, text, "ask for a new PIN")
+			assert.Contains(t, text, "write the right one, or to have a new one sent")
 		}
 		_, status, text := e.pin(map[string]any{"pin": "123456"})
 		assert.Equal(t, 400, status)

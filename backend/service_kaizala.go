@@ -70,7 +70,7 @@ func (s *kaizalaSettings) check(c *connectorEntry) error {
 	return nil
 }
 
-func (*kaizalaSettings) missing(*connectorEntry) error { return nil }
+func (*kaizalaSettings) missing(*connectorEntry, string) error { return nil }
 
 func (*kaizalaSettings) discover(context.Context, *connectorEntry, *framework.FieldData, http.RoundTripper, tokenservice.Permit) error {
 	return nil

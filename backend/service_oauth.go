@@ -202,7 +202,7 @@ func orEmpty(m map[string]string) map[string]string {
 // check leaves it to the client to say what is wrong.
 func (s *oauthSettings) check(*connectorEntry) error { return nil }
 
-func (s *oauthSettings) missing(c *connectorEntry) error {
+func (s *oauthSettings) missing(c *connectorEntry, name string) error {
 	for _, field := range []struct {
 		name  string
 		empty bool
@@ -211,7 +211,7 @@ func (s *oauthSettings) missing(c *connectorEntry) error {
 		{"connector_secret", c.ConnectorSecret == "" && s.addressOf("token_endpoint_auth_method") != oauth2.NoSecret},
 	} {
 		if field.empty {
-			return badValue("%s of the connector is missing: its owner has to write it to config first", field.name)
+			return badValue("%s of connector %q is missing: its owner has to write it to %s first", field.name, name, configPath(name))
 		}
 	}
 	return nil

@@ -44,8 +44,8 @@ type serviceSettings interface {
 	show(data map[string]any)
 	// check says what must be written before the connector can be stored.
 	check(c *connectorEntry) error
-	// missing says what must be written before a call can be made.
-	missing(c *connectorEntry) error
+	// missing says what must be written to the connector of that name before a call can be made.
+	missing(c *connectorEntry, name string) error
 	// discover asks the service for what it says about itself, where a write wants that.
 	discover(ctx context.Context, c *connectorEntry, d *framework.FieldData, transport http.RoundTripper, permit tokenservice.Permit) error
 	// take takes over what discover has found for others: settings of the same kind.

@@ -629,6 +629,19 @@ func (t *tenant) endReplaced(generation string, early bool) (known, last bool) {
 	return true, a.end(early, true)
 }
 
+// hasLeases says whether leases may live on the tenant's access token, or on one that it has replaced.
+func (t *tenant) hasLeases(now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.replaced {
+		if now.Before(a.Expires) {
+			return true
+		}
+	}
+	a := t.view.Load().access
+	return a != nil && a.leased()
+}
+
 // forgetReplaced forgets an access token that has been given up.
 func (t *tenant) forgetReplaced(generation string) {
 	t.mu.Lock()

@@ -165,7 +165,7 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 		return nil
 	case op == redeemingPIN && asked:
 		f.Kind = tokenservice.RefusedRefreshToken
-		f.Text = "Kaizala refuses the PIN (" + named + "): it is wrong, has expired or was used already. The tenant user has to ask for a new PIN."
+		f.Text = "Kaizala refuses the PIN (" + named + "): it is wrong, has expired or was used already. The tenant user has to write the right one, or to have a new one sent."
 	case op == sendingPIN && asked:
 		f.Kind = tokenservice.Refused
 		f.Text = "Kaizala refuses to send a PIN (" + named + "). The tenant user has to check the phone number: " +

@@ -52,7 +52,7 @@ func TestPINOnAnEmulator(t *testing.T) {
 		requireGranted(t, c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: r.RefreshToken}))
 
 		f := requirePINFailure(t, tokenservice.RefusedRefreshToken, c.RedeemPIN(t.Context(), number, pin, nil).Err)
-		assert.Equal(t, "Kaizala refuses the PIN (an unknown errorCode): it is wrong, has expired or was used already. The tenant user has to ask for a new PIN.", f.Text)
+		assert.Equal(t, "Kaizala refuses the PIN (an unknown errorCode): it is wrong, has expired or was used already. The tenant user has to write the right one, or to have a new one sent.", f.Text)
 
 		pin = send()
 		time.Sleep(kaizalatest.PINLife)
