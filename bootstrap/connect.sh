@@ -26,13 +26,18 @@ die() {
 }
 
 way=authorize
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  # The comment above.
+  awk 'NR > 1 { if (!sub(/^# ?/, "")) exit; print }' "${BASH_SOURCE[0]}"
+  exit
+fi
 if [[ ${1:-} == --device ]]; then
   way=device
   shift
 fi
 (($# == 1)) || die "usage: connect.sh [--device] TENANT"
 tenant=$1
-[[ $tenant =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$ ]] || die "$tenant cannot be a tenant's name"
+[[ $tenant =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?$ && $tenant != *..* ]] || die "$tenant cannot be a tenant's name"
 mount=${KAIZALA_MOUNT:-kaizala}
 path=${mount%/}/tenants/$tenant/$way
 command -v vault >/dev/null || die "vault is not in PATH"
@@ -41,8 +46,8 @@ fields=()
 [[ -z ${KAIZALA_CONNECTOR:-} ]] || fields+=("connector=$KAIZALA_CONNECTOR")
 [[ -z ${KAIZALA_REDIRECT_URI:-} || $way == device ]] || fields+=("redirect_uri=$KAIZALA_REDIRECT_URI")
 
-# field NAME of the table that vault prints
-field() { awk -v name="$1" '$1 == name { print $2 }' <<<"$started"; }
+# field NAME of the table that vault prints: a user code can have spaces.
+field() { awk -v name="$1" '$1 == name { sub(/^[^ ]+ +/, ""); print }' <<<"$started"; }
 
 # Vault's warnings go to the terminal with the rest of standard error.
 started=$(vault write -force "$path" ${fields[@]+"${fields[@]}"}) || exit 1
@@ -81,6 +86,6 @@ while sleep 3; do
   denied) die "access was denied, and nothing was connected" ;;
   expired) die "access was not allowed in time, and nothing was connected" ;;
   superseded) die "this attempt was ended by a newer authorization, or by a write or a delete of the tenant" ;;
-  *) die "nothing was connected: $(awk '$1 == "last_error" { sub(/^last_error +/, ""); print }' <<<"$started")" ;;
+  *) die "nothing was connected: $(field last_error)" ;;
   esac
 done

@@ -44,7 +44,7 @@ func TestConnect(t *testing.T) {
 		for lines := bufio.NewScanner(stderr); lines.Scan(); {
 			all.WriteString(lines.Text() + "\n")
 			shown := strings.TrimSpace(lines.Text())
-			if person != nil && shown != "" && !strings.Contains(shown, " ") {
+			if person != nil && shown != "" && (strings.HasPrefix(lines.Text(), "    ") || !strings.Contains(shown, " ")) {
 				person(shown)
 				person = nil
 			}
@@ -77,7 +77,18 @@ func TestConnect(t *testing.T) {
 	require.True(t, strings.HasPrefix(opened, server.AuthorizationURL()), opened)
 	require.Equal(t, oauth2test.Subject("asha"), m.read("tenants/acme").ok(t).text("subject"))
 
-	said, opened, status = run(func(shown string) { require.NoError(t, server.ApproveDevice(shown, "ravi")) }, "--device", "acme")
+	// A user code can have a space in it.
+	server.Set(func(o *oauth2test.Options) {
+		o.Edit = func(e oauth2test.Endpoint, fields map[string]any) {
+			if e == oauth2test.EndpointDevice {
+				fields["user_code"] = strings.Replace(fields["user_code"].(string), "-", " ", 1)
+			}
+		}
+	})
+	said, opened, status = run(func(shown string) {
+		require.NoError(t, server.ApproveDevice(strings.Replace(shown, " ", "-", 1), "ravi"))
+	}, "--device", "acme")
+	server.Set(func(o *oauth2test.Options) { o.Edit = nil })
 	require.Zero(t, status, said)
 	require.Contains(t, said, "The tenant acme is connected.")
 	require.Contains(t, said, "Open "+server.VerificationURL())
