@@ -15,7 +15,8 @@
 #   KAIZALA_DEFAULT_LEASE_TTL      of the mount; Vault's own by default
 #   KAIZALA_MAX_LEASE_TTL
 #   KAIZALA_TENANTS                names of tenants, whose users and apps get a policy each
-#   KAIZALA_CALLBACKS_PER_MINUTE   what one address may ask of the mount's callback, which needs no Vault token; 60 by default
+#   KAIZALA_CALLBACKS_PER_MINUTE   what one address may ask of the mount's callback, which needs no Vault token; by default
+#                                  what is set already, or else 60
 #   KAIZALA_CONNECTOR              name of the connector that this writes; default by default
 #   KAIZALA_CONNECTOR_FILE         for an OAuth 2.0 service: a JSON file with its fields, such as services/google.json
 #   KAIZALA_REDIRECT_URIS          for it: the connector's redirect_uris, which are not in services/*.json
@@ -46,6 +47,16 @@ die() {
   exit 1
 }
 
+case ${1:-} in
+"") ;;
+-h | --help)
+  # The comment above.
+  awk 'NR > 1 { if (!sub(/^# ?/, "")) exit; print }' "${BASH_SOURCE[0]}"
+  exit
+  ;;
+*) die "there is no argument $1; variables say what to configure, and configure.sh --help names them" ;;
+esac
+
 # ask VARIABLE TEXT DEFAULT sets the variable to its value in the environment,
 # to what is typed, or to the default.
 ask() {
@@ -65,12 +76,24 @@ plugin=$KAIZALA_PLUGIN
 command=${KAIZALA_PLUGIN_COMMAND:-$(basename "$plugin")}
 mount=${KAIZALA_MOUNT%/}
 connector=${KAIZALA_CONNECTOR:-default}
-named='^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?$'
+read -r -a tenants <<<"$KAIZALA_TENANTS"
+# The engine's rule for names.
+named() { [[ $1 =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?$ && $1 != *..* ]]; }
 [[ $mount =~ ^[A-Za-z0-9_./-]+$ ]] || die "KAIZALA_MOUNT: a path of letters, digits and . _ - / only"
-[[ $connector =~ $named ]] || die "KAIZALA_CONNECTOR: $connector cannot be a connector's name"
+named "$connector" || die "KAIZALA_CONNECTOR: $connector cannot be a connector's name"
+for tenant in ${tenants[@]+"${tenants[@]}"}; do
+  named "$tenant" || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
+done
 command -v vault >/dev/null || die "vault is not in PATH"
 [[ -f $plugin ]] || die "no plugin at $plugin: run make build-plugin, or set KAIZALA_PLUGIN"
 vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is not good"
+
+# Policies and the quota are named after the mount, with - for /, which two mounts can have in common.
+prefix=${mount//\//-}
+quota=sys/quotas/rate-limit/$prefix-callback
+limited=$(vault read -field=path "$quota" 2>/dev/null) || limited=
+[[ -z $limited || $limited == *"$mount/callback*" ]] ||
+  die "the mount ${limited%/callback*}/ has the names of policies and quota that $mount/ would get ($prefix-…): choose another path, or delete $quota if that mount is gone"
 
 enterprise=no
 if vault status | grep -q '^Version .*+ent'; then
@@ -154,14 +177,11 @@ policy() { # policy NAME FILE TENANT
   say "Writing policy $1"
   sed -e "s#kaizala/#$mount/#g" -e "s#/acme\([/\"]\)#/$3\1#g" "$here/policies/$2.hcl" | vault policy write "$1" - >/dev/null
 }
-prefix=${mount//\//-}
 policy "$prefix-connector-owner" connector-owner acme
 policy "$prefix-operator" operator acme
 policy "$prefix-monitor" monitor acme
 policy "$prefix-app-templated" app-templated acme
-read -r -a tenants <<<"$KAIZALA_TENANTS"
 for tenant in ${tenants[@]+"${tenants[@]}"}; do
-  [[ $tenant =~ $named ]] || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
   policy "$prefix-tenant-user-$tenant" tenant-user "$tenant"
   policy "$prefix-tenant-connect-$tenant" tenant-connect "$tenant"
   policy "$prefix-app-$tenant" app "$tenant"
@@ -169,9 +189,10 @@ for tenant in ${tenants[@]+"${tenants[@]}"}; do
 done
 
 # A request for callback needs no token, and costs a storage read.
-say "Limiting $mount/callback to ${KAIZALA_CALLBACKS_PER_MINUTE:-60} requests a minute of one address"
-vault write "sys/quotas/rate-limit/$prefix-callback" path="$mount/callback*" \
-  rate="${KAIZALA_CALLBACKS_PER_MINUTE:-60}" interval=1m >/dev/null
+if [[ -z $limited || -n ${KAIZALA_CALLBACKS_PER_MINUTE:-} ]]; then
+  say "Limiting $mount/callback to ${KAIZALA_CALLBACKS_PER_MINUTE:-60} requests a minute of one address"
+  vault write "$quota" path="$mount/callback*" rate="${KAIZALA_CALLBACKS_PER_MINUTE:-60}" interval=1m >/dev/null
+fi
 
 # The connector. A new one of Kaizala takes its ID and secret together; one of OAuth 2.0 can have them later, from its owner.
 config=$mount/config

@@ -102,7 +102,10 @@ func TestConfigure(t *testing.T) {
 	mount := first["sys/mounts/kaizala"].(map[string]any)
 	require.Equal(t, json.Number("172800"), mount["config"].(map[string]any)["max_lease_ttl"])
 
-	// With the connector, its secret from a file.
+	// With the connector, its secret from a file. The run leaves an administrator's limit of callback as it is.
+	quota := map[string]any{"path": "kaizala/callback*", "rate": 6000, "interval": "2m"}
+	_, err := v.Client.Logical().Write("sys/quotas/rate-limit/kaizala-callback", quota)
+	require.NoError(t, err)
 	env := []string{
 		"KAIZALA_TENANTS=acme contoso", "KAIZALA_MAX_LEASE_TTL=48h",
 		"KAIZALA_CONNECTOR_ID=" + id, "KAIZALA_CONNECTOR_SECRET_FILE=" + secretFile, "KAIZALA_API_ROOT=" + kaizala.URL,
@@ -113,6 +116,8 @@ func TestConfigure(t *testing.T) {
 	second := configured(t, v, policies...)
 	require.Equal(t, mount["accessor"], second["sys/mounts/kaizala"].(map[string]any)["accessor"], "the mount is the same")
 	require.Equal(t, id, second["kaizala/config"].(map[string]any)["connector_id"])
+	limit := second["sys/quotas/rate-limit/kaizala-callback"].(map[string]any)
+	require.Equal(t, []any{json.Number("6000"), json.Number("120")}, []any{limit["rate"], limit["interval"]})
 
 	_, _ = configureOK(t, v, env...)
 	require.Equal(t, second, configured(t, v, policies...), "a run on a complete configuration changes nothing")
@@ -211,6 +216,16 @@ func TestConfigureElsewhere(t *testing.T) {
 	require.NoError(t, err)
 	require.Contains(t, policy, `"teams/kaizala/creds/acme"`)
 	require.Contains(t, policy, `"sys/leases/revoke/teams/kaizala/creds/acme/*"`)
+
+	// Another mount would have the same names of policies: the script changes nothing.
+	cmd, calls = configureRun(t, v, "KAIZALA_MOUNT=teams-kaizala", "KAIZALA_TENANTS=acme")
+	out, err = cmd.CombinedOutput()
+	require.ErrorAs(t, err, new(*exec.ExitError))
+	require.Contains(t, string(out), "the mount teams/kaizala/ has the names")
+	for _, writes := range []string{"register", "enable", "policy", "write"} {
+		require.NotContains(t, fileText(t, calls), writes+" ")
+	}
+	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala") // which is no other mount
 }
 
 // A newer plugin replaces the one that runs.
@@ -246,7 +261,7 @@ func TestConfigureOAuth(t *testing.T) {
 		"scopes": ["a", "b"], "token_params": {"audience": "x"}}`), 0o600))
 	env := []string{"KAIZALA_CONNECTOR_FILE=" + recipe, "KAIZALA_EXCHANGES_PER_MINUTE=30", "KAIZALA_CALLBACKS_PER_MINUTE=20"}
 
-	out, _ := configureOK(t, s.Vault, env...)
+	out, _ := configureOK(t, s.Vault, append(env, "KAIZALA_CALLBACKS_PER_MINUTE=7")...) // later runs say 20
 	require.Contains(t, out, "(kaizala-connector-owner):  vault write kaizala/config connector_id=… connector_secret=-")
 	config := s.read(t, "kaizala/config")
 	require.Equal(t, "oauth2", config["service"])
@@ -313,11 +328,61 @@ func TestConfigureOAuth(t *testing.T) {
 	require.LessOrEqual(t, statuses[400], 25, "20, and those that the rate permits during the test")
 	require.GreaterOrEqual(t, statuses[400], 20)
 	s.read(t, "kaizala/config")
+}
 
-	cmd, _ := configureRun(t, s.Vault, "KAIZALA_CONNECTOR=../crm")
-	bad, err := cmd.CombinedOutput()
-	require.Error(t, err)
-	require.Contains(t, string(bad), "cannot be a connector's name")
+// The scripts refuse arguments and names before they call vault, which is not in PATH here. --help prints the comment at their
+// head, which names each variable.
+func TestScriptsUsage(t *testing.T) {
+	t.Parallel()
+	run := func(env string, script string, args ...string) (stdout, stderr string, status int) {
+		t.Helper()
+		cmd := exec.Command(bootstrapFile(t, script), args...)
+		cmd.Env = []string{"PATH=/usr/bin:/bin", env}
+		var out, said strings.Builder
+		cmd.Stdout, cmd.Stderr = &out, &said
+		err := cmd.Run()
+		if err != nil {
+			require.ErrorAs(t, err, new(*exec.ExitError))
+		}
+		return out.String(), said.String(), cmd.ProcessState.ExitCode()
+	}
+	for script, first := range map[string]string{"configure.sh": "Registers the plugin", "connect.sh": "Connects a tenant"} {
+		for _, ask := range []string{"-h", "--help"} {
+			help, said, status := run("", script, ask)
+			require.Zero(t, status, said)
+			require.Empty(t, said)
+			require.True(t, strings.HasPrefix(help, first), help)
+			require.NotContains(t, help, "set -euo")
+			for _, variable := range regexp.MustCompile(`KAIZALA_[A-Z_]+`).FindAllString(fileText(t, bootstrapFile(t, script)), -1) {
+				require.Contains(t, help, "\n  "+variable, "%s of %s", variable, script)
+			}
+		}
+	}
+
+	const vaultIsNext = "vault is not in PATH"
+	long := strings.Repeat("a", 128)
+	for _, c := range []struct {
+		env  string
+		args []string
+		says string
+	}{
+		{"", []string{"configure.sh", "--dry-run"}, "there is no argument --dry-run"},
+		{"", []string{"configure.sh", "acme"}, "there is no argument acme"},
+		{"KAIZALA_CONNECTOR=../crm", []string{"configure.sh"}, "../crm cannot be a connector's name"},
+		{"KAIZALA_CONNECTOR=a..b", []string{"configure.sh"}, "a..b cannot be a connector's name"},
+		{"KAIZALA_CONNECTOR=" + long + "a", []string{"configure.sh"}, "cannot be a connector's name"},
+		{"KAIZALA_CONNECTOR=" + long, []string{"configure.sh"}, vaultIsNext},
+		{"KAIZALA_CONNECTOR=a.-b", []string{"configure.sh"}, vaultIsNext},
+		{"KAIZALA_TENANTS=acme a..b", []string{"configure.sh"}, "a..b cannot be a tenant's name"},
+		{"KAIZALA_TENANTS=acme contoso", []string{"configure.sh"}, vaultIsNext},
+		{"", []string{"connect.sh", "a..b"}, "a..b cannot be a tenant's name"},
+		{"", []string{"connect.sh", "--devices"}, "--devices cannot be a tenant's name"},
+		{"", []string{"connect.sh", "a.-b"}, vaultIsNext},
+	} {
+		_, said, status := run(c.env, c.args[0], c.args[1:]...)
+		require.Equal(t, 1, status, said)
+		require.Contains(t, said, c.says, "%s %v", c.env, c.args)
+	}
 }
 
 // While a version of the plugin is pinned, Vault does not accept a version for a mount: configure.sh changes the pin.
