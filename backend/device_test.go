@@ -40,7 +40,7 @@ func TestDeviceFlow(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newGrantEngine(t, func(o *oauth2test.Options) { o.VerificationURL = url })
 				begun := time.Now()
-				started := e.start(byDevice, map[string]any{"connector": "as", "scopes": "openid,offline_access"})
+				started := e.start(byDevice, map[string]any{"connector": "as", "scopes": []any{"openid,offline_access"}})
 				code := started["user_code"].(string)
 				assert.Equal(t, map[string]any{
 					"user_code": code, "verification_uri": e.server.VerificationURL(),

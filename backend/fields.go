@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/hashicorp/go-secure-stdlib/parseutil"
 	"github.com/hashicorp/vault/sdk/framework"
@@ -256,6 +257,11 @@ var tokenFields = always(map[string]*framework.FieldSchema{
 func textOf(d *framework.FieldData, name string) string {
 	text, _ := d.Raw[name].(string)
 	return strings.TrimSpace(text)
+}
+
+// scopesOf reads a list of scopes. They are separated by commas and white space, within an element of a JSON list too.
+func scopesOf(d *framework.FieldData, name string) []string {
+	return strings.FieldsFunc(strings.Join(d.Get(name).([]string), ","), func(r rune) bool { return r == ',' || unicode.IsSpace(r) })
 }
 
 // secondsOr reads a duration, which is the default where the field is null.

@@ -36,7 +36,7 @@ func TestOAuthConfigDefaultsAndFields(t *testing.T) {
 		"endpoint_url_field": "instance_url", "access_token_life": int64(60), "refresh_token_life": int64(7200), "keep_alive": int64(300),
 		"exchange_invalidates": false, "revocation": "access_token", "revoke_on_delete": true, "confirm": false,
 	}
-	body := map[string]any{"scopes": "a b,c  d"}
+	body := map[string]any{"scopes": []any{"a b", "c,d"}}
 	for name, value := range written {
 		body[name] = value
 	}
@@ -47,6 +47,10 @@ func TestOAuthConfigDefaultsAndFields(t *testing.T) {
 		assert.Equal(t, value, shown[name], name)
 	}
 	assert.Equal(t, []string{"a", "b", "c", "d"}, shown["scopes"])
+	for _, scopes := range []any{"a b,c  d", " a\tb\n, c,,d "} {
+		e.write("config", map[string]any{"scopes": scopes})
+		assert.Equal(t, []string{"a", "b", "c", "d"}, e.read("config")["scopes"])
+	}
 	null := map[string]any{}
 	for name := range body {
 		null[name] = nil
@@ -207,6 +211,44 @@ func TestOAuthDiscovery(t *testing.T) {
 		assert.Len(t, e.server.Calls(), calls)
 		e.system.replication.Store(0)
 		synctest.Wait()
+	})
+}
+
+// Metadata may leave the token endpoint out: then token_url has to be written, in the same write or before.
+func TestIssuerWithoutATokenEndpoint(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		issuer := e.server.Issuer()
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointMetadata, Answer: oauth2test.Answer{Status: 200, Body: `{"issuer":"` + issuer +
+			`","revocation_endpoint":"https://as.example.com/revoke","token_endpoint_auth_methods_supported":["client_secret_post"]}`}})
+		refused := func(path string, body map[string]any) {
+			t.Helper()
+			_, code, text := e.try(logical.UpdateOperation, path, body)
+			assert.Equal(t, 400, code)
+			assert.Contains(t, text, "token_url is missing: the issuer's metadata names no token endpoint, so write token_url beside issuer")
+		}
+		body := map[string]any{"service": "oauth2", "connector_id": "i", "connector_secret": "s", "issuer": issuer}
+		refused("config/new", body)
+		_, code, _ := e.try(logical.ReadOperation, "config/new", nil)
+		assert.Equal(t, 404, code, "nothing is stored")
+		body["token_url"] = "https://as.example.com/token"
+		e.write("config/new", body)
+		for name, value := range map[string]any{
+			"token_url": "https://as.example.com/token", "revocation_url": "https://as.example.com/revoke", "token_endpoint_auth_method": "client_secret_post",
+		} {
+			assert.Equal(t, value, e.read("config/new")[name], name)
+		}
+		refused("config/new", map[string]any{"token_url": nil})
+		refused("config/new", map[string]any{"token_url": nil, "issuer": issuer})
+		assert.Equal(t, "https://as.example.com/token", e.read("config/new")["token_url"], "nothing is stored")
+
+		written := e.read("config")["token_url"] // before issuer is
+		e.write("config", map[string]any{"issuer": issuer, "revocation_url": nil, "token_endpoint_auth_method": "client_secret_basic"})
+		assert.Equal(t, written, e.read("config")["token_url"])
+		assert.Equal(t, "https://as.example.com/revoke", e.read("config")["revocation_url"])
+		e.server.ClearFaults()
+		e.add("acme", nil)
+		e.lease("acme")
 	})
 }
 

@@ -214,10 +214,7 @@ func (b *backend) warnOfLeases(resp *logical.Response, a *attempt) *logical.Resp
 
 // asked reads the scopes and the hint of a request.
 func (l *loadedConnector) asked(d *framework.FieldData) (scopes []string, hint string, err error) {
-	for _, text := range d.Get("scopes").([]string) {
-		scopes = append(scopes, strings.Fields(text)...)
-	}
-	scopes, err = scopesWithin(scopes, l.consent().scopes)
+	scopes, err = scopesWithin(scopesOf(d, "scopes"), l.consent().scopes)
 	hint = textOf(d, "login_hint")
 	if err == nil && (len(hint) > maxHintBytes || strings.ContainsFunc(hint, func(r rune) bool { return r < ' ' })) {
 		err = badValue("login_hint has to be one line of %d bytes at most", maxHintBytes)

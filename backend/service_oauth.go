@@ -3,7 +3,6 @@ package backend
 import (
 	"context"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -139,10 +138,7 @@ func (s *oauthSettings) set(d *framework.FieldData, name string) (err error) {
 	case "authorization_params":
 		s.AuthorizationParams, err = pairsOf(d, name)
 	case "scopes":
-		s.Scopes = nil
-		for _, text := range d.Get(name).([]string) {
-			s.Scopes = append(s.Scopes, strings.Fields(text)...)
-		}
+		s.Scopes = scopesOf(d, name)
 	case "redirect_uris":
 		s.RedirectURIs = d.Get(name).([]string)
 		err = oauth2.CheckRedirectURIs(s.RedirectURIs)

@@ -170,7 +170,11 @@ func (c *Client) readURLs() error {
 		}
 		c.endpoints[field.name] = u
 	}
-	if c.endpoints["token_url"] == nil {
+	switch {
+	case c.endpoints["token_url"] != nil:
+	case c.config.Issuer != "":
+		return fieldError("token_url", "is missing: the issuer's metadata names no token endpoint, so write token_url beside issuer")
+	default:
 		return fieldError("token_url", "is missing: write it, or issuer, whose metadata names it")
 	}
 	c.host = c.endpoints["token_url"].Host

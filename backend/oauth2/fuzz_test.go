@@ -1,6 +1,7 @@
 package oauth2
 
 import (
+	"cmp"
 	"encoding/json"
 	"net/http"
 	"net/url"
@@ -130,7 +131,7 @@ func FuzzMetadata(f *testing.F) {
 			return
 		}
 		_, err = New(Config{
-			TokenURL: m.TokenURL, RevocationURL: m.RevocationURL, AuthorizationURL: m.AuthorizationURL,
+			TokenURL: cmp.Or(m.TokenURL, "https://written.example.com"), RevocationURL: m.RevocationURL, AuthorizationURL: m.AuthorizationURL,
 			DeviceAuthorizationURL: m.DeviceAuthorizationURL, AuthMethod: m.AuthMethod, AccessTokenLife: 1, KeepAlive: 1, RequestTimeout: time.Second,
 		})
 		require.NoError(t, err)

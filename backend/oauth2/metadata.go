@@ -16,7 +16,7 @@ import (
 
 // Metadata is what an authorization server tells about itself, as far as a connector needs it. What it does not tell is "".
 type Metadata struct {
-	// The endpoints. TokenURL is never "".
+	// The endpoints.
 	TokenURL, RevocationURL, AuthorizationURL, DeviceAuthorizationURL string
 	// AuthMethod is how a client is to authenticate: ClientSecretBasic if the server takes that, or else ClientSecretPost, or
 	// else NoSecret.
@@ -142,9 +142,6 @@ func readMetadata(issuer string, document tokenservice.Object) (*Metadata, error
 			return nil, fieldError("issuer", "has metadata whose %s %s. Write the URLs of the endpoints in place of issuer", endpoint.name, problem)
 		}
 		*endpoint.into = value
-	}
-	if m.TokenURL == "" {
-		return nil, fieldError("issuer", "has metadata without a token_endpoint. Write token_url in place of issuer")
 	}
 	const listed = "token_endpoint_auth_methods_supported"
 	methods := document.List(listed)

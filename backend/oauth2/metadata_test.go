@@ -142,6 +142,7 @@ func TestMetadata(t *testing.T) {
 		{"no methods", map[string]any{"token_endpoint_auth_methods_supported": []string{}}, &least},
 		{"a promise that is none", map[string]any{"authorization_response_iss_parameter_supported": "true"}, &least},
 		{"an empty endpoint", map[string]any{"revocation_endpoint": ""}, &least},
+		{"no token endpoint", map[string]any{"token_endpoint": nil}, with(func(m *Metadata) { m.TokenURL = "" })},
 		{"a null endpoint", map[string]any{"revocation_endpoint": json.RawMessage("null")}, &least},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -166,7 +167,6 @@ func TestMetadata(t *testing.T) {
 		{"a long issuer", map[string]any{"issuer": "https://" + strings.Repeat("a", 60) + "/" + strings.Repeat("a", 1979)}, "has https://aaaa"},
 		{"no issuer", map[string]any{"issuer": nil}, "has no usable issuer"},
 		{"an issuer that is a number", map[string]any{"issuer": 5}, "has no usable issuer"},
-		{"no token endpoint", map[string]any{"token_endpoint": nil}, "has metadata without a token_endpoint. Write token_url in place of issuer"},
 		{"a token endpoint without TLS", map[string]any{"token_endpoint": "http://as.example.com"}, "has metadata whose token_endpoint must be an https URL"},
 		{"a token endpoint that is a number", map[string]any{"token_endpoint": 5}, "has metadata whose token_endpoint is not an absolute URL"},
 		{"a fragment", map[string]any{"authorization_endpoint": "https://as.example.com/#a"}, "whose authorization_endpoint must have no fragment"},
