@@ -12,10 +12,14 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
 )
 
 func TestGeneratedReference(t *testing.T) {
-	isCurrent(t, "reference.md", reference(newEngine(t).Backend))
+	text := reference(newEngine(t).Backend)
+	assert.Empty(t, regexp.MustCompile("(?m)^\\| `\\w+` \\| +\\|.*|^.*``.*|^.*\\n.*--- \\|\\n\\n").FindAllString(text, -1),
+		"a field without a type, an empty default, a table without rows")
+	isCurrent(t, "reference.md", text)
 }
 
 // reference is the text of reference.md, made from the engine's own descriptions of its paths.
@@ -70,7 +74,9 @@ func reference(b *framework.Backend) string {
 				for _, name := range slices.Sorted(maps.Keys(response.Fields)) {
 					rows = append(rows, fmt.Sprintf("| `%s` | %s | %s |", name, typeName(response.Fields[name]), response.Fields[name].Description))
 				}
-				table(name, "A "+kind.name+" answers", "| field | type | |\n| --- | --- | --- |", rows)
+				if len(rows) > 0 {
+					table(name, "A "+kind.name+" answers", "| field | type | |\n| --- | --- | --- |", rows)
+				}
 			}
 		}
 	}
@@ -120,6 +126,7 @@ func typeName(field *framework.FieldSchema) string {
 		framework.TypeCommaStringSlice: "list",
 		framework.TypeStringSlice:      "list",
 		framework.TypeMap:              "map",
+		framework.TypeKVPairs:          "map",
 		framework.TypeTime:             "time",
 	}[field.Type]
 	if len(field.AllowedValues) > 0 {
@@ -149,8 +156,12 @@ func byDefault(field *framework.FieldSchema) string {
 	return fmt.Sprintf("`%v`", field.Default)
 }
 
+// shortest is a duration without its zeros: 15m, 1h, and 0 for none.
 func shortest(d time.Duration) string {
-	return strings.TrimSuffix(strings.TrimSuffix(d.String(), "0s"), "0m")
+	if d == 0 {
+		return "0"
+	}
+	return strings.Replace(strings.Replace(d.String(), "m0s", "m", 1), "h0m", "h", 1)
 }
 
 var placeholder = regexp.MustCompile(`<(\w+)>`)
