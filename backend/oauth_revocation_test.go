@@ -107,6 +107,29 @@ func TestOAuthTokenPerLeaseQueues(t *testing.T) {
 	})
 }
 
+// The error of a read that has waited too long says what becomes of the access token that still comes.
+func TestAnswerThatComesAfterItsReaderHasLeft(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.server.Inject(oauth2test.Fault{Delay: 12 * time.Second, Times: 2})
+		for _, read := range []struct {
+			path, says string
+			kept       int
+		}{
+			{"creds/acme", "in time: this read gets no access token, and one that still comes for it will be revoked; nothing else was lost, try again later", 0},
+			{"token/acme", "yet: the exchange goes on and its result will be kept; nothing was lost, try again later", 1},
+		} {
+			_, status, text := e.try(logical.ReadOperation, read.path, nil)
+			assert.Equal(t, 503, status)
+			assert.Contains(t, text, `has not answered for tenant "acme" `+read.says)
+			e.pass(time.Minute)
+			assert.Len(t, e.server.AccessTokens("acme"), read.kept, read.path)
+		}
+		e.kept()
+	})
+}
+
 // The process dies at each write to storage that a read of creds and the revocation of its lease make.
 func TestOAuthCrashAtEachStep(t *testing.T) {
 	for _, own := range []bool{true, false} {

@@ -90,7 +90,7 @@ func pageResponse(end *verdict, mount string) *logical.Response {
 		}
 	case attemptGranted:
 		status, p.Good = http.StatusOK, true
-		p.Texts = append(p.Texts, "To undo it, delete the tenant in Vault (vault delete "+mount+"tenants/"+a.Tenant+") and withdraw the access at "+end.service+".")
+		p.Texts = append(p.Texts, "To undo it, ask your Vault operator to delete the tenant (vault delete "+mount+"tenants/"+a.Tenant+"), and withdraw the access at "+end.service+".")
 	case attemptPending, attemptDenied:
 		status = http.StatusOK
 	case attemptFailed:

@@ -106,8 +106,7 @@ func TestPagesSayWhatToDo(t *testing.T) {
 		}
 	}
 	p := shown{html: htmlOf(pagesOf()[attemptGranted])}
-	assert.Contains(t, p.text(), "vault delete kaizala/tenants/acme")
-	assert.Contains(t, p.text(), "withdraw the access at the authorization server as.example")
+	assert.Contains(t, p.text(), "To undo it, ask your Vault operator to delete the tenant (vault delete kaizala/tenants/acme), and withdraw the access at the authorization server as.example.")
 	assert.Contains(t, p.text(), "Granted by jane@example.com")
 	p = shown{html: htmlOf(pagesOf()[attemptFailed])}
 	assert.Contains(t, p.text(), "The reason stands here.")

@@ -155,7 +155,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		case errors.Is(err, errSuperseded):
 			continue
 		case errors.Is(err, context.DeadlineExceeded):
-			return nil, nil, nil, b.notYet(v, r.tenant)
+			return nil, nil, nil, b.notYet(v, r)
 		case err != nil:
 			limit := (*share.LimitError)(nil)
 			if errors.As(err, &limit) {
@@ -256,8 +256,12 @@ func (v *tenantView) minTTLFits(minTTL time.Duration, now time.Time) error {
 	return nil
 }
 
-func (b *backend) notYet(v *tenantView, tenant string) error {
-	return tryAgain("%s has not answered for tenant %q yet: the exchange goes on and its result will be kept; nothing was lost, try again later", b.serviceName(v.entry.Connector), tenant)
+func (b *backend) notYet(v *tenantView, r *reader) error {
+	service := b.serviceName(v.entry.Connector)
+	if r.own {
+		return tryAgain("%s has not answered for tenant %q in time: this read gets no access token, and one that still comes for it will be revoked; nothing else was lost, try again later", service, r.tenant)
+	}
+	return tryAgain("%s has not answered for tenant %q yet: the exchange goes on and its result will be kept; nothing was lost, try again later", service, r.tenant)
 }
 
 // warn adds what a reader should pass on.

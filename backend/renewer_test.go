@@ -215,6 +215,9 @@ func TestExpiredTenant(t *testing.T) {
 		e.kaizala.Inject(kaizalatest.Fault{Status: 500})
 		time.Sleep(11 * day)
 		assert.Equal(t, statusExpired, e.status("acme"))
+		warnings := e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings
+		require.Len(t, warnings, 1)
+		assert.Regexp(t, `^The refresh token of tenant "acme" expired at .*: its tenant user has to generate a new one .* and write it to tenants/acme\.$`, warnings[0])
 		e.kaizala.ClearFaults()
 		e.kaizala.ResetCalls()
 		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
