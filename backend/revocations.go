@@ -90,14 +90,13 @@ type revocations struct {
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
-	slow     map[string]bool          // by connector: the last call failed, or took long
-	waits    []spentWait
+	calls    map[*intent]time.Time    // those under way at a service, and when each was made
+	slow     map[string]bool          // by connector: the last call that has ended failed, or took long
+	waits    []*revocationWait        // of the last minute, and those that go on
 }
 
-type spentWait struct {
-	at time.Time
-	d  time.Duration
-}
+// revocationWait is the wait of a request for its revocation call.
+type revocationWait struct{ begun, ended time.Time } // ended is zero while it goes on
 
 func newRevocations(storage logical.Storage) *revocations {
 	return &revocations{
@@ -108,6 +107,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		settled:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
+		calls:    map[*intent]time.Time{},
 		slow:     map[string]bool{},
 	}
 }
@@ -376,6 +376,8 @@ func (r *revocations) revokeNow(ctx context.Context, connector, generation strin
 		under = make(chan struct{})
 		i.under = under
 	}
+	wait := &revocationWait{begun: time.Now()}
+	r.waits = append(r.waits, wait)
 	r.mu.Unlock()
 	if begins && !r.work(func() {
 		r.call(i, share.RevocationWait)
@@ -384,9 +386,9 @@ func (r *revocations) revokeNow(ctx context.Context, connector, generation strin
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		i.rested()
+		wait.ended = wait.begun
 		return
 	}
-	begun := time.Now()
 	timer := time.NewTimer(revocationPatience)
 	defer timer.Stop()
 	select {
@@ -396,7 +398,7 @@ func (r *revocations) revokeNow(ctx context.Context, connector, generation strin
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.waits = append(r.waits, spentWait{at: time.Now(), d: time.Since(begun)})
+	wait.ended = time.Now()
 }
 
 // rested notes that no call of the intent is under way any more. The caller holds the lock of the revocations.
@@ -411,10 +413,19 @@ func (r *revocations) mayWait(connector string) bool {
 		return false
 	}
 	now := time.Now()
-	r.waits = slices.DeleteFunc(r.waits, func(w spentWait) bool { return now.Sub(w.at) > time.Minute })
+	for i, made := range r.calls {
+		if i.connector == connector && now.Sub(made) > quickRevocation {
+			return false
+		}
+	}
+	r.waits = slices.DeleteFunc(r.waits, func(w *revocationWait) bool { return !w.ended.IsZero() && now.Sub(w.ended) > time.Minute })
 	var spent time.Duration
 	for _, w := range r.waits {
-		spent += w.d
+		if w.ended.IsZero() {
+			spent += now.Sub(w.begun)
+		} else {
+			spent += w.ended.Sub(w.begun)
+		}
 	}
 	return spent < waitsPerMinute
 }
@@ -580,33 +591,45 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	if class == share.Revocation {
 		p.want.Wait = hopPatience
 	}
-	begun := time.Now()
 	err = revoker.Revoke(r.ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if err == nil && (!time.Now().Before(i.Expires) || r.isSpared(i)) {
+		if err == nil && !r.begin(i) {
 			done()
 			err = errNotWanted // it has waited too long
 		}
 		return done, err
 	})
+	r.ended(i, err)
 	switch {
 	case errors.Is(err, errNotWanted):
 		return nil
 	case err == nil || errors.As(err, new(*tokenservice.Failure)):
 		r.connectors.judge(via, err)(r.ctx)
-		r.mu.Lock()
-		r.slow[i.connector] = err != nil || time.Since(begun) > quickRevocation
-		r.mu.Unlock()
 	}
 	return err
 }
 
 var errNotWanted = errors.New("the token has ended, or is wanted again")
 
-func (r *revocations) isSpared(i *intent) bool {
+// begin notes that an intent's call is made now, if the token is to be revoked still.
+func (r *revocations) begin(i *intent) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return i.spared
+	if i.spared || !time.Now().Before(i.Expires) {
+		return false
+	}
+	r.calls[i] = time.Now()
+	return true
+}
+
+// ended notes that an intent's call has ended, if it was made.
+func (r *revocations) ended(i *intent, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if made, ok := r.calls[i]; ok {
+		delete(r.calls, i)
+		r.slow[i.connector] = err != nil || time.Since(made) > quickRevocation
+	}
 }
 
 // pendingOf says how many revocations of a connector wait, and why the last call failed.
@@ -635,7 +658,7 @@ func (r *revocations) pendingOfTenant(connector, tenant string) (pending int, la
 	return pending, lastError
 }
 
-// drop forgets the intents of a connector that are not wanted any more, and says how many there were.
+// drop forgets the intents of a connector that are not wanted any more, and says how many of them are not being sent.
 func (r *revocations) drop(ctx context.Context, connector string, about tokenservice.About) (dropped int, err error) {
 	_ = r.load(ctx) // what storage cannot give now is not counted, and dropped once it is read
 	r.mu.Lock()
@@ -645,10 +668,15 @@ func (r *revocations) drop(ctx context.Context, connector string, about tokenser
 		if i.isWanted(about) {
 			continue
 		}
+		r.mu.Lock()
+		_, sent := r.calls[i]
+		r.mu.Unlock()
 		if err := r.settle(ctx, i); err != nil {
 			return dropped, err
 		}
-		dropped++
+		if !sent {
+			dropped++
+		}
 	}
 	return dropped, nil
 }
