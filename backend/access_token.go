@@ -3,6 +3,8 @@ package backend
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
 )
 
 // accessEntry is an access token as storage keeps it.
@@ -144,6 +146,11 @@ func (a *accessToken) end(early, replaced bool) bool {
 			return next == givenUp
 		}
 	}
+}
+
+// isOf says whether the access token is the one of a lease. A nil access token is none's.
+func (a *accessToken) isOf(lease *logical.Secret) bool {
+	return a != nil && a.Generation == lease.InternalData[leaseGeneration]
 }
 
 // leased says whether a live lease may exist.

@@ -435,7 +435,7 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 	case answer == nil && via.refusal.Load() != nil:
 		return cs.accept(via)
 	case !errors.As(answer, &failure):
-	case failure.Kind == tokenservice.Limited:
+	case isLimit(failure):
 		storePause = pause(via, restOf(failure))
 	case asksForRest(failure):
 		storePause = pause(via, min(failure.RetryAfter, longestRest))
@@ -452,12 +452,22 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 
 func storesNothing(context.Context) {}
 
+// isLimit says whether the service permits no further calls for now: by what it says, or by the status 429 whatever it says.
+func isLimit(failure *tokenservice.Failure) bool {
+	return failure.Kind == tokenservice.Limited || failure.Status == http.StatusTooManyRequests && !isAboutDeviceCode(failure)
+}
+
+// isAboutDeviceCode says whether an answer is about the poll of one device code, and about no other call.
+func isAboutDeviceCode(failure *tokenservice.Failure) bool {
+	return failure.Kind == tokenservice.Pending || failure.Kind == tokenservice.SlowDown
+}
+
 // asksForRest says whether an answer that is not about a limit wants no call for a while: a 503 or a 403 does, whatever else it
 // says.
 func asksForRest(failure *tokenservice.Failure) bool {
 	switch {
-	case failure.RetryAfter <= 0, failure.Kind == tokenservice.Pending, failure.Kind == tokenservice.SlowDown:
-		return false // the latter two are about one device code
+	case failure.RetryAfter <= 0, isAboutDeviceCode(failure):
+		return false
 	case failure.Status == http.StatusServiceUnavailable, failure.Status == http.StatusForbidden:
 		return true
 	}

@@ -468,16 +468,19 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
 		next.lost = next.lost || failure.Lost || f.carriedOut
 		switch {
-		case via != nil && failure.Kind == tokenservice.RefusedConnector:
+		case via == nil:
+		case failure.Kind == tokenservice.RefusedConnector:
 			next.until = via.nextProbe()
-		case via != nil && failure.Kind == tokenservice.Limited:
+		case failure.Kind == tokenservice.Limited:
 			next.until = via.share.PausedUntil()
+		default:
+			next.until = latest(next.until, via.share.PausedUntil())
 		}
 	}
 	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
 		// Until the next try older access tokens live, and are handed out for leases that end before it.
 		next.until = latest(next.until, earliest(now.Add(plannedRetryLeast), a.Expires))
-		if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) && (failure.Kind == tokenservice.Limited || failure.Kind == tokenservice.RefusedConnector) {
+		if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) && (isLimit(failure) || failure.Kind == tokenservice.RefusedConnector || asksForRest(failure)) {
 			next.until = next.until.Add(leaseMargin) // readers may not come for the next exchange before
 		}
 	}

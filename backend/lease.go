@@ -108,22 +108,12 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	secret := req.Secret
 	name, _ := secret.InternalData[leaseTenant].(string)
 	bound, err := leaseTime(secret, leaseBound)
-	if err == nil {
-		// Vault adds the part of a second that it has cut off to what a client asks for; in front of an access token's own end
-		// the margin covers that.
-		bound = bound.Add(-time.Second)
-	} else {
+	planned := err == nil
+	if !planned {
 		bound, err = leaseTime(secret, leaseExpires)
 	}
 	if err != nil {
 		return answer(badValue("this lease does not say when its access token ends: revoke it and read a new one"))
-	}
-	now := time.Now()
-	issued := secret.IssueTime.Truncate(time.Second)
-	end := issued.Add(bound.Sub(issued).Truncate(time.Second) - leaseMargin)
-	left := end.Sub(now).Truncate(time.Second)
-	if left < time.Second {
-		return answer(badValue("the access token of this lease has expired, or is about to: read creds/%s for a new one", name))
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
@@ -139,6 +129,21 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 			err = badValue("the access token of this lease was given up, by a refresh, a write or a revocation: read creds/%s for a new one", name)
 		}
 		return answer(err)
+	}
+	if !planned && v.access.isOf(secret) && !v.access.Planned.IsZero() {
+		bound, planned = v.bound, true // exchange_invalidates was written since the lease was given
+	}
+	if planned {
+		// Vault adds the part of a second that it has cut off to what a client asks for; in front of an access token's own end
+		// the margin covers that.
+		bound = bound.Add(-time.Second)
+	}
+	now := time.Now()
+	issued := secret.IssueTime.Truncate(time.Second)
+	end := issued.Add(bound.Sub(issued).Truncate(time.Second) - leaseMargin)
+	left := end.Sub(now).Truncate(time.Second)
+	if left < time.Second {
+		return answer(badValue("the access token of this lease has expired, or is about to: read creds/%s for a new one", name))
 	}
 	b.node.askTTLs()
 	secret.MaxTTL = end.Sub(issued)
@@ -157,10 +162,10 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 // hasEnded says whether a lease's access token has ended at the service before the lease: it was given up where that ends it, or
 // where an exchange does.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
-	generation, _ := secret.InternalData[leaseGeneration].(string)
-	if a := v.access; a != nil && a.Generation == generation {
-		return !a.Planned.IsZero() && v.isEnded(), nil
+	if v.access.isOf(secret) {
+		return !v.access.Planned.IsZero() && v.isEnded(), nil
 	}
+	generation, _ := secret.InternalData[leaseGeneration].(string)
 	via, err := b.connectors.get(ctx, v.entry.Connector)
 	switch {
 	case via == nil:

@@ -84,7 +84,10 @@ func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framewor
 	if err != nil {
 		return answer(err)
 	}
-	until := earliest(v.until, token.Expires.Add(-r.minTTL)) // when the token stops being handed out to such readers
+	until := v.until // when the token stops being handed out to such readers
+	if token.Planned.IsZero() {
+		until = earliest(until, token.Expires.Add(-r.minTTL))
+	}
 	token.leasedUntil(until)
 	data := token.response()
 	data["ttl"] = max(0, int64(time.Until(until)/time.Second))
@@ -137,6 +140,8 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			return nil, nil, nil, ctx.Err()
 		case err != nil:
 			return nil, nil, nil, err
+		case t == nil && b.tenants.awaitCreation(waiting, r.tenant):
+			continue
 		case t == nil:
 			return nil, nil, nil, unknownTenant(r.tenant)
 		}
@@ -194,6 +199,9 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		return nil, nil
 	}
 	until := earliest(v.until, token.Expires.Add(-max(r.minTTL, r.least)))
+	if !r.leases && !r.waited {
+		until = until.Add(-time.Second) // the answer's ttl is in whole seconds, and a read after that gets a newer token
+	}
 	if !token.Planned.IsZero() {
 		if v.isEnded() {
 			return nil, nil

@@ -275,7 +275,7 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		if change.retiresTokens() && v.trouble != nil {
 			warn("The write is stored, but " + v.trouble.text)
 		}
-		if change.retireOnRevoke != nil && v.entry.KeepOnRevoke {
+		if (change.retireOnRevoke != nil || change.connector != nil) && v.entry.KeepOnRevoke {
 			if retires, _ := b.retires(ctx, v.entry); retires {
 				warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
 			}
@@ -510,6 +510,8 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		switch {
 		case err != nil:
 			return answer(err)
+		case t == nil && b.tenants.awaitCreation(waiting, name):
+			continue
 		case t == nil:
 			return answer(notFound("there is no tenant %q", name))
 		}
@@ -531,6 +533,8 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		case err == nil, errors.Is(err, errSuperseded):
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
+		case errors.Is(err, context.DeadlineExceeded) && t.isVerifying():
+			return answer(tryAgain("%s has not answered yet to the exchange that verifies a write of tenant %q: the present access token was not retired; refresh again in a minute", upperFirst(b.serviceName(v.entry.Connector)), name))
 		case errors.Is(err, context.DeadlineExceeded):
 			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there; nothing was lost", upperFirst(b.serviceName(v.entry.Connector)), name))
 		default:

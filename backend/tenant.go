@@ -669,6 +669,12 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	return f, nil
 }
 
+// isVerifying says whether the tenant's flight verifies an operator's write.
+func (t *tenant) isVerifying() bool {
+	f := t.flight.Load()
+	return f != nil && f.want.change != nil
+}
+
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err

@@ -126,6 +126,25 @@ func (ts *tenants) load(ctx context.Context, name string) (t *tenant, v *tenantV
 	return t, v, nil
 }
 
+// awaitCreation waits while the service is asked about the refresh token of a tenant that storage does not have. It returns false where
+// there is no such exchange, or ctx ends first.
+func (ts *tenants) awaitCreation(ctx context.Context, name string) bool {
+	t := ts.named(name)
+	if t == nil {
+		return false
+	}
+	f := t.flight.Load()
+	if f == nil {
+		return false
+	}
+	select {
+	case <-f.done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // locked calls f with the right to change a tenant in storage.
 func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) error) error {
 	for {
