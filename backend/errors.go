@@ -19,6 +19,11 @@ func badValue(format string, args ...any) error {
 	return logical.CodedError(http.StatusBadRequest, fmt.Sprintf(format, args...))
 }
 
+func isBadValue(err error) bool {
+	var coded logical.HTTPCodedError
+	return errors.As(err, &coded) && coded.Code() == http.StatusBadRequest
+}
+
 func notFound(format string, args ...any) error {
 	return logical.CodedError(http.StatusNotFound, fmt.Sprintf(format, args...))
 }

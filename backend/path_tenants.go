@@ -90,7 +90,7 @@ func (b *backend) tenantExists(ctx context.Context, _ *logical.Request, d *frame
 type tenantChange struct {
 	refreshToken, connector *string
 	ttl, maxTTL, minTTL     *time.Duration
-	retireOnRevoke          *bool
+	keepOnRevoke            *bool // retire_on_revoke is false
 	tokenPerLease           *bool
 	patch                   bool
 	verify                  bool
@@ -101,6 +101,9 @@ type tenantChange struct {
 	checked string             // the refresh token that was checked
 	facts   tokenservice.Facts // of the refresh token that was checked
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
+	// before is the entry that the write was checked with, nil for none. A setting that another write has changed since stays as that
+	// write left it.
+	before *tenantEntry
 }
 
 // grantOf is what is known of a person's consent.
@@ -144,7 +147,8 @@ func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) 
 		case "min_ttl":
 			c.minTTL, err = duration(d, name, defaultMinTTL)
 		case "retire_on_revoke":
-			c.retireOnRevoke = boolOr(d, name, true)
+			keeps := !*boolOr(d, name, true)
+			c.keepOnRevoke = &keeps
 		case "token_per_lease":
 			c.tokenPerLease = boolOr(d, name, false)
 		case "verify":
@@ -179,14 +183,16 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 		*next = *base
 	}
 	next.Format = entryFormat
-	set(&next.Connector, c.connector)
-	set(&next.TTL, c.ttl)
-	set(&next.MaxTTL, c.maxTTL)
-	set(&next.MinTTL, c.minTTL)
-	set(&next.TokenPerLease, c.tokenPerLease)
-	if c.retireOnRevoke != nil {
-		next.KeepOnRevoke = !*c.retireOnRevoke
+	was := next
+	if c.before != nil {
+		was = c.before
 	}
+	set(&next.Connector, c.connector, next.Connector)
+	set(&next.TTL, c.ttl, was.TTL)
+	set(&next.MaxTTL, c.maxTTL, was.MaxTTL)
+	set(&next.MinTTL, c.minTTL, was.MinTTL)
+	set(&next.TokenPerLease, c.tokenPerLease, was.TokenPerLease)
+	set(&next.KeepOnRevoke, c.keepOnRevoke, was.KeepOnRevoke)
 	if c.refreshToken != nil {
 		next.RefreshToken = *c.refreshToken
 		next.RefreshTokenOrigin = originOperator
@@ -207,11 +213,27 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 	return next
 }
 
-func set[T any](field *T, value *T) {
-	if value != nil {
+// set sets a field to the value that a write names, if it does, unless the field is not what it was when the write was checked.
+func set[T comparable](field, value *T, was T) {
+	if value != nil && *field == was {
 		*field = *value
 	}
 }
+
+// tokensAlone is the change without its settings.
+func (c *tenantChange) tokensAlone() *tenantChange {
+	next := *c
+	next.ttl, next.maxTTL, next.minTTL, next.tokenPerLease, next.keepOnRevoke = nil, nil, nil, nil, nil
+	return &next
+}
+
+// settingsAreIn says whether an entry has the settings of the change.
+func (c *tenantChange) settingsAreIn(e *tenantEntry) bool {
+	return has(e.TTL, c.ttl) && has(e.MaxTTL, c.maxTTL) && has(e.MinTTL, c.minTTL) &&
+		has(e.TokenPerLease, c.tokenPerLease) && has(e.KeepOnRevoke, c.keepOnRevoke)
+}
+
+func has[T comparable](field T, value *T) bool { return value == nil || field == *value }
 
 // validate says what is wrong with an entry that is about to be stored.
 func (ts *tenants) validate(ctx context.Context, e *tenantEntry) error {
@@ -275,13 +297,16 @@ func (b *backend) changeTenant(ctx context.Context, d *framework.FieldData, patc
 		if change.retiresTokens() && v.trouble != nil {
 			warn("The write is stored, but " + v.trouble.text)
 		}
-		if (change.retireOnRevoke != nil || change.connector != nil) && v.entry.KeepOnRevoke {
+		if (change.keepOnRevoke != nil || change.connector != nil) && v.entry.KeepOnRevoke {
 			if retires, _ := b.retires(ctx, v.entry); retires {
 				warn("retire_on_revoke=false has no effect: connector " + v.entry.Connector + " revokes access tokens at the service.")
 			}
 		}
 		if change.retiresTokens() && t.hasCutShort(time.Now()) {
 			warn(cutShortText)
+		}
+		if !change.settingsAreIn(v.entry) {
+			warn("Another write of the tenant came meanwhile, and its settings were kept: read the tenant.")
 		}
 	}
 	return resp, nil
@@ -345,7 +370,8 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 
 // prepare checks what can be known before the service is asked, and returns the connector.
 func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChange) (*loadedConnector, error) {
-	next := change.apply(v.base())
+	change.before = v.base()
+	next := change.apply(change.before)
 	if next.RefreshToken == "" {
 		return nil, b.tenants.validate(ctx, next)
 	}

@@ -244,6 +244,9 @@ type flight struct {
 
 	placed chan struct{} // place closes it: the flight has its place in the share
 	place  func()
+
+	// outlived: the tenant has been deleted since, and may have been written anew.
+	outlived atomic.Bool
 }
 
 const (
@@ -469,6 +472,9 @@ func (t *tenant) deleted() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, 0
+	if f := t.flight.Load(); f != nil {
+		f.outlived.Store(true)
+	}
 	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
 }
 

@@ -488,7 +488,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		if v.kept == o {
 			t.dropKept()
 		}
-		ts.abandon(ctx, t, o, v.entry == nil)
+		f := t.flight.Load()
+		ts.abandon(ctx, t, o, v.entry == nil || f != nil && f.outlived.Load())
 		return errSuperseded
 	}
 	if superseded {
@@ -497,12 +498,26 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		o = o.rotationAlone(v.entry)
 	}
 	current := v.access != nil && v.access.current()
+	kept := v.kept == o
 	next := o.onto(v.entry)
+	if o.change != nil {
+		// What the write was checked with may have been written since.
+		if err := ts.validate(ctx, next); isBadValue(err) {
+			if o.refreshToken == "" && !o.granted() {
+				ts.abandon(ctx, t, o, false)
+				return err
+			}
+			alone := *o // new tokens are stored in any case
+			alone.change = o.change.tokensAlone()
+			o, next = &alone, alone.onto(v.entry)
+			next.TokenPerLease = next.TokenPerLease && ts.validate(ctx, next) == nil
+		}
+	}
 	if o.access != nil && !o.ownToken {
 		ts.plan(ctx, t.name, next)
 	}
 	var asked *tenantEntry // what storage was asked to take
-	if err = ts.replace(ctx, t, o, v); err == nil {
+	if err = ts.replace(ctx, t, o, v, kept); err == nil {
 		asked = next
 		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)
 	}
@@ -518,7 +533,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	t.stored(next, o.access)
 	ts.loaded.Add(t.name, t)
-	if o.ownToken && o.access != nil && v.kept == o {
+	if o.ownToken && o.access != nil && kept {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
@@ -540,11 +555,11 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 
 // replace notes for revocation what a new access token retires. It keeps one that is about to be replaced where leases on it
 // live and the service can revoke it.
-func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView) error {
+func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView, kept bool) error {
 	switch old := v.access; {
 	case o.isIn(v.entry):
 		return nil
-	case o.change != nil && v.kept == o:
+	case o.change != nil && kept:
 		return ts.giveUpAll(ctx, t, v.entry, nil)
 	case o.change != nil:
 		return ts.giveUpAll(ctx, t, v.entry, v.kept)
