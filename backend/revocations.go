@@ -81,6 +81,7 @@ type revocations struct {
 	tenants    *tenants
 	stopping   chan struct{} // closed when the engine ends: no request waits for a next try any more
 	stopOnce   sync.Once
+	sparing    lock // held while intents are taken out for a write of their refresh token, or put back
 
 	mu       sync.Mutex
 	intents  map[string]map[string]*intent // by connector and id
@@ -90,9 +91,16 @@ type revocations struct {
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
+	writes   map[string]*tokenWrites  // by refresh token
 	calls    map[*intent]time.Time    // those under way at a service, and when each was made
 	slow     map[string]bool          // by connector: the last call that has ended failed, or took long
 	waits    []*revocationWait        // of the last minute, and those that go on
+}
+
+// tokenWrites are the writes under way of one refresh token.
+type tokenWrites struct {
+	count  int
+	spared []*intent // taken out for them
 }
 
 // revocationWait is the wait of a request for its revocation call.
@@ -107,6 +115,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		settled:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
+		writes:   map[string]*tokenWrites{},
 		calls:    map[*intent]time.Time{},
 		slow:     map[string]bool{},
 	}
@@ -237,11 +246,63 @@ func (r *revocations) add(i *intent) {
 	of[i.id] = i
 }
 
+// beginWrite notes that a refresh token is being written. The caller calls end once the write has ended, and says whether it is
+// certain that storage does not have it. Once no write of the token goes on and none may be in storage, the intents that were spared
+// for them are put back.
+func (r *revocations) beginWrite(token string) (end func(unstored bool)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := r.writes[token]
+	if w == nil {
+		w = &tokenWrites{}
+		r.writes[token] = w
+	}
+	w.count++
+	return func(unstored bool) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), storeWithin)
+		defer cancel()
+		locked := r.sparing.acquire(ctx) == nil // a write that begins now spares what is put back: it waits for the lock
+		if locked {
+			defer r.sparing.release()
+		}
+		r.mu.Lock()
+		if !unstored {
+			w.spared = nil
+		}
+		if w.count--; w.count == 0 {
+			delete(r.writes, token)
+		}
+		over := w.count == 0
+		r.mu.Unlock()
+		if over && locked { // where storage hangs, the token lives to its end
+			r.putBack(ctx, w.spared)
+		}
+	}
+}
+
+// putBack notes again that refresh tokens are to be revoked. It gives the intents new ids, because a call of an old one that waits for
+// its place in the share deletes that one's key.
+func (r *revocations) putBack(ctx context.Context, spared []*intent) {
+	for _, old := range spared {
+		i := &intent{Tenant: old.Tenant, Token: old.Token, Type: old.Type, Expires: old.Expires}
+		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
+		_ = r.store(ctx, old.connector, rand.Text(), i) // where storage fails, this process revokes the token all the same
+		r.mu.Lock()
+		r.add(i)
+		r.mu.Unlock()
+		r.wake(i.connector)
+	}
+}
+
 // spare deletes the intent of a refresh token that is being written, because the token is in use again.
 func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
+	if err := r.sparing.acquire(ctx); err != nil {
+		return err
+	}
+	defer r.sparing.release()
 	r.mu.Lock()
 	var found []*intent
 	for _, of := range r.intents {
@@ -262,6 +323,11 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 			}
 			return err
 		}
+		r.mu.Lock()
+		if w := r.writes[token]; w != nil {
+			w.spared = append(w.spared, i)
+		}
+		r.mu.Unlock()
 	}
 	return nil
 }

@@ -1,0 +1,295 @@
+package backend
+
+import (
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// newEngineWithDeletedTenant starts an engine with a deleted tenant z, whose refresh token waits for its revocation: the revocation endpoint fails.
+func newEngineWithDeletedTenant(t *testing.T) (e *oauthEngine, token string) {
+	e = newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
+	e.add("z", nil)
+	e.waitForIndex()
+	token = e.held("z")
+	e.revocationFails()
+	e.ok(logical.DeleteOperation, "tenants/z", nil)
+	synctest.Wait()
+	require.Equal(t, 1, e.read("config")["pending_revocations"])
+	return e, token
+}
+
+func (e *oauthEngine) revocationFails() {
+	e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.Unavailable(0)})
+}
+
+// rewrite writes a tenant with a refresh token, and returns the answer's status.
+func (e *oauthEngine) rewrite(tenant, token string, verify bool) (status int) {
+	_, status, _ = e.try(logical.UpdateOperation, "tenants/"+tenant, map[string]any{"refresh_token": token, "verify": verify})
+	return status
+}
+
+// A write of a refresh token that waits for its revocation, and that is not stored: the refresh token is still revoked, also by the next
+// process.
+func TestOAuthWriteThatIsNotStoredLeavesTheRevocation(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer oauth2test.Answer
+		status int
+	}{
+		"outage": {oauth2test.Answer{Status: 500}, 503},
+		"limit":  {oauth2test.TooManyRequests(30 * time.Second), 429},
+		"scope":  {oauth2test.Answer{Status: 400, Body: `{"error": "invalid_scope"}`}, 400},
+	} {
+		for _, crashes := range []bool{false, true} {
+			t.Run(name, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					e, token := newEngineWithDeletedTenant(t)
+					e.server.Inject(oauth2test.Fault{Answer: c.answer})
+					assert.Equal(t, c.status, e.rewrite("z", token, true))
+					if crashes {
+						e.crash()
+						e.waitForIndex()
+						e.minute()
+						synctest.Wait()
+					}
+					assert.Equal(t, 1, e.read("config")["pending_revocations"])
+					calls := len(e.revocations())
+					e.server.ClearFaults()
+					e.pass(2 * time.Minute)
+					assert.False(t, e.server.RefreshTokenAlive(token))
+					assert.Len(t, e.revocations(), calls+1)
+					assert.NotContains(t, e.storedText(), intentPrefix)
+				})
+			})
+		}
+	}
+}
+
+// The share has no place for the verification, and the call of the intent that the write has taken out waits for its place, too: when it
+// has that, it leaves the intent that was put back in storage.
+func TestOAuthWriteWithoutAPlaceLeavesTheRevocation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true, "exchanges_per_minute": 5})
+		e.add("z", nil)
+		e.waitForIndex()
+		token := e.held("z")
+		for _, name := range []string{"b", "c", "d", "e", "f"} {
+			require.Equal(t, http.StatusNoContent, e.rewrite(name, e.server.Grant(e.clientID, name), true))
+		}
+		e.revocationFails()
+		time.Sleep(40 * time.Second)
+		e.ok(logical.DeleteOperation, "tenants/z", nil)
+		synctest.Wait()
+		require.Empty(t, e.revocations())
+		assert.Equal(t, http.StatusTooManyRequests, e.rewrite("z", token, true))
+		assert.Equal(t, 1, e.read("config")["pending_revocations"])
+		time.Sleep(30 * time.Second)
+		assert.NotEmpty(t, e.revocations())
+		e.crash()
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+}
+
+// The writer has stopped waiting when the verification ends.
+func TestOAuthLateVerificationAndTheRevocation(t *testing.T) {
+	for _, fails := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			fault := oauth2test.Fault{Delay: 12 * time.Second}
+			if fails {
+				fault.Answer = oauth2test.Answer{Status: 500}
+			}
+			e.server.Inject(fault)
+			assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
+			assert.NotContains(t, e.read("config"), "pending_revocations", "the verification goes on")
+			assert.NotContains(t, e.storedText(), intentPrefix)
+			calls := len(e.revocations())
+			e.server.ClearFaults()
+			time.Sleep(4 * time.Second)
+			e.pass(2 * time.Minute)
+			if fails {
+				assert.Len(t, e.revocations(), calls+1)
+				assert.False(t, e.server.RefreshTokenAlive(token))
+				return
+			}
+			assert.Len(t, e.revocations(), calls)
+			assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
+		})
+	}
+}
+
+// A write may be in storage, although storage has reported an error: its refresh token is not revoked.
+func TestOAuthWriteInDoubtCancelsTheRevocation(t *testing.T) {
+	for _, verify := range []bool{true, false} {
+		for _, kept := range []bool{true, false} {
+			bubble(t, func(t *testing.T) {
+				e, token := newEngineWithDeletedTenant(t)
+				e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+				if kept {
+					e.storage.unheard("put", tenantPrefix)
+				} else {
+					e.storage.refuse("put", tenantPrefix)
+				}
+				assert.GreaterOrEqual(t, e.rewrite("z", token, verify), 500)
+				e.storage.heal()
+				e.server.ClearFaults()
+				e.pass(2 * time.Minute)
+				assert.True(t, e.server.RefreshTokenAlive(token))
+			})
+		}
+	}
+}
+
+// A write waits for another exchange of its tenant, begins anew, and fails: what it has spared before is put back.
+func TestOAuthWriteThatBeginsAnewLeavesTheRevocation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.add("z", nil) // with another refresh token
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		go e.try(logical.UpdateOperation, "tenants/z/refresh", nil)
+		synctest.Wait()
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
+		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
+		assert.Equal(t, 1, e.read("config")["pending_revocations"])
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
+	})
+}
+
+// The tenant is deleted while a write of it is verified, or the writer gives up while another exchange of the tenant goes on.
+func TestOAuthWriteThatIsOvertakenLeavesTheRevocation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		go e.rewrite("z", token, true)
+		synctest.Wait()
+		e.ok(logical.DeleteOperation, "tenants/z", nil)
+		e.server.ClearFaults()
+		time.Sleep(4 * time.Second)
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.add("z", nil)
+		e.server.Inject(oauth2test.Fault{Delay: 20 * time.Second, Times: 1})
+		go e.try(logical.UpdateOperation, "tenants/z/refresh", nil)
+		synctest.Wait()
+		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+}
+
+// Two tenants are written with the same refresh token at the same time: it is revoked if neither write is stored, and only then.
+func TestOAuthWritesOfOneRefreshTokenAndTheRevocation(t *testing.T) {
+	failing := oauth2test.Fault{Delay: 3 * time.Second, Answer: oauth2test.Answer{Status: 500}, Times: 1}
+	for name, c := range map[string]struct {
+		first  oauth2test.Fault
+		second func(e *oauthEngine, token string) int
+		status [2]int
+		alive  bool
+	}{
+		"the first fails, the second is stored": {failing, func(e *oauthEngine, token string) int { return e.rewrite("y", token, false) }, [2]int{503, 204}, true},
+		"the second fails, the first is stored": {oauth2test.Fault{Delay: 3 * time.Second, Times: 1}, func(e *oauthEngine, token string) int {
+			e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}, Times: 1})
+			return e.rewrite("y", token, true)
+		}, [2]int{204, 503}, true},
+		"both fail": {failing, func(e *oauthEngine, token string) int {
+			e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}, Times: 1})
+			return e.rewrite("y", token, true)
+		}, [2]int{503, 503}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e, token := newEngineWithDeletedTenant(t)
+				e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+				e.server.Inject(c.first)
+				var status [2]int
+				var first sync.WaitGroup
+				first.Go(func() { status[0] = e.rewrite("z", token, true) })
+				synctest.Wait()
+				status[1] = c.second(e, token)
+				first.Wait()
+				assert.Equal(t, c.status, status)
+				calls := len(e.revocations())
+				e.server.ClearFaults()
+				e.pass(2 * time.Minute)
+				assert.Equal(t, c.alive, e.server.RefreshTokenAlive(token))
+				if c.alive {
+					assert.Len(t, e.revocations(), calls)
+				}
+				e.backend.revocations.mu.Lock()
+				assert.Empty(t, e.backend.revocations.writes)
+				e.backend.revocations.mu.Unlock()
+			})
+		})
+	}
+}
+
+// A write of the refresh token comes while storage takes the intent of an earlier write that has failed: the later write is stored, so
+// the refresh token is not revoked.
+func TestOAuthWriteWhileTheRevocationIsPutBack(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}, Times: 1})
+		reached, release := e.storage.hold("put", intentPrefix)
+		go e.rewrite("z", token, true)
+		<-reached
+		var second sync.WaitGroup
+		second.Go(func() { assert.Equal(t, http.StatusNoContent, e.rewrite("y", token, false)) })
+		synctest.Wait()
+		release()
+		second.Wait()
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.True(t, e.server.RefreshTokenAlive(token))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
+}
+
+// Storage fails when the intent is put back: this process revokes the refresh token all the same.
+func TestOAuthRevocationIsPutBackWithoutStorage(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, intentPrefix) {
+				return errStorage
+			}
+			return nil
+		})
+		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
+		e.storage.heal()
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+}
+
+// The refresh token of a write that has failed is revoked at once.
+func TestOAuthRevocationIsPutBackAndMadeAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.ClearFaults()
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
+		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
+		synctest.Wait()
+		assert.False(t, e.server.RefreshTokenAlive(token))
+	})
+}
