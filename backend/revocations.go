@@ -261,7 +261,8 @@ func (r *revocations) beginWrite(token string) (end func(unstored bool)) {
 	return func(unstored bool) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), storeWithin)
 		defer cancel()
-		locked := r.sparing.acquire(ctx) == nil // a write that begins now spares what is put back: it waits for the lock
+		// A write that begins now spares what is put back: it waits for the lock.
+		locked := unstored && r.sparing.acquire(ctx) == nil
 		if locked {
 			defer r.sparing.release()
 		}
