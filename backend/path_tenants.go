@@ -395,7 +395,7 @@ func (b *backend) endWrite(change *tenantChange, err error, end func(unstored bo
 
 // isUnstored says whether a verification's error shows that storage does not have the write. After an error of storage it may.
 func isUnstored(err error) bool {
-	return errors.As(err, new(*tokenservice.Failure)) || errors.As(err, new(*share.LimitError)) || errors.Is(err, errSuperseded)
+	return errors.As(err, new(*tokenservice.Failure)) || errors.As(err, new(*share.LimitError)) || errors.Is(err, errSuperseded) || isBadValue(err)
 }
 
 // prepare checks what can be known before the service is asked, and returns the connector.

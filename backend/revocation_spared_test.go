@@ -293,3 +293,26 @@ func TestOAuthRevocationIsPutBackAndMadeAtOnce(t *testing.T) {
 		assert.False(t, e.server.RefreshTokenAlive(token))
 	})
 }
+
+// The settings of the write do not go with those that another write has stored during the verification.
+func TestOAuthWriteThatDoesNotFitLeavesTheRevocation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+		e.add("z", map[string]any{"ttl": "5m"})
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		var write sync.WaitGroup
+		write.Go(func() {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/z", map[string]any{"refresh_token": token, "max_ttl": "10m"})
+			assert.Equal(t, http.StatusBadRequest, status)
+		})
+		synctest.Wait()
+		e.write("tenants/z", map[string]any{"ttl": "20m"})
+		write.Wait()
+		assert.Equal(t, 1, e.read("config")["pending_revocations"])
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
+	})
+}
