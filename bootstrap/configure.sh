@@ -237,8 +237,11 @@ fi
 if [[ $(vault read -field=redirect_uris "$config" 2>/dev/null) == "[]" ]]; then
   say "  the operator, with the address that is registered with the service:  vault write $config redirect_uris=https://VAULT/v1/$callback"
 fi
+service=$(vault read -field=service "$config" 2>/dev/null) || service=
 for tenant in "${tenants[@]:-TENANT}"; do
+  consent="vault write -f $mount/tenants/$tenant/authorize$via"
+  [[ $service != kaizala ]] || consent="vault write $mount/tenants/$tenant/pin$via mobile_number=…"
   say "  the tenant user ($prefix-tenant-user-$tenant):  vault write $mount/tenants/$tenant$via refresh_token=-"
-  say "  or, by consent ($prefix-tenant-connect-$tenant):  vault write -f $mount/tenants/$tenant/authorize$via"
+  say "  or, by consent ($prefix-tenant-connect-$tenant):  $consent"
   say "  the app ($prefix-app-$tenant):  vault read $mount/creds/$tenant"
 done

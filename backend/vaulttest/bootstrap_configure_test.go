@@ -112,6 +112,8 @@ func TestConfigure(t *testing.T) {
 	}
 	out, calls := configureOK(t, v, env...)
 	require.NotContains(t, out, "Mounting")
+	require.Contains(t, out, "vault write kaizala/tenants/contoso/pin mobile_number=…")
+	require.NotContains(t, out, "/authorize", "Kaizala does not offer it")
 	require.Empty(t, secretsIn(out+calls, secret))
 	second := configured(t, v, policies...)
 	require.Equal(t, mount["accessor"], second["sys/mounts/kaizala"].(map[string]any)["accessor"], "the mount is the same")
