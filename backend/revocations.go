@@ -137,7 +137,11 @@ func (r *revocations) giveUp(ctx context.Context, connector, tenant string, a *a
 	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
 		return ignoreUnusable(err)
 	}
-	return r.put(ctx, connector, a.Generation, intentOf(tenant, a))
+	err = r.put(ctx, connector, a.Generation, intentOf(tenant, a))
+	if err == nil {
+		r.tenants.resolved(tenant, a.Generation)
+	}
+	return err
 }
 
 func intentOf(tenant string, a *accessEntry) *intent {
@@ -888,4 +892,16 @@ func (ts *tenants) resolveUnleased(ctx context.Context, t *tenant, e *tenantEntr
 		return ignoreUnusable(err)
 	}
 	return ts.revocations.giveUp(ctx, e.Connector, t.name, e.Unleased)
+}
+
+// resolved notes that an access token's intent is in storage: if the token is the one of a tenant's entry whose own record had not come,
+// the next exchange does not give it up again.
+func (ts *tenants) resolved(name, generation string) {
+	t := ts.named(name)
+	if t == nil {
+		return
+	}
+	if e := t.view.Load().entry; e != nil && e.Unleased != nil && e.Unleased.Generation == generation {
+		t.noteIssued(generation)
+	}
 }
