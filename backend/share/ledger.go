@@ -70,6 +70,8 @@ type note struct {
 	until   time.Time
 	writing *write // the write that is under way, or nil
 	next    *write // the write after that, or nil: it stores what changes from now on
+	// withdrawn is the last call that counts, if it was withdrawn during a write. It counts until the write ends.
+	withdrawn *Call
 }
 
 // write is one write of a note.
@@ -206,7 +208,13 @@ func (s *Share) write(n *note) {
 		if n.next != nil {
 			s.write(n)
 		}
-		s.vacate(n)
+		if c := n.withdrawn; c != nil && n.writing == nil {
+			n.withdrawn = nil
+			s.withdraw(c) // which vacates the note
+			s.arrange()
+		} else {
+			s.vacate(n)
+		}
 		s.mu.Unlock()
 		s.writeGathered()
 	}()

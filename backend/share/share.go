@@ -306,6 +306,10 @@ func (s *Share) withdraw(c *Call) {
 	if !c.running {
 		return
 	}
+	if n := c.note; n != nil && n.counted == 1 && n.writing != nil {
+		n.withdrawn = c // until storage has answered: it may take the entry, and has no more entries than calls are permitted
+		return
+	}
 	c.running = false
 	s.ahead -= c.ahead
 	s.tallies(c, func(t *tally) { t.running-- })

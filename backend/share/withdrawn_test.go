@@ -1,0 +1,51 @@
+package share
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// Callers give up while storage takes their entries, and still takes them: storage has no more entries than calls are permitted, and
+// the places of both are given to one later call each.
+func TestCallersGiveUpWhileStorageTakesTheirEntries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		storage := &store{}
+		s := New(storage, "hr")
+		s.Configure(2, timeout)
+		require.NoError(t, s.Load(t.Context()))
+		release := make(chan struct{})
+		storage.surround(func(_ context.Context, op, _ string) error {
+			if op == "put" {
+				<-release // though the context has ended
+			}
+			return nil
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		for range 2 {
+			c, err := s.Take(ctx, Want{})
+			require.NoError(t, err)
+			go func() { _ = c.Note(ctx) }()
+		}
+		synctest.Wait()
+		time.Sleep(time.Second)
+		cancel()
+		synctest.Wait()
+		_, err := s.Take(t.Context(), Want{Wait: time.Second})
+		require.ErrorAs(t, err, new(*LimitError), "storage may take the entries yet")
+		close(release)
+		synctest.Wait()
+		for range 2 {
+			c, err := s.Take(t.Context(), Want{})
+			require.NoError(t, err)
+			require.NoError(t, c.Note(t.Context()))
+		}
+		_, err = s.Take(t.Context(), Want{})
+		require.ErrorAs(t, err, new(*LimitError))
+		assert.Len(t, storage.keys(t), 2)
+	})
+}
