@@ -179,3 +179,26 @@ func TestDeleteWhileACodeIsAtTheService(t *testing.T) {
 		assert.Empty(t, e.server.Calls(oauth2test.EndpointRevocation))
 	})
 }
+
+// A newer attempt takes the place of one whose code is at the service: no delete has come, so the refresh token of the older one is not
+// revoked, which at some services would end the grant of the newer one.
+func TestNewerAttemptRevokesNothing(t *testing.T) {
+	for _, path := range []string{byCode, byDevice} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newGrantEngine(t)
+			e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
+			back := e.authorize(nil)
+			e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+			done := make(chan shown, 1)
+			go func() { done <- e.open(back) }()
+			synctest.Wait()
+			brought := e.server.CurrentRefreshToken("jane")
+			time.Sleep(time.Second)
+			e.start(path, nil)
+			e.server.ClearFaults()
+			assert.Contains(t, (<-done).text(), "out of date")
+			time.Sleep(time.Minute)
+			assert.True(t, e.server.RefreshTokenAlive(brought), path)
+		})
+	}
+}

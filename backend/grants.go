@@ -373,13 +373,14 @@ func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice
 	case err != nil:
 		b.abandon(tenant, via, r)
 		return attemptFailed, "Vault's storage failed: start again."
-	case a == nil:
+	case a == nil: // a newer one has taken its place
 		b.abandon(tenant, via, r)
-		b.abandonDeleted(tenant, via, r.RefreshToken, r.Facts)
 		return attemptSuperseded, ""
 	case a.Status != attemptPending:
 		b.abandon(tenant, via, r)
-		b.abandonDeleted(tenant, via, r.RefreshToken, r.Facts)
+		if all.newest() == a {
+			b.abandonDeleted(tenant, via, r.RefreshToken, r.Facts)
+		}
 		return a.Status, a.Error
 	}
 	if status, text = b.settle(a, via, r); status == attemptPending {
@@ -398,6 +399,16 @@ func (all *attempts) byID(id string) *attempt {
 		}
 	}
 	return nil
+}
+
+// newest is the attempt that was begun last.
+func (all *attempts) newest() (last *attempt) {
+	for _, a := range all.Last {
+		if last == nil || a.Begun.After(last.Begun) {
+			last = a
+		}
+	}
+	return last
 }
 
 // settle stores the tokens of a result, and says what that makes of the attempt.
@@ -439,7 +450,7 @@ func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Re
 }
 
 // abandonDeleted gives up a refresh token whose tenant was deleted while the service was asked for it, as the delete did with the one
-// that the tenant had.
+// that the tenant had. It does nothing where there is a tenant.
 func (b *backend) abandonDeleted(tenant string, via *loadedConnector, token string, facts *tokenservice.Facts) {
 	t, _, err := b.tenants.load(b.ctx, tenant)
 	if token == "" || t != nil || err != nil {

@@ -159,8 +159,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	return &logical.Response{Secret: secret}, nil
 }
 
-// hasEnded says whether a lease's access token has ended at the service before the lease: it was given up where that ends it, or
-// where an exchange does.
+// hasEnded says whether a lease's access token has ended at the service before the lease, as the tenant's connector is now: it was given
+// up where that ends it, or where an exchange does.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
 	if v.access.isOf(secret) {
 		return !v.access.Planned.IsZero() && v.isEnded(), nil

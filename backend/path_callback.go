@@ -88,7 +88,7 @@ const (
 	endLater     = "later"
 )
 
-// showsPage says whether a request is answered with a page: that of a person's browser.
+// showsPage says whether a request is answered with a page whatever its fields are: the read of a person's browser.
 func showsPage(req *logical.Request) bool {
 	atCallback := req.Path == "callback" || strings.HasPrefix(req.Path, "callback/")
 	return atCallback && req.Operation == logical.ReadOperation && !isWrapped(req)

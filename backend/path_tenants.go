@@ -12,7 +12,6 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 
-	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
@@ -101,6 +100,7 @@ type tenantChange struct {
 	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
 	checked string             // the refresh token that was checked
 	facts   tokenservice.Facts // of the refresh token that was checked
+	tried   bool               // storage was asked to take the write, or memory keeps it: it may be stored whatever the error says
 	flight  *flight            // the exchange that verifies the write, and stores it; nil: none has begun
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
 	// before is the entry that the write was checked with, nil for none. A setting that another write has changed since stays as that
@@ -340,10 +340,10 @@ func (b *backend) changeSettings(ctx context.Context, name string, change *tenan
 }
 
 // replaceTokens writes a refresh token or a connector, once what can be known beforehand speaks for it, and the service does.
-func (b *backend) replaceTokens(ctx context.Context, name string, change *tenantChange) (err error) {
+func (b *backend) replaceTokens(ctx context.Context, name string, change *tenantChange) error {
 	if change.refreshToken != nil {
 		end := b.revocations.beginWrite(*change.refreshToken)
-		defer func() { b.endWrite(change, err, end) }()
+		defer func() { b.endWrite(change, end) }()
 	}
 	for {
 		t, v, err := b.tenants.load(ctx, name)
@@ -374,28 +374,22 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 	}
 }
 
-// endWrite tells end, once that is known, whether it is certain that storage does not have a write of a refresh token, which was answered
-// with err.
-func (b *backend) endWrite(change *tenantChange, err error, end func(unstored bool)) {
+// endWrite tells end, once that is known, whether it is certain that storage does not have a write of a refresh token.
+func (b *backend) endWrite(change *tenantChange, end func(unstored bool)) {
 	f := change.flight
 	if f == nil {
-		end(change.verify && err != nil) // nothing of the write has been tried
+		end(!change.tried)
 		return
 	}
 	select {
 	case <-f.done:
-		end(isUnstored(f.err))
+		end(!change.tried)
 	default: // the writer does not wait any more
 		b.goWork(func() {
 			<-f.done
-			end(isUnstored(f.err))
+			end(!change.tried)
 		})
 	}
-}
-
-// isUnstored says whether a verification's error shows that storage does not have the write. After an error of storage it may.
-func isUnstored(err error) bool {
-	return errors.As(err, new(*tokenservice.Failure)) || errors.As(err, new(*share.LimitError)) || errors.Is(err, errSuperseded) || isBadValue(err)
 }
 
 // prepare checks what can be known before the service is asked, and returns the connector.

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"context"
 	"net/http"
 	"strings"
 	"sync"
@@ -314,5 +315,84 @@ func TestOAuthWriteThatDoesNotFitLeavesTheRevocation(t *testing.T) {
 		e.pass(2 * time.Minute)
 		assert.False(t, e.server.RefreshTokenAlive(token))
 		assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
+	})
+}
+
+// A write that storage was never asked to take leaves the revocation of its refresh token pending, whatever has ended the write: a patch
+// whose tenant is deleted meanwhile, a call that storage does not note, a tenant that storage does not give, and a stop of the engine.
+func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
+	t.Run("the tenant of a patch is deleted", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.add("y", nil)
+			reached, release := e.storage.hold("delete", intentPrefix)
+			done := make(chan int)
+			go func() {
+				_, status, _ := e.try(logical.PatchOperation, "tenants/y", map[string]any{"refresh_token": token, "verify": false})
+				done <- status
+			}()
+			<-reached
+			go e.try(logical.DeleteOperation, "tenants/y", nil)
+			synctest.Wait()
+			release()
+			assert.Equal(t, http.StatusNotFound, <-done)
+			e.storage.heal()
+			e.server.ClearFaults()
+			e.pass(2 * time.Minute)
+			assert.False(t, e.server.RefreshTokenAlive(token), "nothing was stored")
+		})
+	})
+	t.Run("the call is not noted", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.storage.refuse("put", "calls/")
+			assert.Equal(t, 503, e.rewrite("z", token, true))
+			e.storage.heal()
+			e.server.ClearFaults()
+			e.pass(2 * time.Minute)
+			assert.False(t, e.server.RefreshTokenAlive(token), "nothing was sent")
+		})
+	})
+	t.Run("the tenant cannot be read", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+			e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+			done := make(chan int, 1)
+			go func() { done <- e.rewrite("z", token, true) }()
+			synctest.Wait()
+			e.invalidate(context.Background(), tenantPrefix+"z")
+			e.storage.refuse("get", tenantPrefix)
+			assert.Equal(t, 503, <-done)
+			e.storage.heal()
+			e.server.ClearFaults()
+			e.pass(2 * time.Minute)
+			assert.False(t, e.server.RefreshTokenAlive(token))
+		})
+	})
+	t.Run("the engine stops", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.Inject(oauth2test.Fault{Delay: 40 * time.Second, Answer: oauth2test.Answer{Status: 500}})
+			go e.rewrite("z", token, true)
+			synctest.Wait()
+			e.restart()
+			e.waitForIndex()
+			e.server.ClearFaults()
+			e.pass(3 * time.Minute)
+			assert.False(t, e.server.RefreshTokenAlive(token))
+		})
+	})
+	t.Run("the engine stops after the writer's 503", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.Inject(oauth2test.Fault{Delay: 40 * time.Second, Answer: oauth2test.Answer{Status: 500}})
+			assert.Equal(t, 503, e.rewrite("z", token, true))
+			e.restart()
+			e.waitForIndex()
+			e.server.ClearFaults()
+			e.pass(3 * time.Minute)
+			assert.False(t, e.server.RefreshTokenAlive(token))
+		})
 	})
 }

@@ -299,7 +299,7 @@ func (r *revocations) putBack(ctx context.Context, spared []*intent) {
 	}
 }
 
-// spare deletes the intent of a refresh token that is being written, because the token is in use again.
+// spare deletes the intent of a refresh token that is being written, because the token may be in use again: see beginWrite.
 func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err

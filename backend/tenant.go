@@ -494,6 +494,9 @@ func (t *tenant) doubt() {
 func (t *tenant) keep(o *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if o.change != nil {
+		o.change.tried = true
+	}
 	t.update(func(v *tenantView) {
 		v.kept = o
 		if v.knows != unknown {
@@ -675,7 +678,7 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	return f, nil
 }
 
-// isVerifying says whether the tenant's flight verifies an operator's write.
+// isVerifying says whether the tenant's flight verifies a write, or stores a grant.
 func (t *tenant) isVerifying() bool {
 	f := t.flight.Load()
 	return f != nil && f.want.change != nil

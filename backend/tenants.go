@@ -314,6 +314,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 				return err
 			}
 		}
+		c.tried = true
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 			if c.retiresTokens() {
 				ts.withdraw(ctx, t, v)
@@ -477,12 +478,13 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 }
 
 // store is settle for a caller who holds the tenant's lock. Its error is errSuperseded where an operator has written or
-// deleted the tenant since the exchange began.
+// deleted the tenant since the exchange began, and a 400 where the write that the exchange verifies does not go with what was written since.
 func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	v, err := ts.read(ctx, t)
 	if err != nil {
 		return ts.unstored(t, o, nil)
 	}
+	change := o.change
 	superseded := v.supersedes(o)
 	if superseded && !o.rotates(v.entry) {
 		if v.kept == o {
@@ -517,6 +519,9 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.plan(ctx, t.name, next)
 	}
 	var asked *tenantEntry // what storage was asked to take
+	if change != nil {
+		change.tried = true
+	}
 	if err = ts.replace(ctx, t, o, v, kept); err == nil {
 		asked = next
 		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)
@@ -603,9 +608,9 @@ func (ts *tenants) giveUpUnstored(name string, o *outcome) {
 	})
 }
 
-// abandon gives up what a superseded exchange has brought.
+// abandon gives up the tokens of an exchange that is superseded, or whose write is refused.
 func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted bool) {
-	// The operator's write or delete has succeeded; where storage fails here, the tokens live to their end.
+	// Where storage fails here, the tokens live to their end.
 	if o.access != nil {
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}

@@ -110,6 +110,11 @@ func (c *Call) Note(ctx context.Context) error {
 	s.mu.Unlock()
 	err := s.wait(ctx, w)
 	if err != nil {
+		s.mu.Lock()
+		if w.cancel == nil {
+			c.at = time.Time{} // its write has not begun: there is nothing to take back
+		}
+		s.mu.Unlock()
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
 	return err

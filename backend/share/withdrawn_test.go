@@ -49,3 +49,21 @@ func TestCallersGiveUpWhileStorageTakesTheirEntries(t *testing.T) {
 		assert.Len(t, storage.keys(t), 2)
 	})
 }
+
+// A caller gives up before the write of its note begins: also an exchange, which the next process would ask about, is not written then.
+func TestExchangeGivesUpBeforeTheWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 10)
+		puts := storage.slow(time.Hour)
+		ctx, cancel := context.WithCancel(t.Context())
+		begin(t, s, t.Context(), Want{})
+		begin(t, s, ctx, Want{Tenant: "acme"})
+		cancel()
+		synctest.Wait()
+		pass(gather)
+		pass(storeWithin)
+		pass(storeWithin)
+		assert.Equal(t, []string{"0"}, *puts)
+	})
+}
