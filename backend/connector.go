@@ -497,7 +497,7 @@ func (cs *connectors) refuse(via *loadedConnector, failure *tokenservice.Failure
 	now := time.Now()
 	r := refusedSince(now)
 	told := *failure
-	told.RetryAfter = 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
+	told.RetryAfter, told.Status = 0, 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
 	r.failure = &told
 	cs.mu.Lock()
 	present, known := via.loaded.Load() == via, via.refusal.Load()

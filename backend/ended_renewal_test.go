@@ -69,7 +69,7 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 					require.NoError(t, resp.Error())
 					return
 				}
-				assert.ErrorContains(t, resp.Error(), "was given up, by a refresh, a write or a revocation: read creds/acme for a new one")
+				assert.ErrorContains(t, resp.Error(), "is not in use any more, since a refresh, a write or a revocation: read creds/acme for a new one")
 			})
 		})
 	}

@@ -126,11 +126,12 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	}
 	if ended, err := b.hasEnded(ctx, secret, name, v); ended || err != nil {
 		if err == nil {
-			err = badValue("the access token of this lease was given up, by a refresh, a write or a revocation: read creds/%s for a new one", name)
+			err = badValue("the access token of this lease is not in use any more, since a refresh, a write or a revocation: read creds/%s for a new one", name)
 		}
 		return answer(err)
 	}
 	if !planned && v.access.isOf(secret) && !v.access.Planned.IsZero() {
+		v.access.leasedUntil(v.bound)
 		bound, planned = v.bound, true // exchange_invalidates was written since the lease was given
 	}
 	if planned {
@@ -162,10 +163,17 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 // hasEnded says whether a lease's access token has ended at the service before the lease, as the tenant's connector is now: it was given
 // up where that ends it, or where an exchange does.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
-	if v.access.isOf(secret) {
+	if v.access.isOf(secret) && v.access.current() {
 		return !v.access.Planned.IsZero() && v.isEnded(), nil
 	}
 	generation, _ := secret.InternalData[leaseGeneration].(string)
+	if v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
+		return false, nil // another node has handed it out
+	}
+	if secret.InternalData[leaseOwn] == "true" {
+		held, err := b.revocations.holds(ctx, tenant, generation)
+		return !held, err
+	}
 	via, err := b.connectors.get(ctx, v.entry.Connector)
 	switch {
 	case via == nil:

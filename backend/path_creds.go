@@ -107,6 +107,7 @@ type reader struct {
 	leases bool // the request is for a lease
 	own    bool // the access token is for this lease alone
 	waited bool // the reader has waited for an exchange, or for its planned time
+	failed bool // the reader's exchange has failed: an access token in its last second is better than none
 }
 
 func newReader(d *framework.FieldData, least time.Duration, take func(*accessToken) bool) (*reader, error) {
@@ -142,6 +143,8 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			return nil, nil, nil, err
 		case t == nil && b.tenants.awaitCreation(waiting, r.tenant):
 			continue
+		case t == nil && waiting.Err() != nil:
+			return nil, nil, nil, stillVerifying(r.tenant)
 		case t == nil:
 			return nil, nil, nil, unknownTenant(r.tenant)
 		}
@@ -167,6 +170,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 				t.postpone(limit.Until)
 			}
 			// An access token that the exchange was to end may live until the next try, and is handed out until then.
+			r.failed = true
 			if t, now := b.tenants.cached(r.tenant); now != nil {
 				if token, _ := b.serve(t, now, r); token != nil {
 					return t, now, token, nil
@@ -199,7 +203,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		return nil, nil
 	}
 	until := earliest(v.until, token.Expires.Add(-max(r.minTTL, r.least)))
-	if !r.leases && !r.waited {
+	if !r.leases && !r.waited && !r.failed {
 		until = until.Add(-time.Second) // the answer's ttl is in whole seconds, and a read after that gets a newer token
 	}
 	if !token.Planned.IsZero() {

@@ -565,6 +565,8 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 			return answer(err)
 		case t == nil && b.tenants.awaitCreation(waiting, name):
 			continue
+		case t == nil && waiting.Err() != nil:
+			return answer(stillVerifying(name))
 		case t == nil:
 			return answer(notFound("there is no tenant %q", name))
 		}

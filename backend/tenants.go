@@ -134,7 +134,7 @@ func (ts *tenants) awaitCreation(ctx context.Context, name string) bool {
 		return false
 	}
 	f := t.flight.Load()
-	if f == nil {
+	if f == nil || f.want.change == nil || f.outlived.Load() {
 		return false
 	}
 	select {
@@ -389,6 +389,15 @@ func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	}
 }
 
+// withdrawEnded makes sure that no reader gets the access token that a verification has ended whose write is not stored.
+func (ts *tenants) withdrawEnded(t *tenant, o *outcome) {
+	v := t.view.Load()
+	if a := v.access; a != nil && !a.Planned.IsZero() && o.access != nil && v.entry != nil && v.entry.RefreshToken == o.sent {
+		t.giveUp(a.Generation)
+		ts.doubt(t)
+	}
+}
+
 // giveUpAll notes a tenant's access tokens for revocation when the tenant is rewritten or deleted.
 func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
 	if kept != nil && kept.access != nil {
@@ -507,12 +516,13 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		if err := ts.validate(ctx, next); isBadValue(err) {
 			if o.refreshToken == "" && !o.granted() {
 				ts.abandon(ctx, t, o, false)
+				ts.withdrawEnded(t, o)
 				return err
 			}
 			alone := *o // new tokens are stored in any case
 			alone.change = o.change.tokensAlone()
 			o, next = &alone, alone.onto(v.entry)
-			next.TokenPerLease = next.TokenPerLease && ts.validate(ctx, next) == nil
+			next.TokenPerLease = next.TokenPerLease && !isBadValue(ts.validate(ctx, next))
 		}
 	}
 	if o.access != nil && !o.ownToken {
@@ -584,6 +594,7 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 	switch {
 	case o.change != nil && o.refreshToken == "" && !o.granted():
 		t.doubt()
+		ts.withdrawEnded(t, o)
 		ts.giveUpUnstored(t.name, o)
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():
