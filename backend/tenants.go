@@ -529,7 +529,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.plan(ctx, t.name, next)
 	}
 	var asked *tenantEntry // what storage was asked to take
-	if change != nil {
+	if change != nil && !change.tried { // the writer may read it by now
 		change.tried = true
 	}
 	if err = ts.replace(ctx, t, o, v, kept); err == nil {
