@@ -528,7 +528,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if o.access != nil && !o.ownToken {
 		ts.plan(ctx, t.name, next)
 	}
-	var asked *tenantEntry // what storage was asked to take
+	var asked *tenantEntry              // what storage was asked to take
 	if change != nil && !change.tried { // the writer may read it by now
 		change.tried = true
 	}
