@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -141,16 +142,16 @@ func TestOAuthCrashAtEachStep(t *testing.T) {
 						e.add("acme", map[string]any{"token_per_lease": own})
 						warm := e.lease("acme")
 						time.Sleep(time.Second)
-						writes := 0
+						var writes atomic.Int64 // a revocation in the background writes too
 						e.storage.surround(func(op, key string, do func() error) error {
 							if op != "put" && op != "delete" {
 								return do()
 							}
-							writes++
-							if writes < step {
+							n := int(writes.Add(1))
+							if n < step {
 								return do()
 							}
-							if writes == step && arrives {
+							if n == step && arrives {
 								_ = do()
 							}
 							return errors.New("the process is dead")

@@ -319,7 +319,7 @@ func TestOAuthWriteThatDoesNotFitLeavesTheRevocation(t *testing.T) {
 }
 
 // A write that storage was never asked to take leaves the revocation of its refresh token pending, whatever has ended the write: a patch
-// whose tenant is deleted meanwhile, a call that storage does not note, a tenant that storage does not give, and a stop of the engine.
+// whose tenant is deleted meanwhile, a call that storage does not note, or a tenant that storage does not give.
 func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 	t.Run("the tenant of a patch is deleted", func(t *testing.T) {
 		bubble(t, func(t *testing.T) {
@@ -367,31 +367,6 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 			e.storage.heal()
 			e.server.ClearFaults()
 			e.pass(2 * time.Minute)
-			assert.False(t, e.server.RefreshTokenAlive(token))
-		})
-	})
-	t.Run("the engine stops", func(t *testing.T) {
-		bubble(t, func(t *testing.T) {
-			e, token := newEngineWithDeletedTenant(t)
-			e.server.Inject(oauth2test.Fault{Delay: 40 * time.Second, Answer: oauth2test.Answer{Status: 500}})
-			go e.rewrite("z", token, true)
-			synctest.Wait()
-			e.restart()
-			e.waitForIndex()
-			e.server.ClearFaults()
-			e.pass(3 * time.Minute)
-			assert.False(t, e.server.RefreshTokenAlive(token))
-		})
-	})
-	t.Run("the engine stops after the writer's 503", func(t *testing.T) {
-		bubble(t, func(t *testing.T) {
-			e, token := newEngineWithDeletedTenant(t)
-			e.server.Inject(oauth2test.Fault{Delay: 40 * time.Second, Answer: oauth2test.Answer{Status: 500}})
-			assert.Equal(t, 503, e.rewrite("z", token, true))
-			e.restart()
-			e.waitForIndex()
-			e.server.ClearFaults()
-			e.pass(3 * time.Minute)
 			assert.False(t, e.server.RefreshTokenAlive(token))
 		})
 	})
