@@ -24,11 +24,6 @@ func isBadValue(err error) bool {
 	return errors.As(err, &coded) && coded.Code() == http.StatusBadRequest
 }
 
-// stillVerifying is the answer to a request that has waited for the write that creates its tenant.
-func stillVerifying(tenant string) error {
-	return tryAgain("tenant %q is being created: its service has not answered yet; try again in a minute", tenant)
-}
-
 func notFound(format string, args ...any) error {
 	return logical.CodedError(http.StatusNotFound, fmt.Sprintf(format, args...))
 }

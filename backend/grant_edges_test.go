@@ -147,11 +147,7 @@ func TestDeleteWhileACodeIsAtTheService(t *testing.T) {
 			if existing {
 				e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
 			}
-			back := e.authorize(nil)
-			e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
-			done := make(chan shown, 1)
-			go func() { done <- e.open(back) }()
-			synctest.Wait()
+			done := e.codeAtTheService()
 			require.Equal(t, 1, e.sent(codeGrant))
 			brought := e.server.CurrentRefreshToken("jane")
 			require.True(t, e.server.RefreshTokenAlive(brought))
@@ -167,11 +163,7 @@ func TestDeleteWhileACodeIsAtTheService(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
 		e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
-		back := e.authorize(nil)
-		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
-		done := make(chan shown, 1)
-		go func() { done <- e.open(back) }()
-		synctest.Wait()
+		done := e.codeAtTheService()
 		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
 		e.server.ClearFaults()
 		assert.Contains(t, (<-done).text(), "out of date")
@@ -187,11 +179,7 @@ func TestNewerAttemptRevokesNothing(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			e := newGrantEngine(t)
 			e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
-			back := e.authorize(nil)
-			e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
-			done := make(chan shown, 1)
-			go func() { done <- e.open(back) }()
-			synctest.Wait()
+			done := e.codeAtTheService()
 			brought := e.server.CurrentRefreshToken("jane")
 			time.Sleep(time.Second)
 			e.start(path, nil)
@@ -201,4 +189,14 @@ func TestNewerAttemptRevokesNothing(t *testing.T) {
 			assert.True(t, e.server.RefreshTokenAlive(brought), path)
 		})
 	}
+}
+
+// codeAtTheService opens the callback, and returns while the service holds the answer to the code back. The channel brings the page.
+func (e *grantEngine) codeAtTheService() chan shown {
+	back := e.authorize(nil)
+	e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+	page := make(chan shown, 1)
+	go func() { page <- e.open(back) }()
+	synctest.Wait()
+	return page
 }

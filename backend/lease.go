@@ -170,21 +170,19 @@ func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant s
 	if v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
 		return false, nil // another node has handed it out
 	}
-	if secret.InternalData[leaseOwn] == "true" {
-		held, err := b.revocations.holds(ctx, tenant, generation)
-		return !held, err
+	if secret.InternalData[leaseOwn] != "true" {
+		via, err := b.connectors.get(ctx, v.entry.Connector)
+		switch {
+		case via == nil:
+			return false, ignoreUnusable(err)
+		case via.about.ExchangeInvalidates:
+			return true, nil
+		case via.about.Revocation != tokenservice.RevokeAccessToken:
+			return false, nil
+		}
 	}
-	via, err := b.connectors.get(ctx, v.entry.Connector)
-	switch {
-	case via == nil:
-		return false, ignoreUnusable(err)
-	case via.about.ExchangeInvalidates:
-		return true, nil
-	case via.about.Revocation == tokenservice.RevokeAccessToken:
-		held, err := b.revocations.holds(ctx, tenant, generation)
-		return !held, err
-	}
-	return false, nil
+	held, err := b.revocations.holds(ctx, tenant, generation)
+	return !held, err
 }
 
 // leaseTime reads a time from a lease's internal data.

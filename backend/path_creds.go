@@ -135,16 +135,12 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 	waiting, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	for exchanges := 0; ; {
-		t, v, err := b.tenants.load(waiting, r.tenant)
+		t, v, err := b.tenants.loadCreated(waiting, r.tenant)
 		switch {
 		case ctx.Err() != nil:
 			return nil, nil, nil, ctx.Err()
 		case err != nil:
 			return nil, nil, nil, err
-		case t == nil && b.tenants.awaitCreation(waiting, r.tenant):
-			continue
-		case t == nil && waiting.Err() != nil:
-			return nil, nil, nil, stillVerifying(r.tenant)
 		case t == nil:
 			return nil, nil, nil, unknownTenant(r.tenant)
 		}

@@ -229,6 +229,14 @@ func (c *tenantChange) tokensAlone() *tenantChange {
 	return &next
 }
 
+// noteTried notes that storage is asked to take the write, or that memory keeps it. The writer may read that from then on, so it is
+// written once. A nil change is none.
+func (c *tenantChange) noteTried() {
+	if c != nil && !c.tried {
+		c.tried = true
+	}
+}
+
 // settingsAreIn says whether an entry has the settings of the change.
 func (c *tenantChange) settingsAreIn(e *tenantEntry) bool {
 	return has(e.TTL, c.ttl) && has(e.MaxTTL, c.maxTTL) && has(e.MinTTL, c.minTTL) &&
@@ -376,20 +384,18 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 
 // endWrite tells end, once that is known, whether it is certain that storage does not have a write of a refresh token.
 func (b *backend) endWrite(change *tenantChange, end func(unstored bool)) {
-	f := change.flight
-	if f == nil {
-		end(!change.tried)
-		return
+	if f := change.flight; f != nil {
+		select {
+		case <-f.done:
+		default: // the writer does not wait any more
+			b.goWork(func() {
+				<-f.done
+				end(!change.tried)
+			})
+			return
+		}
 	}
-	select {
-	case <-f.done:
-		end(!change.tried)
-	default: // the writer does not wait any more
-		b.goWork(func() {
-			<-f.done
-			end(!change.tried)
-		})
-	}
+	end(!change.tried)
 }
 
 // prepare checks what can be known before the service is asked, and returns the connector.
@@ -559,14 +565,10 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 	defer cancel()
 	var retired *string // the generation that readers had when this began
 	for {
-		t, v, err := b.tenants.load(waiting, name)
+		t, v, err := b.tenants.loadCreated(waiting, name)
 		switch {
 		case err != nil:
 			return answer(err)
-		case t == nil && b.tenants.awaitCreation(waiting, name):
-			continue
-		case t == nil && waiting.Err() != nil:
-			return answer(stillVerifying(name))
 		case t == nil:
 			return answer(notFound("there is no tenant %q", name))
 		}

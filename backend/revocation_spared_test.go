@@ -64,9 +64,7 @@ func TestOAuthWriteThatIsNotStoredLeavesTheRevocation(t *testing.T) {
 					}
 					assert.Equal(t, 1, e.read("config")["pending_revocations"])
 					calls := len(e.revocations())
-					e.server.ClearFaults()
-					e.pass(2 * time.Minute)
-					assert.False(t, e.server.RefreshTokenAlive(token))
+					assert.False(t, e.livesOn(token))
 					assert.Len(t, e.revocations(), calls+1)
 					assert.NotContains(t, e.storedText(), intentPrefix)
 				})
@@ -96,9 +94,7 @@ func TestOAuthWriteWithoutAPlaceLeavesTheRevocation(t *testing.T) {
 		time.Sleep(30 * time.Second)
 		assert.NotEmpty(t, e.revocations())
 		e.crash()
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.False(t, e.livesOn(token))
 	})
 }
 
@@ -143,10 +139,7 @@ func TestOAuthWriteInDoubtCancelsTheRevocation(t *testing.T) {
 					e.storage.refuse("put", tenantPrefix)
 				}
 				assert.GreaterOrEqual(t, e.rewrite("z", token, verify), 500)
-				e.storage.heal()
-				e.server.ClearFaults()
-				e.pass(2 * time.Minute)
-				assert.True(t, e.server.RefreshTokenAlive(token))
+				assert.True(t, e.livesOn(token))
 			})
 		}
 	}
@@ -163,9 +156,7 @@ func TestOAuthWriteThatBeginsAnewLeavesTheRevocation(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
 		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
 		assert.Equal(t, 1, e.read("config")["pending_revocations"])
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.False(t, e.livesOn(token))
 		assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
 	})
 }
@@ -191,9 +182,7 @@ func TestOAuthWriteThatIsOvertakenLeavesTheRevocation(t *testing.T) {
 		go e.try(logical.UpdateOperation, "tenants/z/refresh", nil)
 		synctest.Wait()
 		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.False(t, e.livesOn(token))
 	})
 }
 
@@ -229,9 +218,7 @@ func TestOAuthWritesOfOneRefreshTokenAndTheRevocation(t *testing.T) {
 				first.Wait()
 				assert.Equal(t, c.status, status)
 				calls := len(e.revocations())
-				e.server.ClearFaults()
-				e.pass(2 * time.Minute)
-				assert.Equal(t, c.alive, e.server.RefreshTokenAlive(token))
+				assert.Equal(t, c.alive, e.livesOn(token))
 				if c.alive {
 					assert.Len(t, e.revocations(), calls)
 				}
@@ -257,9 +244,7 @@ func TestOAuthWriteWhileTheRevocationIsPutBack(t *testing.T) {
 		synctest.Wait()
 		release()
 		second.Wait()
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.True(t, e.server.RefreshTokenAlive(token))
+		assert.True(t, e.livesOn(token))
 		assert.NotContains(t, e.storedText(), intentPrefix)
 	})
 }
@@ -276,10 +261,7 @@ func TestOAuthRevocationIsPutBackWithoutStorage(t *testing.T) {
 			return nil
 		})
 		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
-		e.storage.heal()
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.False(t, e.livesOn(token))
 	})
 }
 
@@ -311,9 +293,7 @@ func TestOAuthWriteThatDoesNotFitLeavesTheRevocation(t *testing.T) {
 		e.write("tenants/z", map[string]any{"ttl": "20m"})
 		write.Wait()
 		assert.Equal(t, 1, e.read("config")["pending_revocations"])
-		e.server.ClearFaults()
-		e.pass(2 * time.Minute)
-		assert.False(t, e.server.RefreshTokenAlive(token))
+		assert.False(t, e.livesOn(token))
 		assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
 	})
 }
@@ -336,10 +316,7 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 			synctest.Wait()
 			release()
 			assert.Equal(t, http.StatusNotFound, <-done)
-			e.storage.heal()
-			e.server.ClearFaults()
-			e.pass(2 * time.Minute)
-			assert.False(t, e.server.RefreshTokenAlive(token), "nothing was stored")
+			assert.False(t, e.livesOn(token), "nothing was stored")
 		})
 	})
 	t.Run("the call is not noted", func(t *testing.T) {
@@ -347,10 +324,7 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 			e, token := newEngineWithDeletedTenant(t)
 			e.storage.refuse("put", "calls/")
 			assert.Equal(t, 503, e.rewrite("z", token, true))
-			e.storage.heal()
-			e.server.ClearFaults()
-			e.pass(2 * time.Minute)
-			assert.False(t, e.server.RefreshTokenAlive(token), "nothing was sent")
+			assert.False(t, e.livesOn(token), "nothing was sent")
 		})
 	})
 	t.Run("the tenant cannot be read", func(t *testing.T) {
@@ -364,10 +338,15 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 			e.invalidate(context.Background(), tenantPrefix+"z")
 			e.storage.refuse("get", tenantPrefix)
 			assert.Equal(t, 503, <-done)
-			e.storage.heal()
-			e.server.ClearFaults()
-			e.pass(2 * time.Minute)
-			assert.False(t, e.server.RefreshTokenAlive(token))
+			assert.False(t, e.livesOn(token))
 		})
 	})
+}
+
+// livesOn lets storage and the service work again, waits, and returns whether a refresh token is alive then.
+func (e *oauthEngine) livesOn(token string) bool {
+	e.storage.heal()
+	e.server.ClearFaults()
+	e.pass(2 * time.Minute)
+	return e.server.RefreshTokenAlive(token)
 }

@@ -494,9 +494,7 @@ func (t *tenant) doubt() {
 func (t *tenant) keep(o *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if o.change != nil && !o.change.tried {
-		o.change.tried = true
-	}
+	o.change.noteTried()
 	t.update(func(v *tenantView) {
 		v.kept = o
 		if v.knows != unknown {

@@ -126,22 +126,26 @@ func (ts *tenants) load(ctx context.Context, name string) (t *tenant, v *tenantV
 	return t, v, nil
 }
 
-// awaitCreation waits while the service is asked about the refresh token of a tenant that storage does not have. It returns false where
-// there is no such exchange, or ctx ends first.
-func (ts *tenants) awaitCreation(ctx context.Context, name string) bool {
-	t := ts.named(name)
-	if t == nil {
-		return false
-	}
-	f := t.flight.Load()
-	if f == nil || f.want.change == nil || f.outlived.Load() {
-		return false
-	}
-	select {
-	case <-f.done:
-		return true
-	case <-ctx.Done():
-		return false
+// loadCreated is load for a reader: where the service is still being asked about the refresh token of a write that creates the tenant,
+// it waits for the end of that.
+func (ts *tenants) loadCreated(ctx context.Context, name string) (*tenant, *tenantView, error) {
+	for {
+		t, v, err := ts.load(ctx, name)
+		if t != nil || err != nil {
+			return t, v, err
+		}
+		f := (*flight)(nil)
+		if t := ts.named(name); t != nil {
+			f = t.flight.Load()
+		}
+		if f == nil || f.want.change == nil || f.outlived.Load() {
+			return nil, nil, nil
+		}
+		select {
+		case <-f.done:
+		case <-ctx.Done():
+			return nil, nil, tryAgain("tenant %q is being created: its service has not answered yet; try again in a minute", name)
+		}
 	}
 }
 
@@ -314,7 +318,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 				return err
 			}
 		}
-		c.tried = true
+		c.noteTried()
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 			if c.retiresTokens() {
 				ts.withdraw(ctx, t, v)
@@ -528,10 +532,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if o.access != nil && !o.ownToken {
 		ts.plan(ctx, t.name, next)
 	}
-	var asked *tenantEntry              // what storage was asked to take
-	if change != nil && !change.tried { // the writer may read it by now
-		change.tried = true
-	}
+	var asked *tenantEntry // what storage was asked to take
+	change.noteTried()
 	if err = ts.replace(ctx, t, o, v, kept); err == nil {
 		asked = next
 		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)

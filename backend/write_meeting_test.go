@@ -114,39 +114,34 @@ func TestSettingsMeetAVerifiedWrite(t *testing.T) {
 }
 
 // A tenant is deleted, and written anew, while its exchange is at the service: the refresh token that the exchange brings is revoked as
-// the delete has said.
+// the delete has said. A tenant that is only written anew keeps what the write has replaced as it is.
 func TestDeleteAndWriteDuringAnExchange(t *testing.T) {
-	for _, again := range []bool{true, false} {
-		bubble(t, func(t *testing.T) {
-			e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
-			e.add("acme", nil)
-			e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
-			go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
-			synctest.Wait()
-			brought := e.server.CurrentRefreshToken("acme")
-			e.ok(logical.DeleteOperation, "tenants/acme", nil)
-			if again {
-				e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "anew"), "verify": false})
-			}
-			e.server.ClearFaults()
-			time.Sleep(time.Minute)
-			require.False(t, e.server.RefreshTokenAlive(brought), "written anew: %t", again)
-			if again {
-				e.read("creds/acme")
-			}
+	for name, c := range map[string]struct{ deleted, written bool }{
+		"deleted":              {deleted: true},
+		"deleted and written":  {deleted: true, written: true},
+		"written, not deleted": {written: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e.add("acme", nil)
+				e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+				go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+				synctest.Wait()
+				brought := e.server.CurrentRefreshToken("acme")
+				if c.deleted {
+					e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				}
+				if c.written {
+					e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "anew"), "verify": false})
+				}
+				e.server.ClearFaults()
+				time.Sleep(time.Minute)
+				require.Equal(t, !c.deleted, e.server.RefreshTokenAlive(brought))
+				if c.written {
+					e.read("creds/acme")
+				}
+			})
 		})
 	}
-	// A tenant that is only written anew keeps what the write has replaced as it is.
-	bubble(t, func(t *testing.T) {
-		e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
-		e.add("acme", nil)
-		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
-		go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
-		synctest.Wait()
-		brought := e.server.CurrentRefreshToken("acme")
-		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "anew"), "verify": false})
-		e.server.ClearFaults()
-		time.Sleep(time.Minute)
-		require.True(t, e.server.RefreshTokenAlive(brought))
-	})
 }
