@@ -259,7 +259,7 @@ func TestLoadOnAuthServers(t *testing.T) {
 // is lost.
 func TestFailoverOnAuthServers(t *testing.T) {
 	if testing.Short() {
-		t.Skip("a cluster with servers of other projects is left out of -short")
+		t.Skip("-short: three Vaults beside a server of another project; make test runs it")
 	}
 	t.Parallel()
 	for _, c := range []struct {

@@ -24,7 +24,7 @@ import (
 // old one at once. The only valid refresh token is lost with the process.
 func TestFailover(t *testing.T) {
 	if testing.Short() {
-		t.Skip("starts three Vaults")
+		t.Skip("-short: three Vaults; make test runs it")
 	}
 	t.Parallel()
 	f := startFailover(t)

@@ -96,7 +96,7 @@ func withOAuthApp(t *testing.T) (ours, theirs mount, service *oauth2test.Server,
 // The steps of bootstrap/coming-from-oauthapp.md: readers of both engines are served all the time.
 func TestComingFromOAuthApp(t *testing.T) {
 	if testing.Short() {
-		t.Skip("another engine, which has to be built, is left out of -short")
+		t.Skip("-short: another engine, which has to be built; make test runs it")
 	}
 	ours, theirs, service, clientID := withOAuthApp(t)
 	old := service.Grant(clientID, "asha")
@@ -143,7 +143,7 @@ func TestComingFromOAuthApp(t *testing.T) {
 // each tenant is read once more. A tenant without an access token is lost: a person has to consent again.
 func TestHangUpsBesideOAuthApp(t *testing.T) {
 	if testing.Short() {
-		t.Skip("another engine, which has to be built, is left out of -short")
+		t.Skip("-short: another engine, which has to be built; make test runs it")
 	}
 	const tenants, rounds = 20, 3
 	ours, theirs, service, clientID := withOAuthApp(t)

@@ -169,7 +169,7 @@ func TestTheEngineInVault(t *testing.T) {
 
 func TestCluster(t *testing.T) {
 	if testing.Short() {
-		t.Skip("starts three Vaults")
+		t.Skip("-short: three Vaults; make test runs it")
 	}
 	c := StartCluster(t, 3)
 	first := c.Leader(t)
