@@ -554,6 +554,10 @@ func (b *backend) keeps(a *attempt) bool {
 // attempt began.
 func (b *backend) tryGrant(a *attempt, w want) error {
 	ctx := b.ctx
+	defer b.revocations.beginWrite(*w.change.refreshToken)()
+	if err := b.revocations.load(ctx); err != nil { // which the grant needs when it is stored
+		return err
+	}
 	for {
 		t, v, err := b.tenants.load(ctx, a.Tenant)
 		if err != nil {
@@ -567,9 +571,6 @@ func (b *backend) tryGrant(a *attempt, w want) error {
 		}
 		via, err := b.prepare(ctx, v, w.change)
 		if err != nil {
-			return err
-		}
-		if err := b.revocations.spare(ctx, *w.change.refreshToken); err != nil {
 			return err
 		}
 		if t == nil {

@@ -100,7 +100,6 @@ type tenantChange struct {
 	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
 	checked string             // the refresh token that was checked
 	facts   tokenservice.Facts // of the refresh token that was checked
-	tried   bool               // storage was asked to take the write, or memory keeps it: it may be stored whatever the error says
 	flight  *flight            // the exchange that verifies the write, and stores it; nil: none has begun
 	grant   *grantOf           // the person's consent that has brought the refresh token; nil: an operator has written it
 	// before is the entry that the write was checked with, nil for none. A setting that another write has changed since stays as that
@@ -229,14 +228,6 @@ func (c *tenantChange) tokensAlone() *tenantChange {
 	return &next
 }
 
-// noteTried notes that storage is asked to take the write, or that memory keeps it. The writer may read that from then on, so it is
-// written once. A nil change is none.
-func (c *tenantChange) noteTried() {
-	if c != nil && !c.tried {
-		c.tried = true
-	}
-}
-
 // settingsAreIn says whether an entry has the settings of the change.
 func (c *tenantChange) settingsAreIn(e *tenantEntry) bool {
 	return has(e.TTL, c.ttl) && has(e.MaxTTL, c.maxTTL) && has(e.MinTTL, c.minTTL) &&
@@ -352,6 +343,9 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 	if change.refreshToken != nil {
 		end := b.revocations.beginWrite(*change.refreshToken)
 		defer func() { b.endWrite(change, end) }()
+		if err := b.revocations.load(ctx); err != nil { // which the write needs when it is stored
+			return err
+		}
 	}
 	for {
 		t, v, err := b.tenants.load(ctx, name)
@@ -365,11 +359,6 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 		if err != nil {
 			return err
 		}
-		if change.refreshToken != nil {
-			if err := b.revocations.spare(ctx, *change.refreshToken); err != nil {
-				return err
-			}
-		}
 		if change.verify {
 			err = b.verify(ctx, name, t, v, via, change)
 		} else {
@@ -382,20 +371,20 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 	}
 }
 
-// endWrite tells end, once that is known, whether it is certain that storage does not have a write of a refresh token.
-func (b *backend) endWrite(change *tenantChange, end func(unstored bool)) {
+// endWrite calls end once the write of a refresh token has ended, which may be after the writer has gone.
+func (b *backend) endWrite(change *tenantChange, end func()) {
 	if f := change.flight; f != nil {
 		select {
 		case <-f.done:
-		default: // the writer does not wait any more
+		default:
 			b.goWork(func() {
 				<-f.done
-				end(!change.tried)
+				end()
 			})
 			return
 		}
 	}
-	end(!change.tried)
+	end()
 }
 
 // prepare checks what can be known before the service is asked, and returns the connector.

@@ -3,7 +3,6 @@ package backend
 import (
 	"context"
 	"net/http"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -73,8 +72,7 @@ func TestOAuthWriteThatIsNotStoredLeavesTheRevocation(t *testing.T) {
 	}
 }
 
-// The share has no place for the verification, and the call of the intent that the write has taken out waits for its place, too: when it
-// has that, it leaves the intent that was put back in storage.
+// The share has no place for the verification, and the revocation's call waits for its place, too: the call is made when it has that.
 func TestOAuthWriteWithoutAPlaceLeavesTheRevocation(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true, "exchanges_per_minute": 5})
@@ -109,8 +107,8 @@ func TestOAuthLateVerificationAndTheRevocation(t *testing.T) {
 			}
 			e.server.Inject(fault)
 			assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
-			assert.NotContains(t, e.read("config"), "pending_revocations", "the verification goes on")
-			assert.NotContains(t, e.storedText(), intentPrefix)
+			assert.Equal(t, 1, e.read("config")["pending_revocations"], "the verification goes on")
+			assert.Contains(t, e.storedText(), intentPrefix, "and the next process would revoke the token")
 			calls := len(e.revocations())
 			e.server.ClearFaults()
 			time.Sleep(4 * time.Second)
@@ -145,7 +143,7 @@ func TestOAuthWriteInDoubtCancelsTheRevocation(t *testing.T) {
 	}
 }
 
-// A write waits for another exchange of its tenant, begins anew, and fails: what it has spared before is put back.
+// A write waits for another exchange of its tenant, begins anew, and fails.
 func TestOAuthWriteThatBeginsAnewLeavesTheRevocation(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e, token := newEngineWithDeletedTenant(t)
@@ -230,51 +228,78 @@ func TestOAuthWritesOfOneRefreshTokenAndTheRevocation(t *testing.T) {
 	}
 }
 
-// A write of the refresh token comes while storage takes the intent of an earlier write that has failed: the later write is stored, so
-// the refresh token is not revoked.
-func TestOAuthWriteWhileTheRevocationIsPutBack(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e, token := newEngineWithDeletedTenant(t)
-		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}, Times: 1})
-		reached, release := e.storage.hold("put", intentPrefix)
-		go e.rewrite("z", token, true)
-		<-reached
-		var second sync.WaitGroup
-		second.Go(func() { assert.Equal(t, http.StatusNoContent, e.rewrite("y", token, false)) })
-		synctest.Wait()
-		release()
-		second.Wait()
-		assert.True(t, e.livesOn(token))
-		assert.NotContains(t, e.storedText(), intentPrefix)
-	})
-}
-
-// Storage fails when the intent is put back: this process revokes the refresh token all the same.
-func TestOAuthRevocationIsPutBackWithoutStorage(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e, token := newEngineWithDeletedTenant(t)
-		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
-		e.storage.failWith(func(op, key string) error {
-			if op == "put" && strings.HasPrefix(key, intentPrefix) {
-				return errStorage
+// The process ends while the service verifies a refresh token that waits for its revocation: the next process revokes it.
+func TestOAuthWriteThatACrashCutsLeavesTheRevocation(t *testing.T) {
+	for _, byStop := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+			e.server.Inject(oauth2test.Fault{Delay: 14 * time.Second})
+			go e.rewrite("z", token, true)
+			synctest.Wait()
+			if byStop {
+				e.restart()
+			} else {
+				e.crash()
 			}
-			return nil
+			e.waitForIndex()
+			assert.False(t, e.livesOn(token))
 		})
-		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
-		assert.False(t, e.livesOn(token))
-	})
+	}
 }
 
-// The refresh token of a write that has failed is revoked at once.
-func TestOAuthRevocationIsPutBackAndMadeAtOnce(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e, token := newEngineWithDeletedTenant(t)
-		e.server.ClearFaults()
-		e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
-		assert.Equal(t, http.StatusServiceUnavailable, e.rewrite("z", token, true))
-		synctest.Wait()
-		assert.False(t, e.server.RefreshTokenAlive(token))
-	})
+// The revocation's call waits for its place in the share when a write of its refresh token begins, and has it while the service verifies
+// the token: the call is not made then. It is made once the write has failed.
+func TestOAuthRevocationThatWaitsBesideAWrite(t *testing.T) {
+	for _, fails := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.ClearFaults()
+			begins, release := e.storage.hold("put", "calls/")
+			e.pass(time.Minute) // the revocation's call has its place, and is being noted
+			<-begins
+			fault := oauth2test.Fault{Delay: 8 * time.Second, Times: 1}
+			if fails {
+				fault.Answer = oauth2test.Answer{Status: 500}
+			}
+			e.server.Inject(fault)
+			var write sync.WaitGroup
+			status := 0
+			write.Go(func() { status = e.rewrite("z", token, true) })
+			synctest.Wait()
+			calls := len(e.revocations())
+			release()
+			synctest.Wait()
+			assert.Len(t, e.revocations(), calls, "the write goes on")
+			assert.Equal(t, 1, e.read("config")["pending_revocations"])
+			write.Wait()
+			if fails {
+				assert.Equal(t, http.StatusServiceUnavailable, status)
+				synctest.Wait()
+				assert.False(t, e.server.RefreshTokenAlive(token), "the call is made at once")
+				return
+			}
+			assert.Equal(t, http.StatusNoContent, status)
+			e.pass(2 * time.Minute)
+			assert.Len(t, e.revocations(), calls)
+			assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
+		})
+	}
+}
+
+// Storage does not delete the intent, or does not note the tenant's access token for revocation, when the write is to be stored: the
+// write is refused, and the refresh token is revoked.
+func TestOAuthWriteThatCannotSpareItsRefreshToken(t *testing.T) {
+	for _, verify := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			e, token := newEngineWithDeletedTenant(t)
+			e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+			e.storage.refuse("delete", intentPrefix)
+			assert.GreaterOrEqual(t, e.rewrite("z", token, verify), 500)
+			assert.Nil(t, e.stored("z"))
+			assert.False(t, e.livesOn(token))
+		})
+	}
 }
 
 // The settings of the write do not go with those that another write has stored during the verification.
@@ -305,14 +330,14 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			e, token := newEngineWithDeletedTenant(t)
 			e.add("y", nil)
-			reached, release := e.storage.hold("delete", intentPrefix)
+			reached, release := e.storage.hold("delete", tenantPrefix+"y")
+			go e.try(logical.DeleteOperation, "tenants/y", nil)
+			<-reached
 			done := make(chan int)
 			go func() {
 				_, status, _ := e.try(logical.PatchOperation, "tenants/y", map[string]any{"refresh_token": token, "verify": false})
 				done <- status
 			}()
-			<-reached
-			go e.try(logical.DeleteOperation, "tenants/y", nil)
 			synctest.Wait()
 			release()
 			assert.Equal(t, http.StatusNotFound, <-done)

@@ -55,7 +55,7 @@ type intent struct {
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
 	settling      bool          // storage is deleting it
-	spared        bool          // its refresh token is wanted again: a call that waits for its place in the share is not made
+	spared        bool          // its refresh token is in use again: a call that waits for its place in the share is not made
 	isDeleted     doubtfulDelete
 }
 
@@ -81,7 +81,6 @@ type revocations struct {
 	tenants    *tenants
 	stopping   chan struct{} // closed when the engine ends: no request waits for a next try any more
 	stopOnce   sync.Once
-	sparing    lock // held while intents are taken out for a write of their refresh token, or put back
 
 	mu       sync.Mutex
 	intents  map[string]map[string]*intent // by connector and id
@@ -91,16 +90,10 @@ type revocations struct {
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
-	writes   map[string]*tokenWrites  // by refresh token
+	writes   map[string]int           // how many writes of a refresh token are under way
 	calls    map[*intent]time.Time    // those under way at a service, and when each was made
 	slow     map[string]bool          // by connector: the last call that has ended failed, or took long
 	waits    []*revocationWait        // of the last minute, and those that go on
-}
-
-// tokenWrites are the writes under way of one refresh token.
-type tokenWrites struct {
-	count  int
-	spared []*intent // taken out for them
 }
 
 // revocationWait is the wait of a request for its revocation call.
@@ -115,7 +108,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		settled:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
-		writes:   map[string]*tokenWrites{},
+		writes:   map[string]int{},
 		calls:    map[*intent]time.Time{},
 		slow:     map[string]bool{},
 	}
@@ -250,64 +243,27 @@ func (r *revocations) add(i *intent) {
 	of[i.id] = i
 }
 
-// beginWrite notes that a refresh token is being written. The caller calls end once the write has ended, and says whether it is
-// certain that storage does not have it. Once no write of the token goes on and none may be in storage, the intents that were spared
-// for them are put back.
-func (r *revocations) beginWrite(token string) (end func(unstored bool)) {
+// beginWrite notes that a refresh token is being written. Until the caller calls end, no call to revoke it begins: the service may be
+// verifying it.
+func (r *revocations) beginWrite(token string) (end func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	w := r.writes[token]
-	if w == nil {
-		w = &tokenWrites{}
-		r.writes[token] = w
-	}
-	w.count++
-	return func(unstored bool) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), storeWithin)
-		defer cancel()
-		// A write that begins now spares what is put back: it waits for the lock.
-		locked := unstored && r.sparing.acquire(ctx) == nil
-		if locked {
-			defer r.sparing.release()
-		}
+	r.writes[token]++
+	return func() {
 		r.mu.Lock()
-		if !unstored {
-			w.spared = nil
-		}
-		if w.count--; w.count == 0 {
+		if r.writes[token]--; r.writes[token] == 0 {
 			delete(r.writes, token)
 		}
-		over := w.count == 0
 		r.mu.Unlock()
-		if over && locked { // where storage hangs, the token lives to its end
-			r.putBack(ctx, w.spared)
-		}
+		r.wakeAll()
 	}
 }
 
-// putBack notes again that refresh tokens are to be revoked. It gives the intents new ids, because a call of an old one that waits for
-// its place in the share deletes that one's key.
-func (r *revocations) putBack(ctx context.Context, spared []*intent) {
-	for _, old := range spared {
-		i := &intent{Tenant: old.Tenant, Token: old.Token, Type: old.Type, Expires: old.Expires}
-		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
-		_ = r.store(ctx, old.connector, rand.Text(), i) // where storage fails, this process revokes the token all the same
-		r.mu.Lock()
-		r.add(i)
-		r.mu.Unlock()
-		r.wake(i.connector)
-	}
-}
-
-// spare deletes the intent of a refresh token that is being written, because the token may be in use again: see beginWrite.
+// spare deletes the intents of a refresh token, because a write of the token is about to be stored.
 func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
-	if err := r.sparing.acquire(ctx); err != nil {
-		return err
-	}
-	defer r.sparing.release()
 	r.mu.Lock()
 	var found []*intent
 	for _, of := range r.intents {
@@ -324,15 +280,10 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			for _, i := range found[n:] {
-				i.spared = false
+				i.spared = false // the write is not stored
 			}
 			return err
 		}
-		r.mu.Lock()
-		if w := r.writes[token]; w != nil {
-			w.spared = append(w.spared, i)
-		}
-		r.mu.Unlock()
 	}
 	return nil
 }
@@ -583,7 +534,7 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 	for _, i := range r.intents[connector] {
 		some = true
 		switch {
-		case i.under != nil:
+		case i.under != nil, r.isBeingWritten(i):
 		case i.next.After(now):
 			next = earliest(next, i.next)
 		case best == nil || i.Expires.Before(best.Expires):
@@ -625,7 +576,7 @@ func (r *revocations) call(i *intent, class share.Class) {
 		r.note(i, failure.Text)
 	}
 	switch {
-	case err == nil:
+	case err == nil, errors.Is(err, errBeingWritten):
 	case errors.As(err, &limit):
 		i.next = limit.Until
 	default:
@@ -664,11 +615,14 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	}
 	err = revoker.Revoke(r.ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if err == nil && !r.begin(i) {
-			done()
-			err = errNotWanted // it has waited too long
+		if err != nil {
+			return nil, err
 		}
-		return done, err
+		if err := r.begin(i); err != nil {
+			done() // it has waited too long
+			return nil, err
+		}
+		return done, nil
 	})
 	r.ended(i, err)
 	switch {
@@ -680,17 +634,28 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	return err
 }
 
-var errNotWanted = errors.New("the token has ended, or is wanted again")
+var (
+	errNotWanted    = errors.New("the token has ended, or is in use again")
+	errBeingWritten = errors.New("the refresh token is being written")
+)
 
 // begin notes that an intent's call is made now, if the token is to be revoked still.
-func (r *revocations) begin(i *intent) bool {
+func (r *revocations) begin(i *intent) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if i.spared || !time.Now().Before(i.Expires) {
-		return false
+	switch {
+	case i.spared || !time.Now().Before(i.Expires):
+		return errNotWanted
+	case r.isBeingWritten(i):
+		return errBeingWritten
 	}
 	r.calls[i] = time.Now()
-	return true
+	return nil
+}
+
+// isBeingWritten says whether the intent's refresh token is being written. The caller holds mu.
+func (r *revocations) isBeingWritten(i *intent) bool {
+	return i.Type == tokenservice.TypeRefreshToken && r.writes[i.Token] > 0
 }
 
 // ended notes that an intent's call has ended, if it was made.

@@ -494,7 +494,6 @@ func (t *tenant) doubt() {
 func (t *tenant) keep(o *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	o.change.noteTried()
 	t.update(func(v *tenantView) {
 		v.kept = o
 		if v.knows != unknown {

@@ -313,12 +313,15 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			return err
 		}
 		if c.retiresTokens() {
-			if err := ts.giveUpAll(ctx, t, v.entry, v.kept); err != nil {
+			err := ts.giveUpAll(ctx, t, v.entry, v.kept)
+			if err == nil && c.refreshToken != nil {
+				err = ts.revocations.spare(ctx, *c.refreshToken)
+			}
+			if err != nil {
 				ts.withdraw(ctx, t, v)
 				return err
 			}
 		}
-		c.noteTried()
 		if err := putEntry(ctx, ts.storage, tenantPrefix+t.name, next); err != nil {
 			if c.retiresTokens() {
 				ts.withdraw(ctx, t, v)
@@ -533,8 +536,11 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.plan(ctx, t.name, next)
 	}
 	var asked *tenantEntry // what storage was asked to take
-	change.noteTried()
-	if err = ts.replace(ctx, t, o, v, kept); err == nil {
+	err = ts.replace(ctx, t, o, v, kept)
+	if err == nil && change != nil && change.refreshToken != nil {
+		err = ts.revocations.spare(ctx, *change.refreshToken)
+	}
+	if err == nil {
 		asked = next
 		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)
 	}
