@@ -554,7 +554,6 @@ func (b *backend) keeps(a *attempt) bool {
 // attempt began.
 func (b *backend) tryGrant(a *attempt, w want) error {
 	ctx := b.ctx
-	defer b.revocations.beginWrite(*w.change.refreshToken)()
 	if err := b.revocations.load(ctx); err != nil { // which the grant needs when it is stored
 		return err
 	}

@@ -256,9 +256,8 @@ func TestOAuthRevocationThatWaitsBesideAWrite(t *testing.T) {
 			e, token := newEngineWithDeletedTenant(t)
 			e.server.ClearFaults()
 			begins, release := e.storage.hold("put", "calls/")
-			e.pass(time.Minute) // the revocation's call has its place, and is being noted
-			<-begins
-			fault := oauth2test.Fault{Delay: 8 * time.Second, Times: 1}
+			<-begins // the revocation's call has its place, and is being noted
+			fault := oauth2test.Fault{Delay: time.Second, Times: 1} // shorter than the rest after another failure
 			if fails {
 				fault.Answer = oauth2test.Answer{Status: 500}
 			}
@@ -285,6 +284,19 @@ func TestOAuthRevocationThatWaitsBesideAWrite(t *testing.T) {
 			assert.True(t, e.server.RefreshTokenAlive(e.held("z")))
 		})
 	}
+}
+
+// Storage does not list what waits for its revocation: the service is not asked, because the result could not be stored.
+func TestOAuthWriteWhileRevocationsCannotBeRead(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.storage.refuse("list", intentPrefix)
+		e.InvalidateKey(t.Context(), intentPrefix+"default/x")
+		exchanges := e.server.TotalExchanges()
+		assert.GreaterOrEqual(t, e.rewrite("z", token, true), 500)
+		assert.Equal(t, exchanges, e.server.TotalExchanges())
+		assert.False(t, e.livesOn(token))
+	})
 }
 
 // Storage does not delete the intent, or does not note the tenant's access token for revocation, when the write is to be stored: the

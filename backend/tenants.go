@@ -500,7 +500,6 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if err != nil {
 		return ts.unstored(t, o, nil)
 	}
-	change := o.change
 	superseded := v.supersedes(o)
 	if superseded && !o.rotates(v.entry) {
 		if v.kept == o {
@@ -537,8 +536,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	var asked *tenantEntry // what storage was asked to take
 	err = ts.replace(ctx, t, o, v, kept)
-	if err == nil && change != nil && change.refreshToken != nil {
-		err = ts.revocations.spare(ctx, *change.refreshToken)
+	if c := o.change; err == nil && c != nil && c.refreshToken != nil {
+		err = ts.revocations.spare(ctx, *c.refreshToken)
 	}
 	if err == nil {
 		asked = next
