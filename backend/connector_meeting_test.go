@@ -247,3 +247,20 @@ func TestRefreshTokenIsStoredBeforeTheVerdict(t *testing.T) {
 		})
 	}
 }
+
+// Storage deletes a connector and not what it has of the connector's calls: the delete fails, and the next one deletes the rest.
+func TestConnectorDeleteThatLeavesItsCalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.kaizala.GenerateUserToken(e.connectorID, "u")})
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.storage.refuse("delete", "calls/")
+		_, status, _ := e.try(logical.DeleteOperation, "config", nil)
+		assert.Equal(t, 500, status)
+		e.storage.heal()
+		require.Contains(t, e.storedText(), "calls/default/")
+		e.ok(logical.DeleteOperation, "config", nil)
+		assert.NotContains(t, e.storedText(), "calls/")
+		assert.NotContains(t, e.storedText(), "config/")
+	})
+}

@@ -343,13 +343,13 @@ func (b *backend) deleteConnector(ctx context.Context, _ *logical.Request, d *fr
 	defer binding.Release(exclusive)
 	entry, err := getConnector(ctx, b.storage, name)
 	switch {
-	case entry == nil && err == nil:
-		return done(d), nil
+	case entry == nil && err == nil: // a delete that failed may have left what is stored of the connector's calls
 	case err != nil && !errors.Is(err, errUnreadable):
 		return answer(err)
-	}
-	if err := b.unused(ctx, name, "it is not deleted"); err != nil {
-		return answer(err)
+	default:
+		if err := b.unused(ctx, name, "it is not deleted"); err != nil {
+			return answer(err)
+		}
 	}
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
