@@ -256,7 +256,7 @@ func TestOAuthRevocationThatWaitsBesideAWrite(t *testing.T) {
 			e, token := newEngineWithDeletedTenant(t)
 			e.server.ClearFaults()
 			begins, release := e.storage.hold("put", "calls/")
-			<-begins // the revocation's call has its place, and is being noted
+			<-begins                                                // the revocation's call has its place, and is being noted
 			fault := oauth2test.Fault{Delay: time.Second, Times: 1} // shorter than the rest after another failure
 			if fails {
 				fault.Answer = oauth2test.Answer{Status: 500}
