@@ -76,6 +76,12 @@ func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != 
 // granted says whether the refresh token is one that a person's consent has brought, which exists nowhere else.
 func (o *outcome) granted() bool { return o.change != nil && o.change.grant != nil }
 
+// isWritersAlone says whether it verifies a write and has brought no refresh token that exists nowhere else: its writer can write again,
+// so it is not kept.
+func (o *outcome) isWritersAlone() bool {
+	return o.change != nil && o.refreshToken == "" && !o.granted()
+}
+
 // changes says whether there is anything to store.
 func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
@@ -368,8 +374,8 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 	switch {
 	case errors.Is(err, errSuperseded):
 		return err
-	case err != nil && f.want.change != nil && o.refreshToken == "" && !o.granted():
-		return err // nothing is kept: the writer still has the refresh token
+	case err != nil && o.isWritersAlone():
+		return err
 	case err != nil:
 		return x.fail(f, via, err)
 	case r.Err == nil:

@@ -397,9 +397,10 @@ func (t *tenant) summarized(e *tenantEntry) {
 	})
 }
 
-// stored records that storage has an entry. What was kept is part of it, or superseded by it. fresh is the access token
-// that has just been obtained, nil for none: the count of its leases begins at a known zero.
-func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
+// stored records that storage has an entry. kept is what memory kept when the caller read the tenant: it is part of the entry, or
+// superseded by it. What memory keeps since then stays. fresh is the access token that has just been obtained, nil for none: the count
+// of its leases begins at a known zero.
+func (t *tenant) stored(e *tenantEntry, fresh *accessToken, kept *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.update(func(v *tenantView) {
@@ -426,7 +427,11 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken) {
 			v.postponed = time.Time{}
 		}
 		v.show(e, a)
-		v.kept = nil
+		if v.kept == kept {
+			v.kept = nil
+		} else {
+			v.knows = doubted
+		}
 	})
 	if t.outdated {
 		t.leave() // readers read storage again
@@ -467,15 +472,20 @@ func (v *tenantView) supersedes(o *outcome) bool {
 	return lineage != o.from && (o.change == nil || lineage != o.change.lineage)
 }
 
-// deleted records that storage does not have the tenant any more.
-func (t *tenant) deleted() {
+// deleted records that storage does not have the tenant any more. kept is what memory kept when the caller read the tenant. What it
+// keeps since then stays until its tokens are given up.
+func (t *tenant) deleted(kept *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, 0
 	if f := t.flight.Load(); f != nil {
 		f.outlived.Store(true)
 	}
-	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text()}})
+	late := t.view.Load().kept
+	if late == kept {
+		late = nil
+	}
+	t.view.Store(&tenantView{knows: absent, tenantMemory: &tenantMemory{absence: noLineage + rand.Text(), kept: late}})
 }
 
 // doubt notes that a write has failed and that storage may have taken it. Readers still get a usable token; other requests read

@@ -329,7 +329,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			ts.doubt(t)
 			return err
 		}
-		t.stored(next, nil)
+		t.stored(next, nil, v.kept)
 		ts.loaded.Add(t.name, t)
 		ts.schedule(t)
 		return nil
@@ -370,7 +370,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			return err
 		}
 		tell(nil)
-		t.deleted()
+		t.deleted(v.kept)
 		ts.schedule(t)
 		return nil
 	})
@@ -482,6 +482,9 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	if err := t.storing.acquire(ctx); err != nil {
+		if o.isWritersAlone() {
+			return ts.unstored(t, o, nil, nil)
+		}
 		t.keep(o)
 		return keptTrouble(t.name)
 	}
@@ -498,7 +501,7 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	v, err := ts.read(ctx, t)
 	if err != nil {
-		return ts.unstored(t, o, nil)
+		return ts.unstored(t, o, nil, nil)
 	}
 	superseded := v.supersedes(o)
 	if superseded && !o.rotates(v.entry) {
@@ -520,7 +523,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	if o.change != nil {
 		// What the write was checked with may have been written since.
 		if err := ts.validate(ctx, next); isBadValue(err) {
-			if o.refreshToken == "" && !o.granted() {
+			if o.isWritersAlone() {
 				ts.abandon(ctx, t, o, false)
 				ts.withdrawEnded(t, o)
 				return err
@@ -547,13 +550,13 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		if o.retires {
 			ts.withdraw(ctx, t, v)
 		}
-		return ts.unstored(t, o, asked)
+		return ts.unstored(t, o, asked, v.kept)
 	}
 	if o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp) {
 		// A lease may have come meanwhile, and may have ended; none comes any more.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
-	t.stored(next, o.access)
+	t.stored(next, o.access, v.kept)
 	ts.loaded.Add(t.name, t)
 	if o.ownToken && o.access != nil && kept {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
@@ -597,9 +600,9 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 
 // unstored records that storage has not taken the result of an exchange. next is what it was asked to take, nil where
 // it was not asked.
-func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
+func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outcome) error {
 	switch {
-	case o.change != nil && o.refreshToken == "" && !o.granted():
+	case o.isWritersAlone():
 		t.doubt()
 		ts.withdrawEnded(t, o)
 		ts.giveUpUnstored(t.name, o)
@@ -609,7 +612,7 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry) error {
 		return keptTrouble(t.name)
 	case next != nil:
 		// Memory knows it all the same; after a restart the service is asked once more.
-		t.stored(next, nil)
+		t.stored(next, nil, kept)
 	}
 	return nil
 }
