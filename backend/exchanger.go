@@ -359,6 +359,9 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 	o := x.outcome(f, entry, via, r)
 	if o.access == nil && f.want.change != nil && o.refreshToken == "" {
 		f.answered(x.ctx, via, r.Err)
+		if stored := f.v.base(); stored != nil && stored.RefreshToken == o.sent && (f.lost || lostAnswer(r)) {
+			x.failLost(f, stored.Connector)
+		}
 		return r.Err // the operator's write is not stored
 	}
 	if r.Err != nil && !o.changes(entry) {
@@ -386,6 +389,16 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		return err
 	}
 	return nil // the write is stored, and the tenant says what is wrong
+}
+
+// failLost notes that the answer to a verification of the refresh token that the tenant has was lost. The service may have replaced the
+// refresh token, and ended the access token, so the tenant's own exchange is tried soon.
+func (x *exchanger) failLost(f *flight, connector string) {
+	own := &flight{t: f.t, from: f.from, connector: connector}
+	_ = x.fail(own, x.connectors.present(connector), &tokenservice.Failure{
+		Kind: tokenservice.Unavailable, Lost: true,
+		Text: "The answer to the exchange that verified a write was lost, and the service may have carried it out. The exchange is tried again.",
+	})
 }
 
 // outcome makes a value of what the service has answered.
