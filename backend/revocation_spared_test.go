@@ -364,6 +364,25 @@ func TestWritesThatWereNotTriedKeepTheRevocation(t *testing.T) {
 			assert.False(t, e.livesOn(token), "nothing was sent")
 		})
 	})
+	t.Run("the intent of the access token is not stored", func(t *testing.T) {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, revokeAll)
+			e.add("z", nil)
+			e.add("y", nil)
+			e.read("creds/y")
+			e.waitForIndex()
+			token := e.held("z")
+			e.revocationFails()
+			e.ok(logical.DeleteOperation, "tenants/z", nil)
+			e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+			done := make(chan int, 1)
+			go func() { done <- e.rewrite("y", token, true) }()
+			synctest.Wait()
+			e.storage.refuse("put", intentPrefix)
+			assert.Equal(t, 503, <-done)
+			assert.False(t, e.livesOn(token))
+		})
+	})
 	t.Run("the tenant cannot be read", func(t *testing.T) {
 		bubble(t, func(t *testing.T) {
 			e, token := newEngineWithDeletedTenant(t)
