@@ -2,6 +2,8 @@ package backend
 
 import (
 	"context"
+	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -13,6 +15,65 @@ import (
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
+
+// What a service has sent is kept in memory, because storage has not taken it, and a write or a delete of the tenant fails: the access
+// token that was given up for that is handed out to nobody, also after a restart. The refresh token is stored.
+func TestWriteFailsWhileTokensAreKept(t *testing.T) {
+	for cause, exchange := range map[string]func(*oauthEngine) int{
+		"read": func(e *oauthEngine) int {
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			return status
+		},
+		"refresh": func(e *oauthEngine) int {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+			return status
+		},
+	} {
+		for name, op := range map[string]func(*oauthEngine) int{
+			"verified write":   func(e *oauthEngine) int { return e.rewrite("acme", e.server.Grant(e.clientID, "other"), true) },
+			"unverified write": func(e *oauthEngine) int { return e.rewrite("acme", e.server.Grant(e.clientID, "other"), false) },
+			"delete": func(e *oauthEngine) int {
+				_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+				return status
+			},
+		} {
+			for _, unheard := range []bool{true, false} {
+				for _, restarts := range []bool{true, false} {
+					t.Run(fmt.Sprintf("%s, %s, unheard: %t, restarts: %t", cause, name, unheard, restarts), func(t *testing.T) {
+						bubble(t, func(t *testing.T) {
+							e := newOAuthEngine(t, oauth2test.ClassA, classA)
+							e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+							e.add("acme", nil)
+							e.waitForIndex()
+							if unheard {
+								e.storage.unheard("put", tenantPrefix)
+							} else {
+								e.storage.refuse("put", tenantPrefix)
+							}
+							require.Equal(t, http.StatusServiceUnavailable, exchange(e))
+							e.storage.heal()
+							e.storage.failWith(func(op, key string) error {
+								if isWrite(op) && strings.HasPrefix(key, tenantPrefix) {
+									return errStorage
+								}
+								return nil
+							})
+							require.GreaterOrEqual(t, op(e), 500)
+							e.storage.heal()
+							time.Sleep(2 * time.Minute)
+							if restarts {
+								e.crash()
+							}
+							assert.True(t, e.server.Alive(e.read("token/acme")["access_token"].(string)))
+							assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+							e.kept()
+						})
+					})
+				}
+			}
+		}
+	}
+}
 
 // Storage hangs until two requests have held up the answer of an exchange for 30 seconds: memory keeps that answer while the second
 // request changes the tenant in storage.

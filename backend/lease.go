@@ -169,7 +169,7 @@ func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant s
 		return !v.access.Planned.IsZero() && v.isEnded(), nil
 	}
 	generation, _ := secret.InternalData[leaseGeneration].(string)
-	if v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
+	if v.kept != nil && v.kept.isIn(v.entry) && v.kept.access.current() && v.entry.Access.Generation == generation {
 		return false, nil // another node has handed it out
 	}
 	if secret.InternalData[leaseOwn] != "true" {

@@ -408,6 +408,9 @@ func (ts *tenants) withdrawEnded(t *tenant, o *outcome) {
 // giveUpAll notes a tenant's access tokens for revocation when the tenant is rewritten or deleted.
 func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
 	if kept != nil && kept.access != nil {
+		if ts.revokesAccess(ctx, kept.connector) {
+			kept.access.leases.Store(givenUp) // if the write or delete fails, what is kept is stored without it
+		}
 		if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
 			return err
 		}
@@ -534,7 +537,11 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 			next.TokenPerLease = next.TokenPerLease && !isBadValue(ts.validate(ctx, next))
 		}
 	}
-	if o.access != nil && !o.ownToken {
+	ended := o.access != nil && !o.access.current() // given up by a write or a delete that has failed
+	switch {
+	case ended:
+		next.Access, next.Unleased = nil, nil
+	case o.access != nil && !o.ownToken:
 		ts.plan(ctx, t.name, next)
 	}
 	var asked *tenantEntry // what storage was asked to take
@@ -558,7 +565,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	t.stored(next, o.access, v.kept)
 	ts.loaded.Add(t.name, t)
-	if o.ownToken && o.access != nil && kept {
+	if o.ownToken && o.access != nil && kept && !ended {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
