@@ -175,7 +175,9 @@ fi
 # The shipped policies speak of the mount kaizala and the tenant acme.
 policy() { # policy NAME FILE TENANT
   say "Writing policy $1"
-  sed -e "s#kaizala/#$mount/#g" -e "s#/acme\([/\"]\)#/$3\1#g" "$here/policies/$2.hcl" | vault policy write "$1" - >/dev/null
+  # @ stands for the tenant while the mount's name is put in: each name may contain kaizala or acme.
+  sed -e 's#/acme\([/"]\)#/@\1#g' -e "s#kaizala/#$mount/#g" -e "s#/@\([/\"]\)#/$3\1#g" "$here/policies/$2.hcl" |
+    vault policy write "$1" - >/dev/null
 }
 policy "$prefix-connector-owner" connector-owner acme
 policy "$prefix-operator" operator acme

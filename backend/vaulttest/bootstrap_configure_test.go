@@ -219,6 +219,15 @@ func TestConfigureElsewhere(t *testing.T) {
 	require.Contains(t, policy, `"teams/kaizala/creds/acme"`)
 	require.Contains(t, policy, `"sys/leases/revoke/teams/kaizala/creds/acme/*"`)
 
+	// The mount and a tenant may have the names that the shipped policies have.
+	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/acme", "KAIZALA_TENANTS=acme contoso kaizala")
+	for _, tenant := range []string{"acme", "contoso", "kaizala"} {
+		policy, err := v.Client.Sys().GetPolicy("teams-acme-app-" + tenant)
+		require.NoError(t, err)
+		require.Equal(t, []string{"teams/acme/creds/" + tenant, "sys/leases/renew", "sys/leases/revoke/teams/acme/creds/" + tenant + "/*", "sys/leases/revoke"},
+			pathsOf(policy))
+	}
+
 	// Another mount would have the same names of policies: the script changes nothing.
 	cmd, calls = configureRun(t, v, "KAIZALA_MOUNT=teams-kaizala", "KAIZALA_TENANTS=acme")
 	out, err = cmd.CombinedOutput()
@@ -228,6 +237,14 @@ func TestConfigureElsewhere(t *testing.T) {
 		require.NotContains(t, fileText(t, calls), writes+" ")
 	}
 	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala") // which is no other mount
+}
+
+// pathsOf returns the paths of a policy.
+func pathsOf(policy string) (paths []string) {
+	for _, match := range regexp.MustCompile(`(?m)^path "([^"]*)"`).FindAllStringSubmatch(policy, -1) {
+		paths = append(paths, match[1])
+	}
+	return paths
 }
 
 // A newer plugin replaces the one that runs.

@@ -114,8 +114,8 @@ module "tenant" {
 }
 module "policies" {
   source  = "./bootstrap/terraform/policies"
-  mount   = "teams/kaizala"
-  tenants = ["acme", "contoso"]
+  mount   = "teams/acme"
+  tenants = ["acme", "contoso", "kaizala"]
 }
 output "policies" {
   value = module.policies.policies
@@ -293,7 +293,7 @@ func sameAsConfigures(t *testing.T, v *Vault, output []byte) {
 	t.Helper()
 	var policies map[string]string
 	require.NoError(t, json.Unmarshal(output, &policies))
-	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme contoso")
+	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/acme", "KAIZALA_TENANTS=acme contoso kaizala")
 	names, err := v.Client.Sys().ListPolicies()
 	require.NoError(t, err)
 	for _, name := range names {

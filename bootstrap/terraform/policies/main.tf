@@ -34,13 +34,15 @@ output "prefix" {
   value = local.prefix
 }
 
-# replace takes what stands between slashes for a regular expression.
+# replace takes what stands between slashes for a regular expression. @ stands for the tenant while the mount's name is
+# put in: each name may contain kaizala or acme.
 output "policies" {
   value = {
     for name, policy in local.policies :
-    name => replace(replace(
+    name => replace(replace(replace(
       file("${path.module}/../../policies/${policy.file}.hcl"),
+      "/\\/acme([\"\\/])/", "/@$1"),
       "kaizala/", "${var.mount}/"),
-    "/\\/acme([\"\\/])/", "/${policy.tenant}$1")
+    "/\\/@([\"\\/])/", "/${policy.tenant}$1")
   }
 }
