@@ -91,9 +91,44 @@ vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is
 # Policies and the quota are named after the mount, with - for /, which two mounts can have in common.
 prefix=${mount//\//-}
 quota=sys/quotas/rate-limit/$prefix-callback
-limited=$(vault read -field=path "$quota" 2>/dev/null) || limited=
+limited=$(vault read -field=path "$quota" 2>&1) || {
+  [[ $limited == *"No value found"* ]] || die "cannot read $quota: $limited"
+  limited=
+}
 [[ -z $limited || $limited == *"$mount/callback*" ]] ||
   die "the mount ${limited%/callback*}/ has the names of policies and quota that $mount/ would get ($prefix-…): choose another path, or delete $quota if that mount is gone"
+
+# The shipped policies speak of the mount kaizala and the tenant acme.
+policy() { # policy FILE TENANT
+  # @ stands for the tenant while the mount's name is put in: each name may contain kaizala or acme.
+  sed -e 's#/acme\([/"]\)#/@\1#g' -e "s#kaizala/#$mount/#g" -e "s#/@\([/\"]\)#/$2\1#g" "$here/policies/$1.hcl"
+}
+policies=() # name, file and tenant of each
+for file in connector-owner operator monitor app-templated; do
+  policies+=("$prefix-$file $file acme")
+done
+for tenant in ${tenants[@]+"${tenants[@]}"}; do
+  for file in tenant-user tenant-connect app sidecar; do
+    policies+=("$prefix-$file-$tenant $file $tenant")
+  done
+done
+
+# Vault overwrites a policy without an error, and ignores case in its name. Nothing is changed where that would give somebody
+# the rights of another mount or tenant.
+present=$(vault policy list) || die "the token must be allowed to list policies (sys/policies/acl)"
+names=" "
+for entry in "${policies[@]}"; do
+  read -r policy file tenant <<<"$entry"
+  policy=$(tr '[:upper:]' '[:lower:]' <<<"$policy")
+  [[ $names != *" $policy "* ]] ||
+    die "KAIZALA_TENANTS: two policies would have the name $policy, where case does not count: choose another name for $tenant"
+  names+="$policy "
+  grep -qxF -- "$policy" <<<"$present" || continue
+  text=$(vault policy read "$policy") || die "the token must be allowed to read policies (sys/policies/acl)"
+  [[ $(policy "$file" "$tenant") =~ path\ \"[^\"]*\" ]]
+  [[ $text == *"${BASH_REMATCH[0]}"* ]] ||
+    die "the policy $policy is there for something else, since it has no ${BASH_REMATCH[0]}: choose another mount path or tenant name, or delete that policy if nobody uses it"
+done
 
 enterprise=no
 if vault status | grep -q '^Version .*+ent'; then
@@ -172,22 +207,10 @@ else
     "${options[@]}" ${seal_wrap[@]+"${seal_wrap[@]}"} "$name" >/dev/null
 fi
 
-# The shipped policies speak of the mount kaizala and the tenant acme.
-policy() { # policy NAME FILE TENANT
-  say "Writing policy $1"
-  # @ stands for the tenant while the mount's name is put in: each name may contain kaizala or acme.
-  sed -e 's#/acme\([/"]\)#/@\1#g' -e "s#kaizala/#$mount/#g" -e "s#/@\([/\"]\)#/$3\1#g" "$here/policies/$2.hcl" |
-    vault policy write "$1" - >/dev/null
-}
-policy "$prefix-connector-owner" connector-owner acme
-policy "$prefix-operator" operator acme
-policy "$prefix-monitor" monitor acme
-policy "$prefix-app-templated" app-templated acme
-for tenant in ${tenants[@]+"${tenants[@]}"}; do
-  policy "$prefix-tenant-user-$tenant" tenant-user "$tenant"
-  policy "$prefix-tenant-connect-$tenant" tenant-connect "$tenant"
-  policy "$prefix-app-$tenant" app "$tenant"
-  policy "$prefix-sidecar-$tenant" sidecar "$tenant"
+for entry in "${policies[@]}"; do
+  read -r policy file tenant <<<"$entry"
+  say "Writing policy $policy"
+  policy "$file" "$tenant" | vault policy write "$policy" - >/dev/null
 done
 
 # A request for callback needs no token, and costs a storage read.

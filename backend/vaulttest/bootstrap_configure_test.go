@@ -228,13 +228,34 @@ func TestConfigureElsewhere(t *testing.T) {
 			pathsOf(policy))
 	}
 
-	// Another mount would have the same names of policies: the script changes nothing.
-	cmd, calls = configureRun(t, v, "KAIZALA_MOUNT=teams-kaizala", "KAIZALA_TENANTS=acme")
-	out, err = cmd.CombinedOutput()
-	require.ErrorAs(t, err, new(*exec.ExitError))
-	require.Contains(t, string(out), "the mount teams/kaizala/ has the names")
-	for _, writes := range []string{"register", "enable", "policy", "write"} {
-		require.NotContains(t, fileText(t, calls), writes+" ")
+	// Vault would overwrite a policy of another mount or tenant, whose users would get the rights of this one: the script changes
+	// nothing. The same where it cannot see that.
+	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme operator")
+	less := func(name, policy string) string {
+		require.NoError(t, v.Client.Sys().PutPolicy(name, policy))
+		return "VAULT_TOKEN=" + v.TokenWith(t, name)
+	}
+	const all = `path "*" { capabilities = ["create", "read", "update", "delete", "list", "sudo"] } `
+	for _, c := range []struct {
+		mount, tenants, says string
+		env                  string
+	}{
+		{"teams-kaizala", "acme", "the mount teams/kaizala/ has the names", "A="},
+		{"teams/kaizala-app", "", `teams-kaizala-app-operator is there for something else, since it has no path "teams/kaizala-app/tenants"`, "A="},
+		{"teams/kaizala", "ACME", `teams-kaizala-tenant-user-acme is there for something else, since it has no path "teams/kaizala/tenants/ACME"`, "A="},
+		{"other", "acme Acme", "two policies would have the name other-tenant-user-acme", "A="},
+		{"other", "templated", "two policies would have the name other-app-templated", "A="},
+		{"teams/kaizala", "acme", "cannot read sys/quotas/rate-limit/teams-kaizala-callback: ", less("no-quotas", all+`path "sys/quotas/*" { capabilities = ["update"] }`)},
+		{"teams/kaizala", "acme", "the token must be allowed to list policies", less("no-list", all+`path "sys/policies/acl" { capabilities = ["deny"] }`)},
+		{"teams/kaizala", "acme", "the token must be allowed to read policies", less("no-policies", all+`path "sys/policies/acl/*" { capabilities = ["update"] }`)},
+	} {
+		cmd, calls = configureRun(t, v, "KAIZALA_MOUNT="+c.mount, "KAIZALA_TENANTS="+c.tenants, c.env)
+		out, err = cmd.CombinedOutput()
+		require.ErrorAs(t, err, new(*exec.ExitError))
+		require.Contains(t, string(out), c.says)
+		for _, writes := range []string{"register", "enable", "write"} {
+			require.NotContains(t, fileText(t, calls), writes+" ")
+		}
 	}
 	_, _ = configureOK(t, v, "KAIZALA_MOUNT=teams/kaizala") // which is no other mount
 }
