@@ -14,7 +14,7 @@
 #   KAIZALA_MOUNT                  kaizala by default
 #   KAIZALA_DEFAULT_LEASE_TTL      of the mount; Vault's own by default
 #   KAIZALA_MAX_LEASE_TTL
-#   KAIZALA_TENANTS                names of tenants, whose users and apps get a policy each
+#   KAIZALA_TENANTS                names of tenants, with spaces between, whose users and apps get a policy each
 #   KAIZALA_CALLBACKS_PER_MINUTE   what one address may ask of the mount's callback, which needs no Vault token; by default
 #                                  what is set already, or else 60
 #   KAIZALA_CONNECTOR              name of the connector that this writes; default by default
@@ -76,10 +76,11 @@ plugin=$KAIZALA_PLUGIN
 command=${KAIZALA_PLUGIN_COMMAND:-$(basename "$plugin")}
 mount=${KAIZALA_MOUNT%/}
 connector=${KAIZALA_CONNECTOR:-default}
-read -r -a tenants <<<"$KAIZALA_TENANTS"
+read -r -d "" -a tenants <<<"$KAIZALA_TENANTS" || true # to its end, over several lines too
 # The engine's rule for names.
 named() { [[ $1 =~ ^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?$ && $1 != *..* ]]; }
-[[ $mount =~ ^[A-Za-z0-9_./-]+$ ]] || die "KAIZALA_MOUNT: a path of letters, digits and . _ - / only"
+[[ $mount =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$ ]] ||
+  die "KAIZALA_MOUNT: a path such as teams/kaizala, of letters, digits and _, and inside also . and -"
 named "$connector" || die "KAIZALA_CONNECTOR: $connector cannot be a connector's name"
 for tenant in ${tenants[@]+"${tenants[@]}"}; do
   named "$tenant" || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
