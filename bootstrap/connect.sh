@@ -74,9 +74,14 @@ if [[ ${KAIZALA_NO_BROWSER:-} != 1 ]]; then
   done
 fi
 
-say "Waiting until $(field expire_time)."
+until=$(field expire_time)
+say "Waiting until $until."
 while sleep 3; do
-  started=$(vault read "$path") || continue # Vault may be changing its leader
+  if ! started=$(vault read "$path"); then
+    # Vault may be changing its leader, or the token may have ended.
+    [[ $(date -u +%Y-%m-%dT%H:%M:%SZ) < $until ]] || die "Vault does not answer how this has ended: run vault read $path"
+    continue
+  fi
   case $(field status) in
   pending) ;;
   granted)
