@@ -112,6 +112,24 @@ module "tenant" {
   secret_version = 1
   depends_on     = [module.connector]
 }
+variable "scopes" {
+  default = "read"
+}
+module "oauth" {
+  source         = "./bootstrap/terraform/secret"
+  path           = "kaizala/config/crm"
+  settings = {
+    service           = "oauth2"
+    connector_id      = "crm"
+    token_url         = "https://as.example/token"
+    authorization_url = "https://as.example/authorize"
+    redirect_uris     = ["https://vault.example/v1/kaizala/callback/crm"]
+    scopes            = var.scopes
+  }
+  field          = "connector_secret"
+  secret         = var.connector_secret
+  secret_version = 1
+}
 module "policies" {
   source  = "./bootstrap/terraform/policies"
   mount   = "teams/acme"
@@ -149,6 +167,14 @@ output "policies" {
 	require.Error(t, terraform([]string{"TF_VAR_secret_version=2"}, "apply", "-no-color", "-auto-approve"))
 	require.NoError(t, terraform([]string{"TF_VAR_secret_version=2", "TF_VAR_connector_secret=" + next}, "apply", "-no-color", "-auto-approve"))
 	_, err = v.Client.Logical().Write("kaizala/tenants/acme/refresh", nil)
+	require.NoError(t, err)
+
+	// Another setting of a connector of OAuth 2.0 leaves the secret that it has.
+	require.NoError(t, terraform([]string{"TF_VAR_secret_version=2", "TF_VAR_scopes=write"}, "apply", "-no-color", "-auto-approve"))
+	read, err = v.Client.Logical().Read("kaizala/config/crm")
+	require.NoError(t, err)
+	require.Equal(t, []any{"write"}, read.Data["scopes"])
+	_, err = v.Client.Logical().Write("kaizala/tenants/new/authorize", map[string]any{"connector": "crm"})
 	require.NoError(t, err)
 
 	noSecretsKept(t, dir, output.String(), secret, next, refresh)

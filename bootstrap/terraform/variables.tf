@@ -67,7 +67,7 @@ variable "connector_id" {
 }
 
 variable "connector_secret" {
-  description = "The connector's secret. Needed when connector_secret_version changes, and at no other time."
+  description = "The connector's secret. Needed when connector_secret_version or another setting of the connector changes, and at no other time. An OAuth 2.0 connector keeps the secret that it has where this is null."
   type        = string
   default     = null
   ephemeral   = true
@@ -96,7 +96,7 @@ variable "tenants" {
 }
 
 variable "refresh_tokens" {
-  description = "Refresh tokens by tenant. Needed when a refresh_token_version changes, and at no other time."
+  description = "Refresh tokens by tenant. A tenant's is needed when its refresh_token_version or its settings change, and at no other time."
   type        = map(string)
   default     = {}
   ephemeral   = true

@@ -41,9 +41,14 @@ resource "terraform_data" "write" {
 
   provisioner "local-exec" {
     command = "printf %s \"$DATA\" | vault write \"$TARGET\" - >/dev/null"
+    # A connector of OAuth 2.0 keeps the secret that it has where none is given: null would take it away. Elsewhere the
+    # engine refuses the null, and with it the write.
     environment = {
       TARGET = var.path
-      DATA   = jsonencode(merge(var.settings, { (var.field) = var.secret }))
+      DATA = jsonencode(merge(var.settings, {
+        for secret in [var.secret] : (var.field) => secret
+        if secret != null || try(var.settings.service, "") != "oauth2"
+      }))
     }
   }
 }
