@@ -130,10 +130,17 @@ module "oauth" {
   secret         = var.connector_secret
   secret_version = 1
 }
+variable "mount" {
+  default = "teams/acme"
+}
+variable "tenants" {
+  type    = set(string)
+  default = ["acme", "contoso", "kaizala"]
+}
 module "policies" {
   source  = "./bootstrap/terraform/policies"
-  mount   = "teams/acme"
-  tenants = ["acme", "contoso", "kaizala"]
+  mount   = var.mount
+  tenants = var.tenants
 }
 output "policies" {
   value = module.policies.policies
@@ -161,6 +168,17 @@ output "policies" {
 	// Nothing is to be changed, so the secrets are not needed.
 	require.NoError(t, terraform(nil, "plan", "-no-color", "-detailed-exitcode"))
 	require.Equal(t, 1, kaizala.TotalExchanges())
+
+	// Names that cannot be, and names whose policies would be one policy in Vault.
+	for variable, says := range map[string]string{
+		"mount=teams//acme":        "mount has to be a path such as teams/kaizala",
+		`tenants=["a*"]`:           "cannot be a tenant's name",
+		`tenants=["a..b"]`:         "cannot be a tenant's name",
+		`tenants=["acme", "Acme"]`: "Two policies would have one name",
+		`tenants=["Templated"]`:    "Two policies would have one name",
+	} {
+		require.ErrorContains(t, terraform([]string{"TF_VAR_" + variable}, "plan", "-no-color"), says)
+	}
 
 	// Another version number writes the secret again; with the same one nothing is changed.
 	next := kaizala.NewConnectorSecret(id)
@@ -288,6 +306,12 @@ module "kaizala" {
 		require.NoError(t, err)
 		require.Nil(t, pins)
 	}
+
+	// Vault would overwrite a policy of another mount, whose users would get the rights of this one.
+	require.NoError(t, s.Client.Sys().PutPolicy("kaizala-app-acme", `path "kaizala-app/creds/acme" { capabilities = ["read"] }`))
+	require.ErrorContains(t, s.terraform(dir, &output, append(secrets, "TF_VAR_plugin_version="+first, "TF_VAR_plugin_pinned=false"), "plan", "-no-color"),
+		"The policy kaizala-app-acme is there for something else")
+	require.NoError(t, s.Client.Sys().DeletePolicy("kaizala-app-acme"))
 
 	apply(first, false, secrets...)
 	lease, err := s.Client.Logical().Read("kaizala/creds/contoso")

@@ -86,11 +86,39 @@ module "policies" {
   tenants = keys(var.tenants)
 }
 
+# Vault overwrites a policy without an error, and ignores case in its name. Names are made of mounts and tenants, so those of
+# kaizala-app may be those of kaizala's too, and of teams/kaizala and teams-kaizala they are the same.
+data "vault_generic_secret" "policies" {
+  path = "sys/policy"
+}
+
+locals {
+  names   = { for name in keys(module.policies.policies) : lower(name) => name }
+  present = nonsensitive(jsondecode(data.vault_generic_secret.policies.data_json).keys)
+}
+
+# Of a policy that is not there, the list again: which are there may be known at the apply alone.
+data "vault_generic_secret" "policy" {
+  for_each = local.names
+
+  path = contains(local.present, each.key) ? "sys/policies/acl/${each.key}" : "sys/policy"
+}
+
 resource "vault_policy" "kaizala" {
   for_each = module.policies.policies
 
   name   = each.key
   policy = each.value
+
+  lifecycle {
+    precondition {
+      condition = strcontains(
+        lookup(nonsensitive(data.vault_generic_secret.policy[lower(each.key)].data), "policy", each.value),
+        regex("path \"[^\"]*\"", each.value)
+      )
+      error_message = "The policy ${each.key} is there for something else, since it has no ${regex("path \"[^\"]*\"", each.value)}: choose another mount path or tenant name, or delete that policy if nobody uses it."
+    }
+  }
 }
 
 module "connector" {

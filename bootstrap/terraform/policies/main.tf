@@ -7,10 +7,29 @@ terraform {
 
 variable "mount" {
   type = string
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$", var.mount))
+    error_message = "mount has to be a path such as teams/kaizala, of letters, digits and _, and inside also . and -."
+  }
 }
 
 variable "tenants" {
   type = set(string)
+
+  validation {
+    condition = alltrue([
+      for tenant in var.tenants :
+      can(regex("^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?$", tenant)) && !strcontains(tenant, "..")
+    ])
+    error_message = "A name of tenants cannot be a tenant's name."
+  }
+
+  # Vault ignores case in the names of policies, and the policy of all apps is called app-templated.
+  validation {
+    condition     = length(distinct(concat(["templated"], [for tenant in var.tenants : lower(tenant)]))) == length(var.tenants) + 1
+    error_message = "Two policies would have one name: names of tenants may not differ in case alone, and none may be templated."
+  }
 }
 
 locals {
