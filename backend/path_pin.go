@@ -117,9 +117,30 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			return via.offers(byPIN)
 		}
 		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
-		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, p.permit)
-		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
+		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, func(ctx context.Context) (func(), error) {
+			release, err := p.permit(ctx)
+			if err != nil {
+				return nil, err
+			}
+			// For a PIN, Kaizala ends the user's present refresh token: one of an attempt that has ended is not sent.
+			present, _, err := b.pending(ctx, a.Tenant, byPIN)
+			if err == nil && (present == nil || present.ID != a.ID) {
+				err = errUsed
+			}
+			if err != nil {
+				release()
+				return nil, err
+			}
+			return release, nil
+		})
+		switch {
+		case result.RefreshToken != "":
+		case errors.Is(result.Err, errReplaced):
 			continue // the connector was written meanwhile: go by what it is now
+		case errors.Is(result.Err, errUsed):
+			b.grants.work(a.ID, false)
+			end.what = attemptSuperseded
+			return nil
 		}
 		storeVerdict := b.connectors.judge(via, result.Err)
 		if result.RefreshToken != "" {
