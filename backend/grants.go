@@ -280,10 +280,20 @@ func (b *backend) noteState(ctx context.Context, a *attempt) {
 	_ = putEntry(ctx, b.storage, stateKeys+a.State, s)
 }
 
-// begin makes an attempt its tenant's pending one. It ends the one before.
-func (b *backend) begin(ctx context.Context, a *attempt, v *tenantView) error {
+// begin makes an attempt its tenant's pending one. It ends the one before. The error of an attempt whose tenant was written meanwhile
+// tells the person to start again: a write of the tenant, or a grant, would have ended it already.
+func (b *backend) begin(ctx context.Context, a *attempt) error {
 	var before, device *attempt
 	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+		_, v, err := b.tenants.load(ctx, a.Tenant)
+		switch {
+		case err != nil:
+			return false, err
+		case v != nil && v.kept != nil && v.kept.granted():
+			return false, keptTrouble(a.Tenant)
+		case v.storedLineage() != a.Lineage:
+			return false, tryAgain("tenant %q was written or deleted meanwhile: nothing was begun; start again", a.Tenant)
+		}
 		b.grants.note(a) // before the write: storage may have the state though it says otherwise
 		if a.State != "" {
 			s := &stateEntry{Format: entryFormat, Tenant: a.Tenant, Callback: a.Callback, Expires: a.Expires, Status: attemptPending}
@@ -721,34 +731,35 @@ func (b *backend) goOn(name string, all *attempts) {
 func (b *backend) sweep(name string) {
 	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
 	defer cancel()
-	_, v, err := b.tenants.load(ctx, name)
 	var next time.Time
-	if err == nil {
-		err = b.changeAttempts(ctx, name, func(all *attempts) (changed bool, _ error) {
-			now := time.Now()
-			over := true
-			for _, a := range all.Last {
-				status, text := b.settled(a, v)
-				switch {
-				case a.Status != attemptPending:
-				case status != attemptPending:
-					a.close(status, text)
-					changed = true
-				default:
-					next = earliest(next, latest(a.Expires, now.Add(time.Minute)))
-				}
-				over = over && now.After(a.Expires.Add(attemptsKnown))
-			}
+	err := b.changeAttempts(ctx, name, func(all *attempts) (changed bool, _ error) {
+		_, v, err := b.tenants.load(ctx, name) // a grant may have been stored while this waited
+		if err != nil {
+			return false, err
+		}
+		now := time.Now()
+		over := true
+		for _, a := range all.Last {
+			status, text := b.settled(a, v)
 			switch {
-			case v != nil || len(all.Last) == 0 || !next.IsZero():
-			case !over:
-				next = now.Add(attemptsKnown)
+			case a.Status != attemptPending:
+			case status != attemptPending:
+				a.close(status, text)
+				changed = true
 			default:
-				return false, storageError(b.storage.Delete(ctx, attemptKeys+name))
+				next = earliest(next, latest(a.Expires, now.Add(time.Minute)))
 			}
-			return changed, nil
-		})
-	}
+			over = over && now.After(a.Expires.Add(attemptsKnown))
+		}
+		switch {
+		case v != nil || len(all.Last) == 0 || !next.IsZero():
+		case !over:
+			next = now.Add(attemptsKnown)
+		default:
+			return false, storageError(b.storage.Delete(ctx, attemptKeys+name))
+		}
+		return changed, nil
+	})
 	if ignoreUnusable(err) != nil {
 		return // the next tick tries again
 	}

@@ -34,7 +34,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	a, v, via, err := b.newAttempt(ctx, req, d, byDevice)
+	a, via, err := b.newAttempt(ctx, req, d, byDevice)
 	if err != nil {
 		return answer(err)
 	}
@@ -49,7 +49,7 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	}
 	b.connectors.judge(via, nil)(ctx)
 	a.DeviceCode, a.Interval, a.Expires = start.DeviceCode, start.Interval, start.Expires
-	if err := b.begin(ctx, a, v); err != nil {
+	if err := b.begin(ctx, a); err != nil {
 		return answer(err)
 	}
 	b.pollAfter(a.Tenant, a.ID, a.Interval)

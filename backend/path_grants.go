@@ -135,17 +135,17 @@ var (
 )
 
 // newAttempt makes an attempt for a tenant, which is not stored yet, once what can be known beforehand speaks for it.
-func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *framework.FieldData, path string) (*attempt, *tenantView, *loadedConnector, error) {
+func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *framework.FieldData, path string) (*attempt, *loadedConnector, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	_, v, err := b.tenants.load(ctx, name)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	if v != nil && v.kept != nil && v.kept.granted() {
-		return nil, nil, nil, keptTrouble(name) // which ends this attempt once storage takes it
+		return nil, nil, keptTrouble(name) // which ends this attempt once storage takes it
 	}
 	next := tenantEntry{Connector: defaultConnector, RefreshToken: "to come"}
 	if v != nil {
@@ -154,7 +154,7 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	if d.Raw["connector"] != nil {
 		next.Connector = textOf(d, "connector")
 		if err := checkName(next.Connector, "connector"); err != nil {
-			return nil, nil, nil, err
+			return nil, nil, err
 		}
 	}
 	via, err := b.connectors.of(ctx, next.Connector)
@@ -168,13 +168,13 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 		err = b.tenants.validate(ctx, &next)
 	}
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	return &attempt{
 		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, By: req.DisplayName,
 		Begun: now, Expires: now.Add(attemptLife), Status: attemptPending, Lineage: v.storedLineage(), Next: rand.Text(),
-	}, v, via, nil
+	}, via, nil
 }
 
 // offers says what a service can do where it cannot do this.
@@ -229,7 +229,7 @@ func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, 
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	a, v, via, err := b.newAttempt(ctx, req, d, byCode)
+	a, via, err := b.newAttempt(ctx, req, d, byCode)
 	if err != nil {
 		return answer(err)
 	}
@@ -255,7 +255,7 @@ func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, 
 	if err != nil {
 		return answer(fieldProblem(err))
 	}
-	if err := b.begin(ctx, a, v); err != nil {
+	if err := b.begin(ctx, a); err != nil {
 		return answer(err)
 	}
 	return b.warnOfLeases(&logical.Response{Data: map[string]any{

@@ -33,7 +33,7 @@ func (b *backend) loginWithPIN(ctx context.Context, req *logical.Request, d *fra
 }
 
 func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framework.FieldData, number string) (*logical.Response, error) {
-	a, v, via, err := b.newAttempt(ctx, req, d, byPIN)
+	a, via, err := b.newAttempt(ctx, req, d, byPIN)
 	if err != nil {
 		return answer(err)
 	}
@@ -42,7 +42,7 @@ func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framewor
 		return answer(b.notBegun(ctx, a, via, err))
 	}
 	a.MobileNumber = number
-	if err := b.begin(ctx, a, v); err != nil {
+	if err := b.begin(ctx, a); err != nil {
 		return answer(err)
 	}
 	return b.warnOfLeases(&logical.Response{Data: attemptData(a, attemptPending, "")}, a), nil
