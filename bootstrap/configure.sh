@@ -131,8 +131,9 @@ for entry in "${policies[@]}"; do
     die "the policy $policy is there for something else, since it has no ${BASH_REMATCH[0]}: choose another mount path or tenant name, or delete that policy if nobody uses it"
 done
 
+status=$(vault status) || die "cannot tell whether Vault is an Enterprise edition, whose mount is seal-wrapped from the start: vault status fails"
 enterprise=no
-if vault status | grep -q '^Version .*+ent'; then
+if grep -q '^Version .*+ent' <<<"$status"; then
   enterprise=yes
 fi
 

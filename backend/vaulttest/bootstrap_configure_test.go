@@ -35,6 +35,7 @@ func configureRun(t *testing.T, v *Vault, env ...string) (cmd *exec.Cmd, calls s
 printf '%s ' "$@" >>"` + calls + `"
 env | sed 's/^/env: /' >>"` + calls + `"
 [ "$1 $EDITION" != "status ent" ] || { echo "Version 1.21.0+ent"; exit 0; }
+[ "$1 $EDITION" != "status unknown" ] || exit 1
 exec "` + v.binary + `" "$@"
 `
 	require.NoError(t, os.WriteFile(filepath.Join(shim, "vault"), []byte(script), 0o755))
@@ -243,6 +244,7 @@ func TestConfigureElsewhere(t *testing.T) {
 		{"teams-kaizala", "acme", "the mount teams/kaizala/ has the names", "A="},
 		{"teams/kaizala-app", "", `teams-kaizala-app-operator is there for something else, since it has no path "teams/kaizala-app/tenants"`, "A="},
 		{"teams/kaizala", "ACME", `teams-kaizala-tenant-user-acme is there for something else, since it has no path "teams/kaizala/tenants/ACME"`, "A="},
+		{"other", "acme", "cannot tell whether Vault is an Enterprise edition", "EDITION=unknown"}, // and has to seal-wrap
 		{"other", "acme Acme", "two policies would have the name other-tenant-user-acme", "A="},
 		{"other", "templated", "two policies would have the name other-app-templated", "A="},
 		{"teams/kaizala", "acme", "cannot read sys/quotas/rate-limit/teams-kaizala-callback: ", less("no-quotas", all+`path "sys/quotas/*" { capabilities = ["update"] }`)},
