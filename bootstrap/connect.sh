@@ -77,10 +77,14 @@ fi
 until=$(field expire_time)
 say "Waiting until $until."
 while sleep 3; do
-  if ! started=$(vault read "$path"); then
-    # Vault may be changing its leader, or the token may have ended.
-    [[ $(date -u +%Y-%m-%dT%H:%M:%SZ) < $until ]] || die "Vault does not answer how this has ended: run vault read $path"
-    continue
+  if ! started=$(vault read "$path" 2>&1); then
+    say "$started"
+    look="look with vault read $path"
+    [[ $started != *"Code: 403"* ]] ||
+      die "this Vault token has ended, or may not read the result. The authorization goes on: log in again, and $look"
+    [[ ! $(date -u +%Y-%m-%dT%H:%M:%SZ) > $until ]] ||
+      die "Vault does not answer, and the time to grant access is over. Later, $look"
+    continue # Vault may be changing its leader
   fi
   case $(field status) in
   pending) ;;

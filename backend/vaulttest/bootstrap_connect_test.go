@@ -123,6 +123,36 @@ func TestConnect(t *testing.T) {
 		require.Contains(t, said, says)
 	}
 	require.Equal(t, oauth2test.Subject("ravi"), m.read("tenants/acme").ok(t).text("subject"), "the failed flows have not changed the tenant")
+
+	// The script ends when its Vault token does: another read would fail in the same way.
+	said, _, status = run(func(string) {
+		code, answer := m.vault.request(t, m.vault.RootToken, http.MethodPut, "auth/token/revoke", map[string]any{"token": token})
+		require.Equal(t, 204, code, answer)
+	}, "acme")
+	require.Equal(t, 1, status, said)
+	require.Equal(t, 1, strings.Count(said, "permission denied"), said)
+	require.Contains(t, said, "connect.sh: this Vault token has ended, or may not read the result. "+
+		"The authorization goes on: log in again, and look with vault read kaizala/tenants/acme/authorize")
+}
+
+// A Vault that has gone ends the script once the time for the person is over.
+func TestConnectWithoutVault(t *testing.T) {
+	t.Parallel()
+	shim := t.TempDir()
+	vault := `#!/bin/sh
+case $1 in
+write) printf '%s\n' 'authorization_url    https://as.example/' 'expire_time          2026-01-01T00:10:00.5Z' ;;
+*) echo 'connection refused' >&2; exit 2 ;;
+esac
+`
+	require.NoError(t, os.WriteFile(filepath.Join(shim, "vault"), []byte(vault), 0o755))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, bootstrapFile(t, "connect.sh"), "acme")
+	cmd.Env = []string{"PATH=" + shim + ":" + os.Getenv("PATH")}
+	said, err := cmd.CombinedOutput()
+	require.ErrorContains(t, err, "exit status 1", string(said))
+	require.Contains(t, string(said), "connect.sh: Vault does not answer, and the time to grant access is over. Later, look with vault read kaizala/tenants/acme/authorize")
 }
 
 // The script's Vault token ends while the script waits, say: it stops when the attempt has expired.
