@@ -267,7 +267,7 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 		"limit": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.TooManyRequests(time.Minute)})
 		}, 429, "try again in"},
-		"a scope that it has not": {func(e *grantEngine) { e.write("config/as", map[string]any{"scopes": "openid"}) }, 400, "scopes has to be within"},
+		"a scope that it has not": {func(e *grantEngine) { e.write("config/as", map[string]any{"scopes": "openid"}) }, 400, "each of scopes has to be one of"},
 		"written meanwhile": {func(e *grantEngine) {
 			e.storage.once("put", callPrefix, func() { e.write("config/as", map[string]any{"request_timeout": "6s"}) })
 		}, 503, "was written meanwhile"},

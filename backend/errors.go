@@ -38,7 +38,7 @@ func unknownTenant(name string) error {
 }
 
 func unknownConnector(name string) error {
-	return badValue("connector %q is not configured: its owner has to write %s first", name, configPath(name))
+	return badValue("connector %q is not configured: its owner (for Kaizala) or the Vault operator (for an OAuth 2.0 service) has to write %s first", name, configPath(name))
 }
 
 // configPath is where a connector is written.

@@ -803,7 +803,7 @@ func scopesWithin(asked, configured []string) ([]string, error) {
 	}
 	for _, scope := range asked {
 		if !allowed[scope] {
-			return nil, badValue("scopes has to be within the connector's, which are: %s", orNone(slices.Sorted(maps.Keys(allowed))))
+			return nil, badValue("each of scopes has to be one of the connector's: %s", orNone(slices.Sorted(maps.Keys(allowed))))
 		}
 	}
 	return asked, nil

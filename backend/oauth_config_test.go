@@ -63,34 +63,34 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	e := newOAuthEngine(t, oauth2test.ClassD, nil)
 	was := e.read("config")
 	for says, body := range map[string]map[string]any{
-		"api_root belongs":                 {"api_root": "https://api.kaiza.la"},
-		"redirect_hosts belongs":           {"redirect_hosts": "kaiza.la"},
-		"service has to be":                {"service": "saml"},
-		"token_url":                        {"token_url": nil},
-		"token_url ":                       {"token_url": "http://as.example.com/token"},
-		"revocation_url":                   {"revocation_url": "https://u:SECRETTEXT@as.example.com/revoke"},
-		"authorization_url":                {"authorization_url": "https://as.example.com/#SECRETTEXT"},
-		"redirect_uris":                    {"redirect_uris": "vault.example.com"},
-		"token_endpoint_auth_method":       {"token_endpoint_auth_method": "private_key_jwt"},
-		"secret stands in quotes":          {"connector_secret": "'SECRETTEXT'"},
-		"connector_secret must be left":    {"token_endpoint_auth_method": "none"},
-		"keep_alive":                       {"keep_alive": 0},
-		"access_token_life":                {"access_token_life": 0},
-		"request_timeout has":              {"request_timeout": 0},
-		"exchanges_per_minute":             {"exchanges_per_minute": 0},
-		"revocation must":                  {"revocation": "grant"},
-		"revocation cannot be access":      {"revocation": "access_token", "revocation_url": nil},
-		"revocation cannot be exchange":    {"revocation": "exchange", "exchange_invalidates": false},
-		"revoke_on_delete":                 {"revoke_on_delete": true, "revocation_url": nil},
-		"token_params must not hold grant": {"token_params": map[string]any{"grant_type": "SECRETTEXT"}},
-		"client_*":                         {"token_params": map[string]any{"Client_Assertion": "SECRETTEXT"}},
-		"code_challenge*":                  {"authorization_params": map[string]any{"code_challenge_method": "plain"}},
-		"authorization_params must not":    {"authorization_params": []any{"prompt=consent", "scope=x"}},
-		"token_params has to be a map":     {"token_params": "SECRETTEXT"},
-		"token_params has to":              {"token_params": []any{"a=1", "SECRETTEXT"}},
-		"token_params has":                 {"token_params": 5},
-		"a map of names to strings":        {"token_params": map[string]any{"a": true}},
-		"authorization_params has to be":   {"authorization_params": map[string]any{"a": nil}},
+		"api_root is not a field of a connector with service=oauth2: leave it out": {"api_root": "https://api.kaiza.la"},
+		"redirect_hosts is not a field":                                            {"redirect_hosts": "kaiza.la"},
+		"service has to be":                                                        {"service": "saml"},
+		"token_url":                                                                {"token_url": nil},
+		"token_url ":                                                               {"token_url": "http://as.example.com/token"},
+		"revocation_url":                                                           {"revocation_url": "https://u:SECRETTEXT@as.example.com/revoke"},
+		"authorization_url":                                                        {"authorization_url": "https://as.example.com/#SECRETTEXT"},
+		"redirect_uris":                                                            {"redirect_uris": "vault.example.com"},
+		"token_endpoint_auth_method":                                               {"token_endpoint_auth_method": "private_key_jwt"},
+		"secret stands in quotes":                                                  {"connector_secret": "'SECRETTEXT'"},
+		"connector_secret must be left":                                            {"token_endpoint_auth_method": "none"},
+		"keep_alive":                                                               {"keep_alive": 0},
+		"access_token_life":                                                        {"access_token_life": 0},
+		"request_timeout has":                                                      {"request_timeout": 0},
+		"exchanges_per_minute":                                                     {"exchanges_per_minute": 0},
+		"revocation must":                                                          {"revocation": "grant"},
+		"revocation cannot be access":                                              {"revocation": "access_token", "revocation_url": nil},
+		"revocation cannot be exchange":                                            {"revocation": "exchange", "exchange_invalidates": false},
+		"revoke_on_delete":                                                         {"revoke_on_delete": true, "revocation_url": nil},
+		"token_params must not hold grant":                                         {"token_params": map[string]any{"grant_type": "SECRETTEXT"}},
+		"client_*":                                                                 {"token_params": map[string]any{"Client_Assertion": "SECRETTEXT"}},
+		"code_challenge*":                                                          {"authorization_params": map[string]any{"code_challenge_method": "plain"}},
+		"authorization_params must not":                                            {"authorization_params": []any{"prompt=consent", "scope=x"}},
+		"token_params has to be a map":                                             {"token_params": "SECRETTEXT"},
+		"token_params has to":                                                      {"token_params": []any{"a=1", "SECRETTEXT"}},
+		"token_params has":                                                         {"token_params": 5},
+		"a map of names to strings":                                                {"token_params": map[string]any{"a": true}},
+		"authorization_params has to be":                                           {"authorization_params": map[string]any{"a": nil}},
 	} {
 		_, code, text := e.try(logical.UpdateOperation, "config", body)
 		assert.Equal(t, 400, code, says)
@@ -100,7 +100,7 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	assert.Equal(t, was, e.read("config"), "nothing is stored")
 	_, code, text := e.try(logical.UpdateOperation, "config/k", map[string]any{"connector_id": "i", "connector_secret": "s", "issuer": "https://as.example.com"})
 	assert.Equal(t, 400, code)
-	assert.Contains(t, text, "issuer belongs")
+	assert.Contains(t, text, "issuer is not a field of a connector with service=kaizala: leave it out, or give the right service with it")
 
 	// A write replaces the whole map; null and {} make it empty; the command line sends a list.
 	e.write("config", map[string]any{"token_params": []any{"a=1", "b=x=y,z"}})

@@ -452,7 +452,7 @@ func TestAThirdKindOfService(t *testing.T) {
 		e.write("config", map[string]any{"service": "fake", "greeting": "hello"})
 		_, code, text := e.try(logical.UpdateOperation, "config", map[string]any{"api_root": "x"})
 		assert.Equal(t, 400, code)
-		assert.Contains(t, text, "api_root belongs")
+		assert.Contains(t, text, "api_root is not a field")
 		e.write("tenants/acme", map[string]any{"refresh_token": "you"})
 		e.restart()
 		assert.Equal(t, "hello", e.read("config")["greeting"])

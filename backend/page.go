@@ -70,7 +70,7 @@ var pageTexts = map[string]pageText{
 	endEmpty: {"Something is missing",
 		"Nothing was connected: the service has sent neither a code nor an error that can be used. Open the authorization again."},
 	endLater: {"Not now",
-		"Nothing was sent to the service, and nothing was connected. The link stays good. Reload this page later: what stands below says why, and when where that is known."},
+		"Nothing was sent to the service, and nothing was connected. The link stays valid until its ten minutes are over. Reload this page later. The reason is below."},
 }
 
 // pageResponse makes the page of what a callback has come to.

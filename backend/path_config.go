@@ -281,8 +281,8 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	const shown = 10
 	if len(users) > 0 {
 		slices.Sort(users)
-		return badValue("%d tenants use connector %q, so %s: move them to another connector or delete them first (%s)",
-			len(users), name, refusal, strings.Join(users[:min(shown, len(users))], ", "))
+		return badValue("connector %q is used by %s, so %s: move each to another connector or delete it first (%s)",
+			name, plural(len(users), "tenant"), refusal, strings.Join(users[:min(shown, len(users))], ", "))
 	}
 	if pending, _ := b.revocations.pendingOf(name); pending > 0 {
 		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)

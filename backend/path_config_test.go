@@ -79,7 +79,7 @@ func TestConnectorInUseStays(t *testing.T) {
 	}
 	_, status, text := e.try(logical.DeleteOperation, "config", nil)
 	assert.Equal(t, 400, status)
-	assert.Contains(t, text, "12 tenants use connector")
+	assert.Contains(t, text, `connector "default" is used by 12 tenants, so it is not deleted`)
 	assert.Contains(t, text, "tenant-09")
 	assert.NotContains(t, text, "tenant-10", "the error names ten tenants")
 
@@ -132,7 +132,7 @@ func TestBadConnectorsAreRefused(t *testing.T) {
 	}{
 		{"connector_id", "", "connector_id is required"},
 		{"connector_id", "  ", "connector_id is required"},
-		{"connector_id", nil, "connector_id is required"},
+		{"connector_id", nil, "for an OAuth 2.0 service, give service=oauth2 too"},
 		{"connector_id", "a\r\nb", "connector_id"},
 		{"connector_id", []any{"a"}, "connector_id does not fit: it has to be a string"},
 		{"connector_secret", "", "connector_secret is required"},

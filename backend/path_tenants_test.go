@@ -216,7 +216,7 @@ func TestTenantBeforeAnyConnector(t *testing.T) {
 	e := newEngine(t)
 	_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "x"})
 	assert.Equal(t, 400, status)
-	assert.Contains(t, text, `connector "default" is not configured: its owner has to write config first`)
+	assert.Contains(t, text, `connector "default" is not configured: its owner (for Kaizala) or the Vault operator (for an OAuth 2.0 service) has to write config first`)
 }
 
 func TestReaderMayOnlyRaiseMinTTL(t *testing.T) {

@@ -28,8 +28,8 @@ func reference(b *framework.Backend) string {
 	line := func(format string, args ...any) { fmt.Fprintf(&out, format+"\n", args...) }
 	line("<!-- Generated from the engine's own definitions by make generate: do not edit. -->\n")
 	line("# Paths and fields\n\n%s\n", paragraph(b.Help))
-	line("Paths are relative to the mount, `kaizala/` in most examples. `vault path-help kaizala/creds/acme` shows the")
-	line("same in a terminal. A *duration* is a text such as `90s`, `15m` or `24h`, or a number of seconds.")
+	line("Paths are relative to the mount, `kaizala/` in most examples. `vault path-help kaizala/creds/acme` shows")
+	line("in a terminal what a path is for and what it takes. A *duration* is a text such as `90s`, `15m` or `24h`, or a number of seconds.")
 	shown := map[string]string{} // the heading under which each table is
 	table := func(path, title, head string, rows []string) {
 		text := head + "\n" + strings.Join(rows, "\n")

@@ -61,7 +61,7 @@ func (s *kaizalaSettings) show(data map[string]any) {
 func (s *kaizalaSettings) check(c *connectorEntry) error {
 	switch {
 	case c.ConnectorID == "":
-		return badValue("connector_id is required: give the ID that Kaizala's portal shows for the connector")
+		return badValue("connector_id is required: give the ID that Kaizala's portal shows for the connector; for an OAuth 2.0 service, give service=oauth2 too")
 	case c.ConnectorSecret == "":
 		return badValue("connector_secret is required: give the secret that Kaizala's portal shows for the connector")
 	case s.APIRoot == "":

@@ -146,7 +146,7 @@ func (c *connectorEntry) change(d *framework.FieldData) (err error) {
 			}
 		default:
 			if serviceKinds[c.Service].fields[name] == nil {
-				return badValue("%s belongs to connectors of another service; this connector's service is %s", name, c.Service)
+				return badValue("%s is not a field of a connector with service=%s: leave it out, or give the right service with it", name, c.Service)
 			}
 			err = c.Settings.set(d, name)
 		}
