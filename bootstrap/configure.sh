@@ -255,7 +255,11 @@ if ((${#settings[@]} > 0)); then
   fi
 fi
 
+service=$(vault read -field=service "$config" 2>/dev/null) || service=
 say "Done. What is left for others:"
+if [[ -z $service ]]; then
+  say "  for an OAuth 2.0 service, the operator ($prefix-operator) before the connector owner:  vault write $config service=oauth2 issuer=… scopes=… redirect_uris=https://VAULT/v1/$callback"
+fi
 if [[ -z $(vault read -field=connector_id "$config" 2>/dev/null) ]]; then
   owner=$prefix-connector-owner
   [[ $connector == default ]] || owner="a policy like $owner, for $config"
@@ -264,7 +268,6 @@ fi
 if [[ $(vault read -field=redirect_uris "$config" 2>/dev/null) == "[]" ]]; then
   say "  the operator, with the address that is registered with the service:  vault write $config redirect_uris=https://VAULT/v1/$callback"
 fi
-service=$(vault read -field=service "$config" 2>/dev/null) || service=
 for tenant in "${tenants[@]:-TENANT}"; do
   consent="vault write -f $mount/tenants/$tenant/authorize$via"
   [[ $service != kaizala ]] || consent="vault write $mount/tenants/$tenant/pin$via mobile_number=…"

@@ -93,6 +93,7 @@ func TestConfigure(t *testing.T) {
 	out, _ := configureOK(t, v, "KAIZALA_TENANTS=acme contoso", "KAIZALA_MAX_LEASE_TTL=48h")
 	require.Contains(t, out, "Mounting kaizala/")
 	require.Contains(t, out, "vault write kaizala/config connector_id=… connector_secret=-")
+	require.Contains(t, out, "for an OAuth 2.0 service, the operator (kaizala-operator) before the connector owner:  vault write kaizala/config service=oauth2 ")
 	require.Contains(t, out, "vault write kaizala/tenants/contoso refresh_token=-")
 	policies := []string{
 		"kaizala-connector-owner", "kaizala-operator", "kaizala-monitor", "kaizala-app-templated",
@@ -305,6 +306,7 @@ func TestConfigureOAuth(t *testing.T) {
 
 	out, _ := configureOK(t, s.Vault, append(env, "KAIZALA_CALLBACKS_PER_MINUTE=7")...) // later runs say 20
 	require.Contains(t, out, "(kaizala-connector-owner):  vault write kaizala/config connector_id=… connector_secret=-")
+	require.NotContains(t, out, "service=oauth2", "the operator has written it")
 	config := s.read(t, "kaizala/config")
 	require.Equal(t, "oauth2", config["service"])
 	require.Equal(t, server.TokenURL(), config["token_url"])
