@@ -1,6 +1,5 @@
-# The connector owner: the procedure's developer, who registers the connector with Kaizala, or the client at an OAuth 2.0
-# service. Writes its ID and secret, and no other field: a URL of the service, redirect_hosts and ca_cert decide where refresh
-# tokens are sent.
+# The connector owner, who registers the connector with Kaizala, or the client at an OAuth 2.0 service. Writes its ID and secret,
+# and no other field: a URL of the service, redirect_hosts and ca_cert decide where refresh tokens are sent.
 path "kaizala/config" {
   capabilities = ["create", "update"]
   allowed_parameters = {
