@@ -39,7 +39,7 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 			logical.CreateOperation: write,
 			logical.UpdateOperation: write,
 			logical.PatchOperation: operation("patch", suffix, "Change some settings of the "+what+".",
-				"Like a write, but the connector must exist. null sets a field to its default.",
+				"Like a write, but the connector must exist. A JSON null sets a field to its default: vault patch reads JSON from standard input where its argument is -.",
 				noContent("The connector was changed."), b.patchConnector),
 			logical.ReadOperation: operation("read", suffix, "Read the "+what+", without its secret.",
 				"All of its settings except connector_secret, which cannot be read back.",

@@ -46,7 +46,7 @@ func (b *backend) tenantPaths() []*framework.Path {
 				logical.CreateOperation: write,
 				logical.UpdateOperation: write,
 				logical.PatchOperation: operation("patch", "tenant", "Change some of a tenant's settings.",
-					"Like a write, but the tenant must exist. null sets a field to its default.",
+					"Like a write, but the tenant must exist. A JSON null sets a field to its default: vault patch reads JSON from standard input where its argument is -.",
 					noContent("The tenant was changed."), b.patchTenant),
 				logical.ReadOperation: operation("read", "tenant", "Read a tenant's settings and state, without its tokens.",
 					"Says whether exchanges succeed and, if they do not, who has to do what. Makes no call to the service.",
