@@ -1,5 +1,5 @@
-// Command vault-plugin-secrets-kaizala is the Kaizala secrets engine as a
-// plugin that Vault runs.
+// Command vault-plugin-secrets-kaizala is the secrets engine as a plugin
+// that Vault runs.
 package main
 
 import (
@@ -66,8 +66,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 func help(w io.Writer) {
 	fmt.Fprintf(w, `%[1]s %[2]s: a secrets engine for HashiCorp Vault that
-keeps Kaizala refresh tokens and hands out access tokens. Vault runs it; it does
-nothing when started by hand. Copy it to Vault's plugin_directory, and then:
+keeps refresh tokens, of OAuth 2.0 services and of Kaizala, and hands out access
+tokens. Vault runs it; it does nothing when started by hand. Copy it to Vault's
+plugin_directory, and then:
 
   vault plugin register -sha256="$(sha256sum %[1]s | cut -d' ' -f1)" -version=%[2]s secret %[1]s
   vault secrets enable -path=kaizala %[1]s

@@ -69,6 +69,7 @@ func TestStartedByHandItHelps(t *testing.T) {
 	require.Equal(t, 1, cmd.ProcessState.ExitCode())
 	require.Empty(t, stdout.String(), "standard output is only for go-plugin")
 	for _, text := range []string{
+		"keeps refresh tokens, of OAuth 2.0 services and of Kaizala,",
 		"vault plugin register -sha256=",
 		"vault secrets enable -path=kaizala",
 		"vault path-help kaizala",
