@@ -631,6 +631,29 @@ func TestASlowRedemption(t *testing.T) {
 	})
 }
 
+// An authorization can be started while the service refuses the connector, and the answer says what has to come first.
+func TestAuthorizeWhileTheConnectorIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		ask := map[string]any{"connector": "as"}
+		warnings := func() []string {
+			resp, status, text := e.ask(logical.UpdateOperation, "tenants/acme/authorize", ask)
+			require.Equal(t, 200, status, text)
+			return resp.Warnings
+		}
+		require.Empty(t, warnings())
+		e.write("config/as", map[string]any{"connector_secret": "WRONG"})
+		require.Empty(t, warnings(), "the service has not been asked yet")
+		_, status, text := e.try(logical.UpdateOperation, "tenants/beta", map[string]any{"connector": "as", "refresh_token": "x"})
+		require.Equal(t, 400, status)
+		require.Contains(t, text, `refuses connector "as"`)
+		require.Equal(t, []string{"The person's consent may have to wait. The authorization server as.example refuses connector \"as\": " +
+			"its owner has to write the right connector_id and connector_secret to config/as; no refresh token was lost."}, warnings())
+		e.write("config/as", map[string]any{"connector_secret": e.clientSecret})
+		require.Empty(t, warnings())
+	})
+}
+
 // The share is used up, so the code is not sent: the same state works later.
 func TestACallbackWithoutAPlaceInTheShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -258,10 +258,14 @@ func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, 
 	if err := b.begin(ctx, a); err != nil {
 		return answer(err)
 	}
-	return b.warnOfLeases(&logical.Response{Data: map[string]any{
+	resp := &logical.Response{Data: map[string]any{
 		"authorization_url": address,
 		"expire_time":       stamp(a.Expires),
-	}}, a), nil
+	}}
+	if r := via.refusal.Load(); r != nil {
+		resp.AddWarning("The person's consent may have to wait. " + readerError(via.about, a.Tenant, via.name, r.failure).Error() + ".")
+	}
+	return b.warnOfLeases(resp, a), nil
 }
 
 // random256 returns 256 random bits in the alphabet of URLs.
