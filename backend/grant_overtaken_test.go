@@ -135,3 +135,43 @@ func TestSweepDuringAGrant(t *testing.T) {
 		assert.Equal(t, attemptGranted, attemptStatusOf(&pair{grantEngine: e}, byPIN))
 	})
 }
+
+// A tenant that does not exist yet is deleted when its grant is about to be stored: the delete ends the attempt, and no tenant is there
+// after it.
+func TestDeleteJustBeforeAGrantIsStored(t *testing.T) {
+	for _, key := range []string{attemptKeys + "acme", "tenants/acme"} { // what is read before
+		t.Run(key, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				e.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false, "revoke_on_delete": true})
+				_, form := e.open(e.authorize(nil)).form()
+				deleted := make(chan struct{})
+				once := true
+				e.storage.surround(func(op, at string, do func() error) error {
+					if e.sent(codeGrant) == 0 || op != "get" || at != key || !once {
+						return do()
+					}
+					once = false
+					go func() {
+						defer close(deleted)
+						time.Sleep(time.Millisecond)
+						e.ok(logical.DeleteOperation, "tenants/acme", nil)
+						assert.Nil(t, e.stored("acme"))
+					}()
+					if key == "tenants/acme" {
+						return errStorage // the grant is tried again a second later
+					}
+					time.Sleep(time.Second)
+					return do()
+				})
+				_, _, _ = e.ask(logical.UpdateOperation, "callback", form)
+				<-deleted
+				e.pass(2 * time.Minute)
+				assert.Nil(t, e.stored("acme"))
+				for _, token := range append(e.server.AccessTokens("jane"), e.server.CurrentRefreshToken("jane")) {
+					assert.False(t, e.server.Alive(token))
+				}
+			})
+		})
+	}
+}

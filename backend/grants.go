@@ -362,6 +362,25 @@ func (b *backend) endAttempts(ctx context.Context, tenant string) error {
 	return ignoreUnusable(err)
 }
 
+// grantedMeanwhile says whether a tenant that has been deleted is there again by an attempt that began before the delete: the grant was
+// stored after the tenant was removed and before its attempts were ended.
+func (b *backend) grantedMeanwhile(ctx context.Context, tenant string, begun time.Time) bool {
+	_, v, err := b.tenants.load(ctx, tenant)
+	if err != nil || v == nil {
+		return false
+	}
+	all, err := b.attemptsOf(ctx, tenant)
+	if err != nil {
+		return false
+	}
+	for _, a := range all.Last {
+		if a.Next == v.storedLineage() && a.Begun.Before(begun) {
+			return true
+		}
+	}
+	return false
+}
+
 // finish stores what a service has given for an attempt, if that is still its tenant's pending one, and ends it. An access
 // token that is not kept is given up.
 func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice.Result) (status, text string) {

@@ -533,12 +533,14 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	if err := b.tenants.remove(ctx, name); err != nil {
-		return answer(err)
-	}
-	b.revocations.wakeAll()
-	if err := b.endAttempts(ctx, name); err != nil {
-		return answer(err)
+	for begun, again := time.Now(), true; again; again = b.grantedMeanwhile(ctx, name, begun) {
+		if err := b.tenants.remove(ctx, name); err != nil {
+			return answer(err)
+		}
+		b.revocations.wakeAll()
+		if err := b.endAttempts(ctx, name); err != nil {
+			return answer(err)
+		}
 	}
 	b.grants.lookAt(name) // storage forgets what it has of them a day later
 	return done(d), nil
