@@ -73,6 +73,7 @@ ask KAIZALA_TENANTS "Tenants, separated by spaces" ""
 ask KAIZALA_CONNECTOR_ID "Connector ID (empty: its owner writes it)" ""
 
 plugin=$KAIZALA_PLUGIN
+[[ $plugin == */* ]] || plugin=./$plugin # which is run below
 command=${KAIZALA_PLUGIN_COMMAND:-$(basename "$plugin")}
 mount=${KAIZALA_MOUNT%/}
 connector=${KAIZALA_CONNECTOR:-default}
@@ -85,6 +86,8 @@ named "$connector" || die "KAIZALA_CONNECTOR: $connector cannot be a connector's
 for tenant in ${tenants[@]+"${tenants[@]}"}; do
   named "$tenant" || die "KAIZALA_TENANTS: $tenant cannot be a tenant's name"
 done
+# vault would take what stands before = for the name of a field.
+[[ ${KAIZALA_CONNECTOR_FILE:-} != *=* ]] || die "KAIZALA_CONNECTOR_FILE: a path without ="
 command -v vault >/dev/null || die "vault is not in PATH"
 [[ -f $plugin ]] || die "no plugin at $plugin: run make build-plugin, or set KAIZALA_PLUGIN"
 vault token lookup >/dev/null || die "VAULT_ADDR names no Vault, or the token is not good"

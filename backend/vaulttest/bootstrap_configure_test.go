@@ -208,9 +208,12 @@ func TestConfigureElsewhere(t *testing.T) {
 	require.ErrorAs(t, err, new(*exec.ExitError))
 	require.Contains(t, string(out), "the token is not good")
 
-	// configure.sh asks for seal wrapping only on an Enterprise edition.
-	_, calls := configureOK(t, v)
-	require.NotContains(t, calls, "-seal-wrap")
+	// configure.sh asks for seal wrapping only on an Enterprise edition. It runs in the plugin's directory, too.
+	cmd, calls := configureRun(t, v, "KAIZALA_PLUGIN="+PluginName)
+	cmd.Dir = v.PluginDir
+	out, err = cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	require.NotContains(t, fileText(t, calls), "-seal-wrap")
 	_, calls = configureOK(t, v, "EDITION=ent", "KAIZALA_MOUNT=teams/kaizala", "KAIZALA_TENANTS=acme")
 	require.Contains(t, calls, "-seal-wrap")
 	mounts, err := v.Client.Sys().ListMounts()
@@ -421,6 +424,7 @@ func TestScriptsUsage(t *testing.T) {
 		{"KAIZALA_TENANTS=acme contoso", []string{"configure.sh"}, vaultIsNext},
 		{"KAIZALA_TENANTS=acme\n  contoso\n", []string{"configure.sh"}, vaultIsNext},
 		{"KAIZALA_TENANTS=acme\na..b", []string{"configure.sh"}, "a..b cannot be a tenant's name"},
+		{"KAIZALA_CONNECTOR_FILE=/a=b/google.json", []string{"configure.sh"}, "KAIZALA_CONNECTOR_FILE: a path without ="},
 		{"KAIZALA_MOUNT=-kaizala", []string{"configure.sh"}, "KAIZALA_MOUNT: "},
 		{"KAIZALA_MOUNT=/kaizala", []string{"configure.sh"}, "KAIZALA_MOUNT: "},
 		{"KAIZALA_MOUNT=kaizala//", []string{"configure.sh"}, "KAIZALA_MOUNT: "},
