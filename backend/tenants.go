@@ -351,8 +351,9 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			}
 		}
 		tell := func(doubtfulDelete) {}
+		newest := v.newest()
 		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
-		if newest := v.newest(); err == nil && newest != nil {
+		if err == nil && newest != nil {
 			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken, newest.Facts)
 		}
 		if err != nil {
@@ -363,7 +364,9 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			lineage := v.storedLineage()
 			tell(func(ctx context.Context) (bool, error) {
 				e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
-				return e == nil || e.Lineage != lineage, ignoreUnusable(err)
+				// A tenant that has moved to another connector since goes on with its refresh token, or with the one that has replaced it.
+				anew := e != nil && e.Lineage != lineage && e.RefreshToken != newest.RefreshToken && e.RefreshTokenOrigin == originOperator
+				return e == nil || anew, ignoreUnusable(err)
 			})
 			ts.withdraw(ctx, t, v)
 			ts.doubt(t)

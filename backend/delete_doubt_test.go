@@ -1,0 +1,66 @@
+package backend
+
+import (
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Storage refuses the delete of a tenant, which then moves to another connector: its refresh token, or the one that replaces it there, is
+// not revoked. That of a tenant which was deleted, although storage has reported an error, is revoked, also if the tenant is written anew.
+func TestMoveAfterADeleteThatFailed(t *testing.T) {
+	for name, c := range map[string]struct {
+		unheard bool
+		never   bool // the service does not replace refresh tokens
+		data    func(*oauthEngine) map[string]any
+		alive   bool
+	}{
+		"moved":    {data: func(*oauthEngine) map[string]any { return map[string]any{"connector": "other", "verify": false} }, alive: true},
+		"verified": {never: true, data: func(*oauthEngine) map[string]any { return map[string]any{"connector": "other"} }, alive: true},
+		"rotated":  {data: func(*oauthEngine) map[string]any { return map[string]any{"connector": "other"} }, alive: true},
+		"deleted, anew": {unheard: true, data: func(e *oauthEngine) map[string]any {
+			return map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false}
+		}},
+		"deleted, absent": {unheard: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				if c.never {
+					e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+				}
+				e.write("config/other", map[string]any{
+					"service": "oauth2", "token_url": e.server.TokenURL(), "revocation_url": e.server.RevocationURL(),
+					"connector_id": e.clientID, "connector_secret": e.secret, "revocation": "access_token", "exchange_invalidates": false,
+				})
+				e.add("acme", nil)
+				e.waitForIndex()
+				token := e.held("acme")
+				if c.unheard {
+					e.storage.unheard("delete", tenantPrefix)
+				} else {
+					e.storage.refuse("delete", tenantPrefix)
+				}
+				_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+				require.GreaterOrEqual(t, status, 500)
+				e.storage.heal()
+				if c.data != nil {
+					e.write("tenants/acme", c.data(e))
+				}
+				e.pass(2 * time.Minute)
+				if !c.alive {
+					assert.False(t, e.server.RefreshTokenAlive(token))
+					return
+				}
+				e.read("creds/acme")
+				assert.True(t, e.server.RefreshTokenAlive(e.held("acme")))
+				e.kept()
+			})
+		})
+	}
+}
