@@ -52,7 +52,7 @@ const (
 const (
 	unread = iota
 	read
-	ending // an exchange that ends the token has begun, before a reader had it
+	ending // an exchange that ends the token has begun, before a reader had it; or the exchange has ended it
 )
 
 func newAccessToken(tenant string, e *accessEntry) *accessToken {

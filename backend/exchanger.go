@@ -368,6 +368,9 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		f.answered(x.ctx, via, r.Err)
 		return x.fail(f, via, r.Err)
 	}
+	if o.access != nil {
+		f.t.ended(o.sent)
+	}
 	var issued error
 	err := x.tenants.settle(x.ctx, f.t, o, func() {
 		if r.Err == nil && o.ownToken {

@@ -166,7 +166,7 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 // was given up where that ends it, or where an exchange does.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
 	if v.access.isOf(secret) && v.access.current() {
-		return !v.access.Planned.IsZero() && v.isEnded(), nil
+		return !v.access.Planned.IsZero() && (v.isEnded() || v.access.use.Load() == ending), nil
 	}
 	generation, _ := secret.InternalData[leaseGeneration].(string)
 	if v.kept != nil && v.kept.isIn(v.entry) && v.kept.access.current() && v.entry.Access.Generation == generation {

@@ -691,6 +691,15 @@ func (t *tenant) isVerifying() bool {
 	return f != nil && f.want.change != nil
 }
 
+// ended notes that an exchange of a refresh token has brought another access token, which is being stored: where that ends the tenant's
+// access token at the service, readers wait for the new one.
+func (t *tenant) ended(sent string) {
+	v := t.view.Load()
+	if a := v.access; a != nil && !a.Planned.IsZero() && v.entry.RefreshToken == sent {
+		a.use.Store(ending)
+	}
+}
+
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
