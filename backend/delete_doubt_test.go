@@ -2,6 +2,7 @@ package backend
 
 import (
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -60,6 +61,52 @@ func TestMoveAfterADeleteThatFailed(t *testing.T) {
 				e.read("creds/acme")
 				assert.True(t, e.server.RefreshTokenAlive(e.held("acme")))
 				e.kept()
+			})
+		})
+	}
+}
+
+// Storage refuses the delete of a tenant, and keeps the intent to revoke its refresh token. The service then replaces that, or the tenant
+// moves, and the process ends: the next one does not revoke the refresh token, with which the service would end the whole grant. That of a
+// tenant which was deleted is revoked.
+func TestRestartAfterADeleteThatFailed(t *testing.T) {
+	for name, c := range map[string]struct {
+		then  func(*oauthEngine)
+		alive bool
+	}{
+		"rotated": {func(e *oauthEngine) { e.write("tenants/acme/refresh", nil) }, true},
+		"moved": {func(e *oauthEngine) {
+			e.write("config/other", map[string]any{
+				"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+			})
+			e.write("tenants/acme", map[string]any{"connector": "other", "verify": false})
+		}, true},
+		"deleted and written anew": {func(e *oauthEngine) {
+			e.storage.refuse("delete", intentPrefix)
+			e.revocationFails()
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.add("acme", nil)
+			e.write("tenants/acme/refresh", nil)
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revoke_on_delete": true})
+				e.add("acme", nil)
+				e.waitForIndex()
+				token := e.held("acme")
+				e.storage.refuse("delete", "")
+				_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+				require.GreaterOrEqual(t, status, 500)
+				synctest.Wait()
+				c.then(e)
+				require.Contains(t, e.storedText(), intentPrefix)
+				e.crash()
+				e.waitForIndex()
+				e.livesOn(token)
+				assert.Equal(t, c.alive, len(e.revocations()) == 0)
+				assert.True(t, e.server.RefreshTokenAlive(e.held("acme")))
+				assert.NotContains(t, e.storedText(), intentPrefix)
 			})
 		})
 	}

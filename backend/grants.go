@@ -489,7 +489,7 @@ func (b *backend) abandonDeleted(tenant string, via *loadedConnector, token stri
 		facts = &tokenservice.Facts{}
 	}
 	// Where storage fails, the token lives to its end.
-	if tell, err := b.revocations.giveUpRefreshToken(b.ctx, via.name, tenant, token, *facts); err == nil {
+	if tell, err := b.revocations.giveUpRefreshToken(b.ctx, via.name, tenant, "", token, *facts); err == nil {
 		tell(nil)
 		b.revocations.wake(via.name)
 	}

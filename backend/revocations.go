@@ -48,6 +48,8 @@ type intent struct {
 	Token   string                 `json:"token"`
 	Type    tokenservice.TokenType `json:"type"`
 	Expires time.Time              `json:"expires"` // no call after
+	// Lineage is of the tenant that was to be deleted with its refresh token; "": none was, or it comes from version 0.1.0.
+	Lineage string `json:"lineage,omitempty"`
 
 	connector, id string
 	next          time.Time // no call before
@@ -177,7 +179,7 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 
 // giveUpRefreshToken stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
 // calls tell once the tenant is deleted, with nil, or with what will say whether it is.
-func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
+func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
 		return func(doubtfulDelete) {}, ignoreUnusable(err)
@@ -187,7 +189,7 @@ func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant,
 		expires = earliest(expires, facts.Expires.Add(-lastMoments))
 	}
 	i := &intent{
-		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken, Expires: expires.UTC().Truncate(time.Millisecond),
+		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken, Expires: expires.UTC().Truncate(time.Millisecond), Lineage: lineage,
 	}
 	tell = func(isDeleted doubtfulDelete) {
 		r.mu.Lock()
@@ -833,7 +835,8 @@ func (r *revocations) isGone(ctx context.Context, i *intent) (bool, error) {
 		return true, ignoreUnusable(err)
 	}
 	_, v, err := r.tenants.load(ctx, i.Tenant)
-	return v == nil || v.entry.RefreshToken != i.Token, ignoreUnusable(err)
+	// The exchanges of a tenant whose delete has failed replace its refresh token, and keep its lineage.
+	return v == nil || v.entry.Lineage != i.Lineage && v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 }
 
 // forEach calls f for each key, some at once.

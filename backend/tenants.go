@@ -354,7 +354,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 		newest := v.newest()
 		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
 		if err == nil && newest != nil {
-			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, newest.RefreshToken, newest.Facts)
+			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, v.storedLineage(), newest.RefreshToken, newest.Facts)
 		}
 		if err != nil {
 			ts.withdraw(ctx, t, v)
@@ -650,7 +650,7 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 		if o.facts != nil {
 			facts = *o.facts
 		}
-		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, o.refreshToken, facts); err == nil {
+		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, "", o.refreshToken, facts); err == nil {
 			tell(nil)
 		}
 	}
