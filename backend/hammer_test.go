@@ -469,6 +469,68 @@ func TestHopsAhead(t *testing.T) {
 	})
 }
 
+// While the service goes on redirecting, its redirects are not forgotten: the time for which they are remembered begins anew with each.
+func TestHopsAheadOfASteadyRedirect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var h hops
+		for range 3 {
+			h.noted(1)
+			time.Sleep(hopsKept * 3 / 4)
+			assert.Equal(t, 1, h.ahead(0))
+		}
+	})
+}
+
+// The engine remembers where a 308 has moved a tenant: the next exchange needs one request. It forgets that when the connector gets
+// another address. A 307 is followed each time and not remembered.
+func TestMoveIsRemembered(t *testing.T) {
+	for name, c := range map[string]struct {
+		move func(e *engine, user, to string)
+		next int // requests of the next exchange
+		kept *move
+	}{
+		"308": {func(e *engine, user, to string) { e.kaizala.MoveUser(user, to) }, 1, &move{From: "https://api.kaiza.la", To: "https://inc-001.osi.office.net/v1/accessToken"}},
+		"307": {func(e *engine, user, to string) { e.kaizala.MoveUserTemporarily(user, to) }, 2, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(1)
+				c.move(e, "t0", "https://inc-001.osi.office.net")
+				requests := func() int {
+					before := e.kaizala.CallCount()
+					e.write("tenants/t0/refresh", nil)
+					return e.kaizala.CallCount() - before
+				}
+				assert.Equal(t, 2, requests())
+				assert.Equal(t, c.next, requests())
+				assert.Equal(t, c.kept, e.stored("t0").Move)
+				e.write("config", map[string]any{"api_root": "https://api2.kaiza.la"})
+				assert.Equal(t, 2, requests(), "the move was from the former address")
+				assert.Equal(t, c.next, requests())
+			})
+		})
+	}
+}
+
+// A refused connector's tenant that fails later than the others is due at the connector's next probe, as they are, and not ten minutes
+// after its own failure.
+func TestLaterFailureOfARefusedConnectorWaitsForTheProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		probe := e.read("tenants/t0")["next_exchange_time"]
+		require.NotNil(t, probe)
+		time.Sleep(5 * time.Minute)
+		e.exchangeUnasked(e.tenants.named("t1"))
+		assert.Equal(t, probe, e.read("tenants/t1")["next_exchange_time"])
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
 // A reader who joins a background exchange between its two requests does not wait behind the readers' fifth.
 func TestReaderJoinsABackgroundHop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
