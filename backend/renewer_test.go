@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // altered is the emulator with changed requests or answers.
@@ -65,6 +66,35 @@ func TestThousandTenantsDoNotComeDueTogether(t *testing.T) {
 		assert.LessOrEqual(t, e.kaizala.MaxPerMinute(e.connectorID), 10)
 		for i := range 1000 {
 			assert.Equal(t, originService, e.stored(fmt.Sprint("t", i)).RefreshTokenOrigin)
+		}
+	})
+}
+
+// Each tenant's own part of a time lies between the two fractions, and the tenants spread over all of that.
+func TestOwnPart(t *testing.T) {
+	least, most := time.Hour, time.Duration(0)
+	for i := range 1000 {
+		part := ownPart(fmt.Sprint("t", i), time.Hour, leadLeast, leadMost)
+		least, most = min(least, part), max(most, part)
+	}
+	assert.GreaterOrEqual(t, least, 72*time.Second)
+	assert.Less(t, least, 73*time.Second)
+	assert.LessOrEqual(t, most, 180*time.Second)
+	assert.Greater(t, most, 179*time.Second)
+}
+
+// A refresh token in its last tenth that an exchange has not replaced is exchanged again after a thirtieth of that tenth, and after a day
+// at most: each tenant up to a quarter of that time earlier, and none later.
+func TestRefreshTokenThatIsNotReplacedIsDueAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for lastTenth, again := range map[time.Duration]time.Duration{30 * time.Hour: time.Hour, 90 * day: day} {
+			now := time.Now()
+			e := &tenantEntry{LastExchange: now, Facts: tokenservice.Facts{RotatesFrom: now.Add(-time.Second), Expires: now.Add(lastTenth - time.Second)}}
+			for i := range 100 {
+				after := refreshDue(fmt.Sprint("t", i), e, 0).Sub(now)
+				assert.GreaterOrEqual(t, after, again*3/4)
+				assert.LessOrEqual(t, after, again)
+			}
 		}
 	})
 }
