@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -345,6 +346,22 @@ func TestWarningsOfARefresh(t *testing.T) {
 				e.write("tenants/acme/refresh", nil)
 				assert.Nil(t, e.write("tenants/acme", map[string]any{"ttl": "1h"}), "the refresh, and not the write, ended the access token")
 			})
+		})
+	}
+}
+
+// Leases on an access token end two seconds before its planned exchange: a refresh before that cuts them short, and reads of the tenant
+// say so; a refresh in the last two seconds does not.
+func TestRefreshJustBeforeThePlannedExchange(t *testing.T) {
+	for before, cut := range map[time.Duration]bool{leaseMargin + time.Millisecond: true, leaseMargin - time.Millisecond: false} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassD, classD)
+			e.add("acme", nil)
+			e.lease("acme")
+			time.Sleep(time.Until(e.stored("acme").Access.Planned) - before)
+			e.write("tenants/acme/refresh", nil)
+			assert.Equal(t, cut, slices.Contains(e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, cutShortText), before)
+			assert.Equal(t, 2, e.server.Exchanges("acme"))
 		})
 	}
 }
