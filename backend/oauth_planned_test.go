@@ -235,6 +235,79 @@ func TestOAuthPlannedExchangeIsPostponed(t *testing.T) {
 	})
 }
 
+// A write of settings while a planned exchange is postponed leaves it postponed: readers still get the older access token. The access
+// token that a write of another connector brings is exchanged at its own planned time.
+func TestOAuthWritesWhileTheExchangeIsPostponed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		e.add("loud", nil)
+		lease := e.lease("acme")
+		time.Sleep(time.Until(e.stored("acme").Access.Planned) - time.Minute)
+		e.server.Inject(oauth2test.Fault{User: "loud", Answer: oauth2test.TooManyRequests(time.Hour), Times: 1})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/loud/refresh", nil)
+		require.Equal(t, 429, status)
+		e.pass(2 * time.Minute)
+		require.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+		next := e.read("tenants/acme")["next_exchange_time"]
+		e.write("tenants/acme", map[string]any{"ttl": "5m"})
+		assert.Equal(t, next, e.read("tenants/acme")["next_exchange_time"])
+		assert.Equal(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+
+		e.write("config/other", map[string]any{
+			"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret,
+		})
+		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "connector": "other"})
+		planned := e.stored("acme").Access.Planned
+		assert.Equal(t, time.Until(planned).Truncate(time.Second)-leaseMargin, e.lease("acme").Secret.MaxTTL)
+		e.kept()
+	})
+}
+
+// A reader gets an access token that no one has read, after the renewer has decided to exchange the refresh token and before the exchange
+// begins: the exchange would end that access token, so it is not made.
+func TestOAuthReaderComesBeforeAnUnaskedExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		e.write("tenants/acme/refresh", nil) // brings an access token that no one reads
+		token := e.read("token/acme")["access_token"].(string)
+		e.exchangeUnasked(e.tenants.named("acme"))
+		synctest.Wait()
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+		assert.True(t, e.server.Alive(token))
+	})
+}
+
+// An exchange without a reader brings a new refresh token and no access token: it has ended the older access token, which no reader gets
+// any more. If the service refuses that exchange, the older access token lives, and readers get it.
+func TestOAuthUnaskedExchangeWithoutAnAccessToken(t *testing.T) {
+	for name, refused := range map[string]bool{"carried out": false, "refused": true} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassD, nil)
+				e.add("acme", nil)
+				e.write("tenants/acme/refresh", nil) // brings an access token that no one reads
+				old := e.stored("acme").Access.Token
+				if refused {
+					e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidGrant, Times: 1})
+				} else {
+					e.server.Set(func(o *oauth2test.Options) {
+						o.Edit = func(_ oauth2test.Endpoint, fields map[string]any) { delete(fields, "access_token") }
+					})
+				}
+				e.exchangeUnasked(e.tenants.named("acme"))
+				e.quiet("acme")
+				require.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+				require.Equal(t, refused, e.server.Alive(old))
+				e.server.Set(func(o *oauth2test.Options) { o.Edit = nil })
+				resp, status, _ := e.try(logical.ReadOperation, "token/acme", nil)
+				assert.Equal(t, refused, status == 200 && accessTokenOf(resp) == old)
+			})
+		})
+	}
+}
+
 func TestOAuthExchangeInvalidatesIsWritten(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, classB)
