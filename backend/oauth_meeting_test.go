@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -642,6 +643,59 @@ func TestReaderLeavesWhileTheRecordOfHisTokenIsStored(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A reader leaves when the record of his token has just been stored, and storage does not take the token's intent: the token is revoked
+// from memory.
+func TestReaderLeavesAndStorageTakesNoIntent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.waitForIndex()
+		e.storage.refuse("put", intentPrefix)
+		ctx, leave := context.WithCancel(t.Context())
+		e.storage.surround(func(op, key string, do func() error) error {
+			err := do()
+			if op == "put" && strings.HasPrefix(key, heldPrefix) {
+				leave()
+				time.Sleep(time.Millisecond) // the request ends meanwhile
+			}
+			return err
+		})
+		_, err := e.do(ctx, logical.ReadOperation, "creds/acme", nil)
+		require.Error(t, err)
+		e.quiet("acme")
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+		assert.Empty(t, e.server.AccessTokens("acme"))
+		assert.Len(t, e.revocations(), 1)
+		e.kept()
+	})
+}
+
+// A refresh has joined an exchange that was not begun for it. By the time it looks at the result, the new access token's only lease has
+// been revoked, and the token given up: the refresh still has the older token revoked. It leaves a token alone that no exchange has
+// replaced.
+func TestRefreshFindsTheNewTokenGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		old := e.lease("acme")
+		before := e.stored("acme")
+		retire := func() {
+			require.NoError(t, e.exchanger.retire(t.Context(), e.tenants.named("acme"), before))
+			e.backend.revocations.wakeAll()
+			synctest.Wait()
+		}
+		retire()
+		assert.True(t, e.server.Alive(accessTokenOf(old)))
+		e.pass(50 * time.Minute)
+		next := e.lease("acme")
+		require.NotEqual(t, accessTokenOf(old), accessTokenOf(next))
+		e.revoke(next)
+		require.Nil(t, e.stored("acme").Access)
+		retire()
+		assert.False(t, e.server.Alive(accessTokenOf(old)))
+	})
 }
 
 // Memory keeps a refresh token that storage has not taken. A write of the connector alone goes on with that refresh token, and stores it.
