@@ -430,3 +430,26 @@ func TestLeaseOnATokenThatTheOtherNodeKeeps(t *testing.T) {
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 	})
 }
+
+// What an exchange has brought cannot be stored by a node that has become a standby since it was due. The node stores that once it may
+// write again.
+func TestKeptTokensAreStoredOnceTheNodeMayWrite(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		e.failPuts()
+		_, _, _ = e.try(logical.ReadOperation, "creds/acme", nil)
+		e.quiet("acme")
+		kept := e.held("acme")
+		require.NotEqual(t, kept, e.stored("acme").RefreshToken)
+		due, _ := e.index.due(time.Now().Add(time.Hour)) // as a tick takes it off the index
+		require.Equal(t, []string{"acme"}, due)
+		e.mayWrite(false)
+		e.attend("acme")
+		e.pass(2 * time.Minute)
+		e.mayWrite(true)
+		e.pass(2 * time.Minute)
+		assert.Equal(t, kept, e.stored("acme").RefreshToken)
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+	})
+}

@@ -146,6 +146,26 @@ func TestOAuthTokenThatIsGivenUpByHalf(t *testing.T) {
 	}
 }
 
+// Storage does not take that an access token was given up, which an exchange has to end: when storage takes that again, the exchange is
+// made at once.
+func TestOAuthExchangeIsMadeOnceStorageKnowsThatItIsOwed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.failPuts()
+		require.Error(t, e.revokeLease(lease))
+		e.pass(5 * time.Minute)
+		synctest.Wait()
+		require.True(t, e.server.Alive(accessTokenOf(lease)))
+		e.storage.heal()
+		e.pass(time.Minute)
+		synctest.Wait()
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.Equal(t, 2, e.server.Exchanges("acme"))
+	})
+}
+
 // The start of the engine cannot read a key: the engine reads it again within minutes.
 func TestStartThatStorageFails(t *testing.T) {
 	for _, c := range []struct{ op, key string }{
