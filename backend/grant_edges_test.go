@@ -2,6 +2,7 @@ package backend
 
 import (
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -74,17 +75,23 @@ func TestVerifiedWriteNamesWhatIsMissing(t *testing.T) {
 	})
 }
 
-// A code is sent once. Where the service fails, the attempt says that another one is needed, and a redirect that reports a failure of the
-// service blames no setting.
+// A code is sent once. Where the service fails or permits no call, the attempt says that another one is needed. Where the service refuses
+// the code, it does not say so. A redirect that reports a failure of the service blames no setting.
 func TestFailedGrantsSayToStartAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
-		back := e.authorize(nil)
-		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
-		assert.Contains(t, e.confirm(back).text(), "A code is sent once: start again in Vault.")
-		assert.Contains(t, e.attempt(byCode)["last_error"], "A code is sent once: start again in Vault.")
+		const again = "A code is sent once: start again in Vault."
+		for _, c := range []struct {
+			answer oauth2test.Answer
+			says   bool
+		}{{oauth2test.BadGateway, true}, {oauth2test.InvalidGrant, false}, {oauth2test.TooManyRequests(30 * time.Second), true}} {
+			back := e.authorize(nil)
+			e.server.Inject(oauth2test.Fault{Answer: c.answer, Times: 1})
+			assert.Equal(t, c.says, strings.Contains(e.confirm(back).text(), again), c.answer.Status)
+			assert.Equal(t, c.says, strings.Contains(e.attempt(byCode)["last_error"].(string), again), c.answer.Status)
+		}
 		for _, code := range []string{"server_error", "temporarily_unavailable"} {
-			back = e.authorize(nil)
+			back := e.authorize(nil)
 			p := e.open(map[string]any{"state": back["state"], "error": code})
 			assert.Equal(t, 400, p.status)
 			assert.Contains(t, p.text(), "is failing ("+code+"): start again later.")
@@ -137,6 +144,25 @@ func TestWrongIssWithoutACode(t *testing.T) {
 	}
 }
 
+// The entry of a state says that its code is at the service: another callback with the state costs one read of storage.
+func TestCallbackWhileItsCodeIsAtTheService(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		back := e.authorize(nil)
+		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+		page := make(chan shown, 1)
+		go func() { page <- e.open(back) }()
+		synctest.Wait()
+		require.Equal(t, 1, e.sent(codeGrant))
+		operations := e.storage.ops.Load()
+		assert.Contains(t, e.open(back).text(), "This link has been used")
+		assert.Equal(t, operations+1, e.storage.ops.Load())
+		e.server.ClearFaults()
+		assert.Contains(t, (<-page).text(), "The tenant is connected")
+	})
+}
+
 // A tenant is deleted while a code is at the service: with revoke_on_delete the refresh token that comes for it is revoked, whether or
 // not the tenant was there before.
 func TestDeleteWhileACodeIsAtTheService(t *testing.T) {
@@ -169,6 +195,29 @@ func TestDeleteWhileACodeIsAtTheService(t *testing.T) {
 		assert.Contains(t, (<-done).text(), "out of date")
 		time.Sleep(time.Minute)
 		assert.Empty(t, e.server.Calls(oauth2test.EndpointRevocation))
+	})
+}
+
+// The revocation of the refresh token that comes for a deleted tenant fails until the token's end, which the service has told: no call comes
+// after that.
+func TestRefreshTokenOfADeletedTenantEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) {
+			o.RefreshTokenLife, o.RefreshTokenLifeField = 5*time.Minute, "refresh_expires_in"
+		})
+		e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
+		done := e.codeAtTheService()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.server.ClearFaults()
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway})
+		<-done
+		e.pass(7 * time.Minute)
+		calls := e.server.Calls(oauth2test.EndpointRevocation)
+		assert.NotEmpty(t, calls)
+		for _, call := range calls {
+			assert.False(t, call.Expired)
+		}
+		assert.Nil(t, e.read("config/as")["pending_revocations"])
 	})
 }
 

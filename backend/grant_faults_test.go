@@ -251,9 +251,9 @@ func TestGrantWhileStorageCannotBeRead(t *testing.T) {
 		lasts   time.Duration
 		status  string
 	}{
-		{"get", attemptKeys, 20 * time.Second, attemptGranted}, {"get", attemptKeys, 3 * time.Minute, attemptFailed},
-		{"get", tenantPrefix, 20 * time.Second, attemptGranted}, {"get", tenantPrefix, 3 * time.Minute, attemptFailed},
-		{"list", intentPrefix, 20 * time.Second, attemptGranted}, {"list", intentPrefix, 3 * time.Minute, attemptFailed},
+		{"get", attemptKeys, 20 * time.Second, attemptGranted}, {"get", attemptKeys, 70 * time.Second, attemptFailed},
+		{"get", tenantPrefix, 20 * time.Second, attemptGranted}, {"get", tenantPrefix, 70 * time.Second, attemptFailed},
+		{"list", intentPrefix, 20 * time.Second, attemptGranted}, {"list", intentPrefix, 70 * time.Second, attemptFailed},
 	} {
 		t.Run(c.op+" "+c.key+" "+c.lasts.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -262,6 +262,22 @@ func TestSweep(t *testing.T) {
 	})
 }
 
+// An attempt has expired while no process ran: the next process ends it at its start, and storage loses what the attempt kept.
+func TestSweepAtTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		e.stop()
+		time.Sleep(attemptLife)
+		e.start()
+		synctest.Wait()
+		all, err := e.attemptsOf(t.Context(), "acme")
+		require.NoError(t, err)
+		assert.Equal(t, attemptExpired, all.Last[byPIN].Status)
+		assert.Empty(t, all.Last[byPIN].MobileNumber)
+	})
+}
+
 // The clock was wrong when an attempt started: its expiry far in the future does not keep it pending.
 func TestAttemptOfAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -214,6 +214,25 @@ func TestOAuthDiscovery(t *testing.T) {
 	})
 }
 
+// A write of issuer reads the metadata within the share of the connector that is there: while that is used up, the write is refused, and
+// nothing is read.
+func TestDiscoveryWithinTheShare(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"exchanges_per_minute": 1})
+		e.add("acme", nil)
+		e.read("creds/acme")
+		issuer := map[string]any{"issuer": e.server.Issuer()}
+		_, code, text := e.try(logical.UpdateOperation, "config", issuer)
+		assert.Equal(t, 429, code)
+		assert.Contains(t, text, "the share of calls of the connector is used up")
+		assert.Empty(t, e.server.Calls(oauth2test.EndpointMetadata))
+		assert.Empty(t, e.read("config")["issuer"], "nothing is stored")
+		time.Sleep(time.Minute)
+		e.write("config", issuer)
+		assert.NotEmpty(t, e.server.Calls(oauth2test.EndpointMetadata))
+	})
+}
+
 // Metadata may leave the token endpoint out: then token_url has to be written, in the same write or before.
 func TestIssuerWithoutATokenEndpoint(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -489,7 +489,7 @@ func TestOAuthRevocationWhileIntentsAreRead(t *testing.T) {
 	})
 }
 
-// A token in its last 5 seconds is not sent: at some services the revocation of an expired one ends the grant.
+// A token in its last 5 seconds is not sent: at some services the revocation of an expired one ends the grant. It gets no intent either.
 func TestOAuthLastMoments(t *testing.T) {
 	for left, calls := range map[time.Duration]int{5 * time.Second: 0, 5*time.Second + time.Millisecond: 1} {
 		bubble(t, func(t *testing.T) {
@@ -497,9 +497,17 @@ func TestOAuthLastMoments(t *testing.T) {
 			e.add("acme", map[string]any{"token_per_lease": true})
 			lease := e.lease("acme")
 			time.Sleep(time.Hour - left)
+			intents := 0
+			e.storage.failWith(func(op, key string) error {
+				if op == "put" && strings.HasPrefix(key, intentPrefix) {
+					intents++
+				}
+				return nil
+			})
 			e.revoke(lease)
 			e.pass(time.Minute)
 			assert.Len(t, e.revocations(), calls)
+			assert.Equal(t, calls, intents)
 			e.kept()
 		})
 	}
@@ -565,11 +573,13 @@ func TestOAuthDeleteOfATenantThatIsNotInMemory(t *testing.T) {
 	})
 }
 
-// The record of an access token for one lease is deleted when the token has expired, also if Vault never revokes the lease.
+// The record of an access token for one lease is deleted when the token has expired, also if Vault never revokes the lease. One tick
+// deletes all such records. While storage fails the records stay, and the next tick deletes them.
 func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("acme", map[string]any{"token_per_lease": true})
+		e.lease("acme")
 		expires, err := time.Parse(time.RFC3339, e.lease("acme").Data["expire_time"].(string))
 		require.NoError(t, err)
 		held := func() []string {
@@ -579,8 +589,13 @@ func TestOAuthHeldTokensEndAfterARestart(t *testing.T) {
 		}
 		e.restart()
 		e.waitForIndex()
-		require.Len(t, held(), 1)
+		e.storage.refuse("delete", heldPrefix)
 		e.pass(time.Until(expires) + 2*time.Minute)
+		synctest.Wait()
+		assert.Len(t, held(), 2)
+		e.storage.heal()
+		e.minute()
+		synctest.Wait()
 		assert.Empty(t, held())
 	})
 }
@@ -613,20 +628,31 @@ func TestOAuthLeaseWhileTheNextTokenIsStored(t *testing.T) {
 	})
 }
 
-// A delete revokes an access token that memory keeps and storage has not taken yet.
+// A delete revokes an access token that memory keeps and storage has not taken yet, and the one that storage has.
 func TestOAuthDeleteOfAKeptToken(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e := newOAuthEngine(t, oauth2test.ClassA, classA)
-		e.add("acme", nil)
-		e.failPuts()
-		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-		require.Equal(t, 503, status)
-		require.NotEmpty(t, e.server.AccessTokens("acme"))
-		e.storage.heal()
-		e.ok(logical.DeleteOperation, "tenants/acme", nil)
-		e.pass(time.Minute)
-		assert.Empty(t, e.server.AccessTokens("acme"))
-	})
+	for _, stored := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", nil)
+			alive := 1
+			if stored {
+				e.lease("acme")
+				alive = 2
+			}
+			e.failPuts()
+			if stored {
+				e.pass(50 * time.Minute) // the renewal comes
+			} else {
+				_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				require.Equal(t, 503, status)
+			}
+			require.Len(t, e.server.AccessTokens("acme"), alive)
+			e.storage.heal()
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.pass(time.Minute)
+			assert.Empty(t, e.server.AccessTokens("acme"))
+		})
+	}
 }
 
 // A write replaces the refresh token during an exchange: the answer to the older refresh token is not used. Its grant is not ended,

@@ -126,6 +126,7 @@ func TestDeletedTenantIsGone(t *testing.T) {
 		assert.Nil(t, e.stored("acme"))
 		synctest.Wait() // until the index is built
 		assert.Empty(t, e.tenants.byName)
+		assert.False(t, e.tenants.loaded.Contains("acme"))
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
@@ -66,6 +67,34 @@ func TestOAuthTokenWithoutItsLeaseAndItsIntent(t *testing.T) {
 		assert.Equal(t, []string{accessTokenOf(lease)}, e.server.AccessTokens("acme"))
 		assert.Len(t, e.revocations(), 1)
 	})
+}
+
+// The process ends before it has stored the record of a token for one lease. The tenant is deleted, or written anew, before the next
+// process has read it: the token is revoked.
+func TestOAuthTokenWithoutItsLeaseAndItsTenant(t *testing.T) {
+	for name, end := range map[string]func(*oauthEngine){
+		"deleted": func(e *oauthEngine) { e.ok(logical.DeleteOperation, "tenants/acme", nil) },
+		"written": func(e *oauthEngine) { e.add("acme", nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", map[string]any{"token_per_lease": true})
+				e.waitForIndex()
+				reached, release := e.storage.hold("put", heldPrefix)
+				go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
+				<-reached
+				defer release() // the process that has died stores nothing any more
+				require.Len(t, e.server.AccessTokens("acme"), 1)
+				next := &storage{InmemStorage: e.storage.InmemStorage}
+				next.refuse("list", tenantPrefix)
+				e.crashOnto(next)
+				end(e)
+				synctest.Wait()
+				assert.Empty(t, e.server.AccessTokens("acme"))
+			})
+		})
+	}
 }
 
 // Leases are revoked in another order than they were given: each token is revoked once.

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -138,6 +139,8 @@ func TestDeleteAndWriteDuringAnExchange(t *testing.T) {
 				e.server.ClearFaults()
 				time.Sleep(time.Minute)
 				require.Equal(t, !c.deleted, e.server.RefreshTokenAlive(brought))
+				sent := slices.ContainsFunc(e.revocations(), func(call oauth2test.Call) bool { return call.Token == brought })
+				assert.Equal(t, c.deleted, sent, "the delete's own refresh token may have ended the grant")
 				if c.written {
 					e.read("creds/acme")
 				}
