@@ -725,21 +725,42 @@ func TestConnectorAloneIsWrittenWhileTokensAreKept(t *testing.T) {
 	}
 }
 
-// Storage does not take a verified write of a tenant without an access token: the access token of the verification is revoked.
+// Storage does not take a verified write: the access token of the verification is revoked, whether or not the tenant has another one. If
+// storage takes the write and reports an error, that access token is not revoked.
 func TestAccessTokenOfAVerificationThatIsNotStored(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, classA)
-		e.add("acme", nil)
-		written := e.server.Grant(e.clientID, "new")
-		e.failPuts()
-		_, code, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": written})
-		require.Equal(t, 503, code)
-		require.Len(t, e.server.Calls(oauth2test.EndpointToken), 1)
-		e.storage.heal()
-		e.pass(2 * time.Minute)
-		assert.Empty(t, e.server.AccessTokens("new"))
-		assert.NotEqual(t, written, e.stored("acme").RefreshToken)
-	})
+	for name, c := range map[string]struct{ another, taken bool }{
+		"a tenant without an access token": {},
+		"a tenant with an access token":    {another: true},
+		"storage takes the write":          {another: true, taken: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, classA)
+				e.add("acme", nil)
+				if c.another {
+					e.read("token/acme")
+				}
+				written := e.server.Grant(e.clientID, "new")
+				if c.taken {
+					e.storage.unheard("put", tenantPrefix)
+				} else {
+					e.failPuts()
+				}
+				_, code, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": written})
+				require.Equal(t, 503, code)
+				require.Equal(t, 1, e.server.Exchanges("new"))
+				e.storage.heal()
+				e.pass(2 * time.Minute)
+				assert.Equal(t, c.taken, written == e.stored("acme").RefreshToken)
+				alive := e.server.AccessTokens("new")
+				if !c.taken {
+					assert.Empty(t, alive)
+					return
+				}
+				assert.Equal(t, []string{e.read("token/acme")["access_token"].(string)}, alive)
+			})
+		})
+	}
 }
 
 // A connector is replaced while its call is noted, and storage fails to read the new one: the error of the exchange names storage.
