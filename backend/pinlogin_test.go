@@ -226,6 +226,24 @@ func TestPINWhileTheServiceFails(t *testing.T) {
 	})
 }
 
+// The answer to the verification of a PIN's refresh token has a newer refresh token and no access token: that refresh token is stored, and
+// a warning says what is wrong.
+func TestPINWhoseVerificationBringsNoAccessToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		pin := e.sentPIN()
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 200, Body: `{"refreshToken": "first"}`})
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 200, Body: `{"refreshToken": "second"}`})
+		resp, status, text := e.pin(map[string]any{"pin": pin})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptGranted, resp.Data["status"])
+		assert.Equal(t, "second", e.stored("acme").RefreshToken)
+		require.Len(t, resp.Warnings, 1)
+		assert.Contains(t, resp.Warnings[0], "The refresh token is stored, but ")
+	})
+}
+
 // Kaizala answers a PIN after 12 seconds: the request is answered within 10 seconds, and the refresh token is stored later.
 func TestSlowPIN(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
