@@ -139,7 +139,7 @@ func checkOAuthFixtures(t *testing.T, e *engine) {
 	as := e.read("config/as")
 	assert.Equal(t, "https://as.example/written/token", as["token_url"])
 	assert.Equal(t, "client_secret_post", as["token_endpoint_auth_method"])
-	assert.EqualValues(t, 1, as["pending_revocations"])
+	assert.EqualValues(t, 2, as["pending_revocations"])
 	e.ok(logical.PatchOperation, "config/as", map[string]any{"token_url": nil})
 	assert.Equal(t, "https://as.example/found/token", e.read("config/as")["token_url"])
 	planned := e.read("tenants/planned")
