@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
@@ -263,4 +264,31 @@ func TestConnectorDeleteThatLeavesItsCalls(t *testing.T) {
 		assert.NotContains(t, e.storedText(), "calls/")
 		assert.NotContains(t, e.storedText(), "config/")
 	})
+}
+
+// The service asks for a rest with Retry-After: all of the connector's exchanges wait, whatever the status. Beside the refusal of one
+// refresh token, Retry-After says nothing about other tenants.
+func TestRetryAfterBesideOtherStatuses(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer kaizalatest.Fault
+		pauses bool
+	}{
+		"outage":                {kaizalatest.Fault{Status: 502}, true},
+		"refusal":               {kaizalatest.Fault{Status: 400, Body: `{"errorCode":"SomethingElse"}`}, true},
+		"refresh token refused": {kaizalatest.Fault{Status: 400, Body: `{"errorCode":"InvalidToken"}`}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				e.addTenant("globex")
+				c.answer.Header, c.answer.Times = http.Header{"Retry-After": {"300"}}, 1
+				e.kaizala.Inject(c.answer)
+				_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				require.GreaterOrEqual(t, status, 400)
+				_, status, _ = e.try(logical.ReadOperation, "creds/globex", nil)
+				assert.Equal(t, c.pauses, status == http.StatusTooManyRequests)
+			})
+		})
+	}
 }

@@ -94,3 +94,18 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 		})
 	}
 }
+
+// A lease that has a second left is still renewed, and one that has less is not.
+func TestRenewalOfALastSecond(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		time.Sleep(time.Hour - leaseMargin - 1500*time.Millisecond)
+		_, renewed := e.renewLease(lease, 0)
+		assert.True(t, renewed)
+		time.Sleep(time.Second)
+		_, renewed = e.renewLease(lease, 0)
+		assert.False(t, renewed)
+	})
+}

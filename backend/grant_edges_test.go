@@ -249,3 +249,20 @@ func (e *grantEngine) codeAtTheService() chan shown {
 	synctest.Wait()
 	return page
 }
+
+// A service that promises iss sends it with an error, too: an error without it ends the attempt as an answer of another server. A visit
+// with neither a code nor an error leaves the attempt pending.
+func TestErrorWithoutThePromisedIssuer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) { o.SendIss, o.PromiseIss = true, true })
+		e.write("config/as", map[string]any{"issuer": e.server.Issuer()})
+		back := e.authorize(nil)
+		p := e.open(map[string]any{"state": back["state"], "error": "access_denied"})
+		assert.Contains(t, p.text(), "iss is missing")
+		assert.Equal(t, attemptFailed, e.attemptStatus(byCode))
+		back = e.authorize(nil)
+		p = e.open(map[string]any{"state": back["state"]})
+		assert.Contains(t, p.text(), "Something is missing")
+		assert.Equal(t, attemptPending, e.attemptStatus(byCode))
+	})
+}

@@ -1259,3 +1259,19 @@ func TestDeleteIsRepeatedWhileTokensAreKept(t *testing.T) {
 		})
 	}
 }
+
+// The service refuses a refresh token, and storage does not take that: this process knows it all the same, and does not ask again.
+func TestRejectionThatIsNotStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Status: 400, Body: `{"errorCode":"InvalidToken"}`, Times: 1})
+		e.failPuts()
+		for range 2 {
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			assert.Equal(t, 400, status)
+			assert.Equal(t, statusRejected, e.status("acme"))
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}

@@ -203,3 +203,11 @@ func TestMoveWarnsOfRetireOnRevoke(t *testing.T) {
 		assert.Contains(t, resp.Warnings[0], "retire_on_revoke=false has no effect")
 	})
 }
+
+// The last moments before a planned exchange are a tenth of the access token's life, a second at the least and five at the most.
+func TestGuard(t *testing.T) {
+	for life, guard := range map[time.Duration]time.Duration{5 * time.Second: time.Second, 20 * time.Second: 2 * time.Second, time.Hour: 5 * time.Second} {
+		a := &accessEntry{Obtained: time.Unix(0, 0), Expires: time.Unix(0, 0).Add(life)}
+		assert.Equal(t, guard, a.guard(), life)
+	}
+}
