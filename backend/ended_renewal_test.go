@@ -2,7 +2,6 @@ package backend
 
 import (
 	"context"
-	"maps"
 	"testing"
 	"time"
 
@@ -25,19 +24,6 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 	rewrite := func(e *oauthEngine) {
 		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
 	}
-	// The tenant moves to another connector: what the lease's own connector says counts.
-	move := func(fields map[string]any) func(e *oauthEngine) {
-		return func(e *oauthEngine) {
-			id, secret := e.server.RegisterClient(oauth2test.AuthBasic)
-			config := map[string]any{
-				"service": "oauth2", "token_url": e.server.TokenURL(), "revocation_url": e.server.RevocationURL(),
-				"connector_id": id, "connector_secret": secret,
-			}
-			maps.Copy(config, fields)
-			e.write("config/other", config)
-			e.write("tenants/acme", map[string]any{"connector": "other", "refresh_token": e.server.Grant(id, "acme2"), "verify": false})
-		}
-	}
 	// The count of leases is unknown after a restart: one early revocation gives the token up.
 	revokeOther := func(e *oauthEngine) {
 		other := e.lease("acme")
@@ -58,7 +44,6 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 		alive, renews bool
 	}{
 		"A, refresh":           {oauth2test.ClassA, classA, nil, refresh, false, false},
-		"A, of version 0.1.0":  {oauth2test.ClassA, classA, nil, refresh, false, false},
 		"A, rewritten":         {oauth2test.ClassA, classA, nil, rewrite, false, false},
 		"A, revoked":           {oauth2test.ClassA, classA, nil, revokeOther, false, false},
 		"A, renewed ahead":     {oauth2test.ClassA, classA, nil, rotate, true, true},
@@ -67,8 +52,6 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 		"B, refresh":           {oauth2test.ClassB, classB, nil, refresh, true, true},
 		"D, refresh":           {oauth2test.ClassD, classD, nil, refresh, false, false},
 		"D, not stored":        {oauth2test.ClassD, classD, nil, keptAnswer, false, false},
-		"A, moved to B":        {oauth2test.ClassA, classA, nil, move(classB), false, false},
-		"B, moved to A":        {oauth2test.ClassA, classB, nil, move(classA), true, true},
 		"D, nothing":           {oauth2test.ClassD, classD, nil, func(*oauthEngine) {}, true, true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -77,9 +60,6 @@ func TestRenewalsOfEndedAccessTokens(t *testing.T) {
 				e.add("acme", c.tenant)
 				lease := e.lease("acme")
 				token := accessTokenOf(lease)
-				if name == "A, of version 0.1.0" {
-					delete(lease.Secret.InternalData, leaseConnector)
-				}
 				c.then(e)
 				time.Sleep(time.Second) // the revocation is made behind the answer
 				require.Equal(t, c.alive, e.server.Alive(token))

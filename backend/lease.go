@@ -29,7 +29,6 @@ const accessTokenType = "kaizala_access_token"
 // numbers lose digits on their way through Vault.
 const (
 	leaseTenant     = "tenant"
-	leaseConnector  = "connector" // the one that the access token came from; version 0.1.0 did not note it
 	leaseGeneration = "generation"
 	leaseExpires    = "expires" // the access token's end, RFC 3339
 	leaseBound      = "bound"   // when leases on it must be over, where that is before its end
@@ -62,7 +61,6 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	internal := map[string]any{
 		"secret_type":   accessTokenType,
 		leaseTenant:     token.shown.tenant,
-		leaseConnector:  v.entry.Connector,
 		leaseGeneration: token.shown.generation,
 		leaseExpires:    token.shown.expires,
 	}
@@ -162,8 +160,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	return &logical.Response{Secret: secret}, nil
 }
 
-// hasEnded says whether a lease's access token has ended at the service before the lease, as the connector that it came from is now: it
-// was given up where that ends it, or where an exchange does.
+// hasEnded says whether a lease's access token has ended at the service before the lease, as the tenant's connector is now: it was given
+// up where that ends it, or where an exchange does.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
 	if v.access.isOf(secret) && v.access.current() {
 		return !v.access.Planned.IsZero() && (v.isEnded() || v.access.use.Load() == ending), nil
@@ -173,11 +171,7 @@ func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant s
 		return false, nil // another node has handed it out
 	}
 	if secret.InternalData[leaseOwn] != "true" {
-		connector, ok := secret.InternalData[leaseConnector].(string)
-		if !ok {
-			connector = v.entry.Connector
-		}
-		via, err := b.connectors.get(ctx, connector)
+		via, err := b.connectors.get(ctx, v.entry.Connector)
 		switch {
 		case via == nil:
 			return false, ignoreUnusable(err)

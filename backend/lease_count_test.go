@@ -437,7 +437,7 @@ func TestWhatALeaseIs(t *testing.T) {
 			secret := e.ok(logical.ReadOperation, "creds/"+tenant, nil).Secret
 			want := map[string]any{
 				"secret_type": accessTokenType, leaseTenant: tenant, leaseGeneration: secret.InternalData[leaseGeneration],
-				leaseExpires: stamp(time.Now().Add(time.Hour)), leaseConnector: defaultConnector,
+				leaseExpires: stamp(time.Now().Add(time.Hour)),
 			}
 			if tenant == "own" {
 				want[leaseOwn] = "true"
