@@ -309,13 +309,16 @@ type passage struct {
 	discovery bool
 	// tellsNothing: an answer to the work does not tell whether the service takes a connector that it refuses.
 	tellsNothing bool
-	placed       func()      // called when the work has a place in the share; nil for none
-	call         *share.Call // the last that was permitted
-	made         int         // how many calls were permitted
+	// stopping says whether the engine stops: the answer may come too late to be stored, so no call is made then. nil: the answer brings
+	// nothing that is to be stored.
+	stopping func() bool
+	placed   func()      // called when the work has a place in the share; nil for none
+	call     *share.Call // the last that was permitted
+	made     int         // how many calls were permitted
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
-// errReplaced, storage's or the context's.
+// errReplaced, errStopping, storage's or the context's.
 func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
 		return nil, err
@@ -349,7 +352,11 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		p.leaveProbe()
 		return nil, storageError(err)
 	}
-	if err := p.mayCall(); err != nil {
+	err = p.mayCall()
+	if err == nil && p.stopping != nil && p.stopping() {
+		err = errStopping
+	}
+	if err != nil {
 		p.leaveProbe()
 		call.Cancel(ctx)
 		return nil, err

@@ -320,7 +320,7 @@ func (x *exchanger) call(f *flight) error {
 // work.
 func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
 	stored := f.v.base()
-	p := &passage{via: via, placed: f.place, want: share.Want{
+	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
 		Tenant: f.t.name, Wait: patience,
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
 		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
@@ -331,10 +331,6 @@ func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) 
 	}
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
-		if err == nil && x.stopping() {
-			p.call.Cancel(ctx)
-			return nil, errStopping // the answer may come too late to be stored
-		}
 		if err != nil && isStorages(err) && ctx.Err() == nil {
 			// A node whose storage takes no writes makes no call: what comes back would be lost with the process.
 			err = storageTrouble(f.t.name, err)

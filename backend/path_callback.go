@@ -303,7 +303,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 			return via.offers(byCode)
 		}
 		sent := false
-		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
+		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping}
 		result := flow.RedeemCode(b.ctx, tokenservice.CodeRedemption{
 			Code: code, RedirectURI: a.RedirectURI, Verifier: a.Verifier,
 			Permit: func(ctx context.Context) (func(), error) {

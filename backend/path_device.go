@@ -187,7 +187,7 @@ func (b *backend) pollDevice(tenant, id string) {
 		return
 	}
 	b.grants.work(id, true)
-	p := passage{via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}}
+	p := passage{via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping}
 	result := flow.PollDevice(b.ctx, a.DeviceCode, func(ctx context.Context) (func(), error) {
 		release, err := p.permit(ctx)
 		if err == nil && !b.grants.isPolled(tenant, id) {

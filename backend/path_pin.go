@@ -116,7 +116,7 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			b.grants.work(a.ID, false)
 			return via.offers(byPIN)
 		}
-		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
+		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping}
 		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, func(ctx context.Context) (func(), error) {
 			release, err := p.permit(ctx)
 			if err != nil {

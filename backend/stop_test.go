@@ -11,6 +11,7 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
@@ -164,6 +165,56 @@ func TestStopDuringAWaitBeforeTheCall(t *testing.T) {
 				next := share.New(e.storage, defaultConnector)
 				assert.NoError(t, next.Load(t.Context()))
 				assert.True(t, next.Unsettled("acme").Before(begun))
+			})
+		})
+	}
+}
+
+// The stop begins while the call that sends a code or a PIN, or that polls, is noted: the call is not made, because the stop could lose the
+// refresh token of its answer. The next process goes on with the attempt.
+func TestStopBeforeTheCallOfAGrant(t *testing.T) {
+	for path, flow := range map[string]func(e *grantEngine) (send func() string, calls func() int){
+		byCode: func(e *grantEngine) (func() string, func() int) {
+			e.write("config/as", map[string]any{"confirm": false})
+			back := e.authorize(nil)
+			return func() string { return e.open(back).text() }, func() int { return e.sent("authorization_code") }
+		},
+		byDevice: func(e *grantEngine) (func() string, func() int) {
+			code := e.start(byDevice, nil)["user_code"].(string)
+			require.NoError(e.t, e.server.ApproveDevice(code, "jane"))
+			return nil, func() int { return e.sent(deviceGrant) }
+		},
+		byPIN: func(e *grantEngine) (func() string, func() int) {
+			e.phone()
+			pin := e.sentPIN()
+			return func() string {
+				_, _, text := e.pin(map[string]any{"pin": pin})
+				return text
+			}, func() int { return e.pinCalls(redeemPINPath) }
+		},
+	} {
+		t.Run(path, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				send, calls := flow(e)
+				noted, release := e.storage.hold("put", callPrefix)
+				var sender sync.WaitGroup
+				if send != nil {
+					sender.Go(func() { assert.Contains(t, send(), "ngine is stopping") })
+				}
+				<-noted
+				sender.Go(e.stop)
+				time.Sleep(time.Second)
+				release()
+				sender.Wait()
+				assert.Zero(t, calls())
+				e.engine.start()
+				if send != nil {
+					send()
+				}
+				e.pass(time.Minute)
+				assert.NotNil(t, e.stored("acme"))
+				assert.Equal(t, 1, calls())
 			})
 		})
 	}
