@@ -292,3 +292,20 @@ func TestRetryAfterBesideOtherStatuses(t *testing.T) {
 		})
 	}
 }
+
+// A connector whose stored entry cannot be read is deleted only if no tenant uses it.
+func TestDeleteOfAnUnreadableConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		require.NoError(t, e.storage.Put(t.Context(), &logical.StorageEntry{Key: connectorPrefix + defaultConnector, Value: []byte("{")}))
+		e.restart()
+		e.waitForIndex()
+		_, status, text := e.try(logical.DeleteOperation, "config", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "(acme)")
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.ok(logical.DeleteOperation, "config", nil)
+		assert.NotContains(t, e.storedText(), connectorPrefix)
+	})
+}

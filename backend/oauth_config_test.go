@@ -295,3 +295,12 @@ func TestNothingAsksWhichServiceItIs(t *testing.T) {
 	}
 	assert.Greater(t, checked, 15)
 }
+
+// The least values that a connector takes.
+func TestLeastLimits(t *testing.T) {
+	e := newOAuthEngine(t, oauth2test.ClassD, nil)
+	e.write("config", map[string]any{"request_timeout": "1s", "exchanges_per_minute": 1})
+	config := e.read("config")
+	assert.EqualValues(t, 1, config["request_timeout"])
+	assert.EqualValues(t, 1, config["exchanges_per_minute"])
+}

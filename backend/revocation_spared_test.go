@@ -66,6 +66,9 @@ func TestOAuthWriteThatIsNotStoredLeavesTheRevocation(t *testing.T) {
 					assert.False(t, e.livesOn(token))
 					assert.Len(t, e.revocations(), calls+1)
 					assert.NotContains(t, e.storedText(), intentPrefix)
+					e.backend.revocations.mu.Lock()
+					assert.Empty(t, e.backend.revocations.writes)
+					e.backend.revocations.mu.Unlock()
 				})
 			})
 		}
