@@ -609,7 +609,7 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 }
 
 // unstored records that storage has not taken the result of an exchange. next is what it was asked to take, nil where
-// it was not asked.
+// it was not asked. kept is what memory kept when the caller read the tenant: see [tenant.stored].
 func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outcome) error {
 	switch {
 	case o.isWritersAlone():
