@@ -485,14 +485,8 @@ func (b *backend) abandonDeleted(tenant string, via *loadedConnector, token stri
 	if token == "" || t != nil || err != nil {
 		return
 	}
-	if facts == nil {
-		facts = &tokenservice.Facts{}
-	}
-	// Where storage fails, the token lives to its end.
-	if tell, err := b.revocations.giveUpRefreshToken(b.ctx, via.name, tenant, "", token, *facts); err == nil {
-		tell(nil)
-		b.revocations.wake(via.name)
-	}
+	b.revocations.abandonRefreshToken(b.ctx, via.name, tenant, token, facts)
+	b.revocations.wake(via.name)
 }
 
 // grantTries is how often the engine tries to store a grant. The tokens of a grant cannot be had again, but the person cannot wait for

@@ -204,6 +204,17 @@ func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant,
 	return tell, nil
 }
 
+// abandonRefreshToken gives up a refresh token that came for a tenant which is deleted already. Where storage fails, the token lives to
+// its end. facts are nil where the service has told none.
+func (r *revocations) abandonRefreshToken(ctx context.Context, connector, tenant, token string, facts *tokenservice.Facts) {
+	if facts == nil {
+		facts = &tokenservice.Facts{}
+	}
+	if tell, err := r.giveUpRefreshToken(ctx, connector, tenant, "", token, *facts); err == nil {
+		tell(nil)
+	}
+}
+
 // ignoreUnusable leaves of a connector's error only what a later try may not meet: a connector that cannot be used
 // revokes nothing.
 func ignoreUnusable(err error) error {

@@ -646,13 +646,7 @@ func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted b
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if deleted && o.refreshToken != "" {
-		var facts tokenservice.Facts
-		if o.facts != nil {
-			facts = *o.facts
-		}
-		if tell, err := ts.revocations.giveUpRefreshToken(ctx, o.connector, t.name, "", o.refreshToken, facts); err == nil {
-			tell(nil)
-		}
+		ts.revocations.abandonRefreshToken(ctx, o.connector, t.name, o.refreshToken, o.facts)
 	}
 }
 
