@@ -531,6 +531,40 @@ func TestLaterFailureOfARefusedConnectorWaitsForTheProbe(t *testing.T) {
 	})
 }
 
+// A limit that ends a background exchange of a tenant delays the next one at the same connector, and none at the connector that the
+// tenant has moved to meanwhile.
+func TestLimitOfTheConnectorThatATenantHasLeft(t *testing.T) {
+	for _, moves := range []bool{true, false} {
+		t.Run(fmt.Sprintf("moves=%v", moves), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.setShare(2)
+				id, secret := e.kaizala.RegisterConnector()
+				e.write("config/hr", map[string]any{"connector_id": id, "connector_secret": secret})
+				e.kaizala.SetRefreshTokenAge(kaizalatest.DefaultRefreshTokenLife * 9 / 10)
+				e.addTenants(2)
+				e.quiet("t0")
+				e.quiet("t1") // both exchanges of this minute at the default connector
+				time.Sleep(2 * share.Window)
+				e.lease("t1")
+				e.write("tenants/t1/refresh", nil)
+				time.Sleep(40 * time.Second)
+				e.kaizala.MoveUserTemporarily("t0", "https://inc-001.osi.office.net")
+				e.write("tenants/t0", map[string]any{"refresh_token": e.newToken("t0"), "verify": false})
+				time.Sleep(time.Second) // its first request has the second place of this minute; the redirect's waits for another
+				require.NotNil(t, e.tenants.named("t0").flight.Load())
+				if moves {
+					e.write("tenants/t0", map[string]any{"connector": "hr", "refresh_token": e.kaizala.GenerateUserToken(id, "t0"), "verify": false})
+				}
+				before := e.kaizala.Exchanges("t0")
+				e.connectors.present(defaultConnector).share.Pause(time.Now().Add(time.Hour))
+				e.pass(5 * time.Minute)
+				assert.Equal(t, moves, e.kaizala.Exchanges("t0") > before)
+			})
+		})
+	}
+}
+
 // A reader who joins a background exchange between its two requests does not wait behind the readers' fifth.
 func TestReaderJoinsABackgroundHop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
