@@ -24,7 +24,7 @@ type exchanger struct {
 	ctx         context.Context
 	work        func(func()) bool // runs a function in a goroutine that the engine's end waits for
 	stopping    func() bool
-	landed      func(t *tenant, connector string, err error) // schedules a tenant after its flight
+	landed      func(t *tenant, err error) // schedules a tenant after its flight
 }
 
 // want is what a request asks of an exchange.
@@ -260,7 +260,7 @@ func (x *exchanger) fly(f *flight) {
 		err = x.call(f)
 	}
 	t.land(f, err)
-	x.landed(t, f.connector, err)
+	x.landed(t, err)
 	x.tenants.drop(t)
 	x.revocations.wakeAll() // what the flight has given up
 }

@@ -557,12 +557,38 @@ func TestLimitOfTheConnectorThatATenantHasLeft(t *testing.T) {
 					e.write("tenants/t0", map[string]any{"connector": "hr", "refresh_token": e.kaizala.GenerateUserToken(id, "t0"), "verify": false})
 				}
 				before := e.kaizala.Exchanges("t0")
+				asked := e.system.asked.Load()
 				e.connectors.present(defaultConnector).share.Pause(time.Now().Add(time.Hour))
 				e.pass(5 * time.Minute)
 				assert.Equal(t, moves, e.kaizala.Exchanges("t0") > before)
+				assert.Less(t, e.system.asked.Load()-asked, int64(50), "questions to Vault: exchanges are tried again and again")
 			})
 		})
 	}
+}
+
+// While places are left to the redirects of an exchange under way, a background exchange that could have one of them is tried each
+// second, and not again and again.
+func TestBackgroundExchangeLeavesPlacesToHops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.setShare(10)
+		e.addTenants(7)
+		for i := range 6 {
+			e.lease(fmt.Sprint("t", i))
+		}
+		e.connectors.present(defaultConnector).hops.noted(1)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 20 * time.Second})
+		e.kaizala.SetRefreshTokenAge(kaizalatest.DefaultRefreshTokenLife * 9 / 10)
+		go e.try(logical.ReadOperation, "creds/t6", nil) // the seventh of the eight places that background work may have
+		synctest.Wait()
+		asked := e.system.asked.Load()
+		e.addTenant("due")
+		time.Sleep(10 * time.Second)
+		assert.Zero(t, e.kaizala.Exchanges("due"))
+		assert.Less(t, e.system.asked.Load()-asked, int64(50), "questions to Vault: the exchange is tried again and again")
+		time.Sleep(time.Minute)
+	})
 }
 
 // A reader who joins a background exchange between its two requests does not wait behind the readers' fifth.

@@ -34,7 +34,7 @@ const (
 )
 
 // schedule puts a tenant into the index at its due time. If its entry is not in memory, it is read when the tenant is due. rest
-// is the time before which the tenant's exchange is not permitted, if there is one.
+// is a time before which the tenant is not due, if there is one.
 func (b *backend) schedule(t *tenant, rest ...time.Time) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
@@ -251,7 +251,7 @@ func (b *backend) attend(name string) {
 	}
 	if v := t.view.Load(); v.kept != nil {
 		if _, _, err := b.exchanger.start(b.ctx, t, v, want{background: true}); err != nil {
-			b.landed(t, v.kept.connector, err)
+			b.landed(t, err)
 		}
 		return // the flight's end schedules the tenant
 	}
@@ -315,7 +315,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 	if !isPassing(err) {
 		_ = b.exchanger.fail(&flight{t: t, v: v, from: v.entry.Lineage, connector: v.entry.Connector}, via, err)
 	}
-	b.landed(t, v.entry.Connector, err)
+	b.landed(t, err)
 }
 
 // isPassing says whether an exchange was not made for reasons that are no failure.
@@ -323,22 +323,14 @@ func isPassing(err error) bool {
 	return errors.As(err, new(*share.LimitError)) || errors.Is(err, errSuperseded) || errors.Is(err, logical.ErrReadOnly) || errors.Is(err, errStopping)
 }
 
-// landed schedules a tenant after its flight, or after one that could not begin.
-func (b *backend) landed(t *tenant, connector string, err error) {
-	limit := (*share.LimitError)(nil)
-	switch {
-	case errors.As(err, &limit):
-		if t.view.Load().summary.connector != connector {
-			b.schedule(t) // it is another connector's calls that are limited
-			return
-		}
-		t.postpone(limit.Until)
-		b.schedule(t, limit.Until)
-	case errors.Is(err, logical.ErrReadOnly):
+// landed schedules a tenant after its flight, or after one that could not begin. One that the share did not permit needs no rest of its
+// own: serveLine begins the next when the share permits it.
+func (b *backend) landed(t *tenant, err error) {
+	if errors.Is(err, logical.ErrReadOnly) {
 		b.schedule(t, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
-	default:
-		b.schedule(t)
+		return
 	}
+	b.schedule(t)
 }
 
 // index is one index, by due time, of all tenants: when each needs attention next without a reader. Those that are due wait
