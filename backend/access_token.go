@@ -139,7 +139,7 @@ func (a *accessToken) end(early, replaced bool) bool {
 			return true
 		case n == leasesUnknown && !early:
 			return false
-		case n == leasesUnknown, next == 0 && (early || replaced):
+		case next == 0 && (early || replaced):
 			next = givenUp
 		}
 		if a.leases.CompareAndSwap(n, next) {
