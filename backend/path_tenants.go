@@ -97,7 +97,6 @@ type tenantChange struct {
 
 	lineage string             // the tenant's, once the write is stored, where it retires tokens
 	target  string             // the connector that the tenant uses then
-	seen    string             // the lineage that the write was checked with; "": none, or it comes from version 0.1.0
 	checked string             // the refresh token that was checked
 	facts   tokenservice.Facts // of the refresh token that was checked
 	flight  *flight            // the exchange that verifies the write, and stores it; nil: none has begun
@@ -331,7 +330,7 @@ func (b *backend) changeSettings(ctx context.Context, name string, change *tenan
 		if err != nil {
 			return err
 		}
-		change.target, change.seen = v.entry.Connector, v.storedLineage()
+		change.target = v.entry.Connector
 		if err := b.storeUnverified(ctx, name, via, change); !errors.Is(err, errSuperseded) {
 			return err
 		}
@@ -362,7 +361,6 @@ func (b *backend) replaceTokens(ctx context.Context, name string, change *tenant
 		if change.verify {
 			err = b.verify(ctx, name, t, v, via, change)
 		} else {
-			change.seen = v.storedLineage()
 			err = b.storeUnverified(ctx, name, via, change)
 		}
 		if !errors.Is(err, errSuperseded) {

@@ -295,7 +295,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			}
 		}
 		switch {
-		case c.grant != nil && v.storedLineage() != c.grant.from, c.seen != "" && v.storedLineage() != c.seen:
+		case c.grant != nil && v.storedLineage() != c.grant.from:
 			return errSuperseded
 		case v.entry == nil && c.patch:
 			return notFound("there is no tenant %q to patch", name)
