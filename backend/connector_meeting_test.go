@@ -17,6 +17,7 @@ import (
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // A write of a connector that does not change exchange_invalidates leaves the access tokens in memory: readers get them although storage
@@ -308,4 +309,161 @@ func TestDeleteOfAnUnreadableConnector(t *testing.T) {
 		e.ok(logical.DeleteOperation, "config", nil)
 		assert.NotContains(t, e.storedText(), connectorPrefix)
 	})
+}
+
+// The operator writes the connector while the service's refusal of the former configuration is being stored: the write stays.
+func TestRefusalDoesNotUndoAWriteOfTheConnector(t *testing.T) {
+	for name, accepted := range map[string]bool{"refused": false, "accepted again": true} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(2)
+				via := e.connectors.present(defaultConnector)
+				refuse := func() func(context.Context) {
+					return e.connectors.judge(via, &tokenservice.Failure{Kind: tokenservice.RefusedConnector})
+				}
+				store := refuse()
+				if accepted {
+					store = e.connectors.judge(via, nil)
+				}
+				secret := e.kaizala.NewConnectorSecret(e.connectorID)
+				e.write("config", map[string]any{"connector_secret": secret})
+				store(t.Context())
+				stored, err := e.storedConnector(t.Context(), defaultConnector)
+				require.NoError(t, err)
+				assert.Equal(t, secret, stored.ConnectorSecret)
+				assert.Zero(t, stored.Refused)
+
+				// A refusal that comes after the write is about what it has replaced.
+				lines := e.log.count("refuses")
+				refuse()(t.Context())
+				assert.Equal(t, lines, e.log.count("refuses"))
+				e.read("creds/t0")
+
+				// Nor does a late success with the replaced configuration show that the service takes the present one.
+				e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/t0/refresh", nil)
+				require.Equal(t, http.StatusBadRequest, status)
+				e.connectors.judge(via, nil)(t.Context())
+				calls := e.kaizala.CallCount()
+				_, _, _ = e.try(logical.ReadOperation, "creds/t1", nil)
+				assert.Equal(t, calls, e.kaizala.CallCount(), "the connector is refused still")
+			})
+		})
+	}
+}
+
+// Of the answers that show that the service takes a connector again, one is told and stored.
+func TestConnectorIsAcceptedOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.read("creds/t0")
+		e.read("creds/t1")
+		via := e.connectors.present(defaultConnector)
+		e.connectors.judge(via, &tokenservice.Failure{Kind: tokenservice.RefusedConnector})(t.Context())
+		writes := e.storage.putsOf(connectorPrefix + defaultConnector)
+		lines := strings.Count(e.log.String(), "\n")
+		for range 2 {
+			e.connectors.judge(via, nil)(t.Context())
+		}
+		assert.Equal(t, writes+1, e.storage.putsOf(connectorPrefix+defaultConnector))
+		assert.Equal(t, lines+1, strings.Count(e.log.String(), "\n"))
+	})
+}
+
+// The call that a refused connector makes every ten minutes is not made after all: storage does not take its note, or a pause begins
+// meanwhile. The next work makes it.
+func TestProbeThatIsNotMadeIsLeftToOthers(t *testing.T) {
+	for name, prevent := range map[string]func(*engine){
+		"storage fails": func(e *engine) { e.storage.refuse("put", callPrefix) },
+		"a pause begins": func(e *engine) {
+			e.storage.surround(func(op, key string, do func() error) error {
+				if op == "put" && strings.HasPrefix(key, callPrefix) {
+					e.connectors.present(defaultConnector).share.Pause(time.Now().Add(time.Minute))
+				}
+				return do()
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenants(2)
+				e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+				_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+				require.Equal(t, http.StatusBadRequest, status)
+				e.kaizala.SetConnectorSecret(e.connectorID, e.secret)
+				e.stop() // without background work
+				e.start()
+				e.index.stop()
+				_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+				time.Sleep(probeEvery)
+				prevent(e)
+				_, status, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+				assert.NotEqual(t, http.StatusOK, status)
+				e.storage.heal()
+				time.Sleep(time.Minute)
+				e.read("creds/t1")
+			})
+		})
+	}
+}
+
+// The service refuses the connector. A write of issuer, which is to put that right, reads the metadata all the same.
+func TestRefusedConnectorIsWrittenWithItsIssuer(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"connector_secret": "wrong"})
+		e.add("acme", nil)
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.write("config", map[string]any{"issuer": e.server.Issuer(), "connector_secret": e.secret})
+		e.read("creds/acme")
+	})
+}
+
+// Tenants that are due are exchanged at the same time, not one after another: the service is slow.
+func TestBackgroundExchangesRunBesideEachOther(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.waitForIndex()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 20 * time.Second})
+		e.kaizala.SetRefreshTokenAge(kaizalatest.DefaultRefreshTokenLife * 9 / 10)
+		e.addTenants(5)
+		time.Sleep(time.Second)
+		assert.Len(t, e.kaizala.Calls(), 5)
+		e.pass(time.Minute)
+	})
+}
+
+// What one tenant keeps, or verifies, holds its own connector alone.
+func TestOtherConnectorsAreFree(t *testing.T) {
+	for name, begin := range map[string]func(*engine){
+		"kept": func(e *engine) {
+			e.failPuts()
+			_, _, _ = e.try(logical.ReadOperation, "creds/acme", nil)
+			e.quiet("acme")
+			e.storage.heal()
+		},
+		"an exchange": func(e *engine) { go e.try(logical.ReadOperation, "creds/acme", nil) },
+		"a verification": func(e *engine) {
+			go e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				id, secret := e.kaizala.RegisterConnector()
+				e.write("config/hr", map[string]any{"connector_id": id, "connector_secret": secret})
+				e.kaizala.Inject(kaizalatest.Fault{Delay: 3 * time.Second, Process: true})
+				begin(e)
+				synctest.Wait()
+				_, status, text := e.try(logical.DeleteOperation, "config", nil)
+				assert.Equal(t, http.StatusBadRequest, status, text)
+				e.ok(logical.DeleteOperation, "config/hr", nil)
+				e.quiet("acme")
+			})
+		})
+	}
 }
