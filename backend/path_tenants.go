@@ -3,6 +3,8 @@ package backend
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
@@ -95,6 +97,10 @@ type tenantChange struct {
 	patch                   bool
 	verify                  bool
 
+	// again: the refresh token that the write names is the one that the tenant's present one has come from, and stands for that.
+	// refreshToken is nil then.
+	again   bool
+	written *string            // the refresh token as it was written; nil: none was
 	lineage string             // the tenant's, once the write is stored, where it retires tokens
 	target  string             // the connector that the tenant uses then
 	checked string             // the refresh token that was checked
@@ -125,7 +131,7 @@ func newTenantChange(d *framework.FieldData, patch bool) (*tenantChange, error) 
 		case "refresh_token":
 			token, _ := raw.(string)
 			token = strings.TrimSpace(token)
-			c.refreshToken = &token
+			c.refreshToken, c.written = &token, &token
 			if token == "" {
 				err = badValue("refresh_token is empty: give the refresh token that the service has issued")
 			}
@@ -174,7 +180,22 @@ func boolOr(d *framework.FieldData, name string, byDefault bool) *bool {
 }
 
 // retiresTokens says whether the write replaces what access tokens come from.
-func (c *tenantChange) retiresTokens() bool { return c.refreshToken != nil || c.connector != nil }
+func (c *tenantChange) retiresTokens() bool {
+	return c.refreshToken != nil || c.connector != nil || c.again
+}
+
+// repeats says whether the write names the refresh token that was written last, and that the service has replaced since: a client has
+// sent its write a second time, perhaps because it got a 503. The service may end the grant of a replaced refresh token that is sent
+// again. Where it refuses the present one, there is nothing to lose.
+func (c *tenantChange) repeats(e *tenantEntry) bool {
+	return c.written != nil && e != nil && e.RefreshToken != *c.written && e.CameFrom == fingerprint(*c.written) && e.Rejected.IsZero()
+}
+
+// fingerprint is what the engine keeps of a refresh token that the service has replaced.
+func fingerprint(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return base64.RawStdEncoding.EncodeToString(sum[:])
+}
 
 // apply makes the change to an entry, nil for a tenant that is new.
 func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
@@ -194,7 +215,7 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 	set(&next.TokenPerLease, c.tokenPerLease, was.TokenPerLease)
 	set(&next.KeepOnRevoke, c.keepOnRevoke, was.KeepOnRevoke)
 	if c.refreshToken != nil {
-		next.RefreshToken = *c.refreshToken
+		next.RefreshToken, next.CameFrom = *c.refreshToken, fingerprint(*c.refreshToken)
 		next.RefreshTokenOrigin = originOperator
 		next.RefreshTokenSet = time.Now().UTC().Truncate(time.Millisecond)
 		next.Granted, next.GrantedBy, next.Subject = time.Time{}, "", ""
@@ -388,6 +409,12 @@ func (b *backend) endWrite(change *tenantChange, end func()) {
 // prepare checks what can be known before the service is asked, and returns the connector.
 func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChange) (*loadedConnector, error) {
 	change.before = v.base()
+	if change.written != nil {
+		change.refreshToken, change.again = change.written, change.repeats(v.newest())
+		if change.again {
+			change.refreshToken = nil
+		}
+	}
 	next := change.apply(change.before)
 	if next.RefreshToken == "" {
 		return nil, b.tenants.validate(ctx, next)

@@ -31,10 +31,13 @@ type tenantEntry struct {
 	KeepOnRevoke  bool          `json:"keep_on_revoke,omitempty"` // retire_on_revoke is false
 	TokenPerLease bool          `json:"token_per_lease,omitempty"`
 
-	RefreshToken       string             `json:"refresh_token"`
-	RefreshTokenOrigin string             `json:"refresh_token_origin"` // operator or service
-	RefreshTokenSet    time.Time          `json:"refresh_token_set_time"`
-	Facts              tokenservice.Facts `json:"facts"`
+	RefreshToken       string    `json:"refresh_token"`
+	RefreshTokenOrigin string    `json:"refresh_token_origin"` // operator or service
+	RefreshTokenSet    time.Time `json:"refresh_token_set_time"`
+	// CameFrom is the fingerprint of the refresh token that was written, or that a grant has brought: RefreshToken itself, or the one
+	// that the service has replaced by it. It is empty in entries of before.
+	CameFrom string             `json:"came_from,omitempty"`
+	Facts    tokenservice.Facts `json:"facts"`
 
 	// Granted: a person has granted access by one of the paths authorize, device or pin.
 	Granted   time.Time `json:"granted_time,omitzero"`
@@ -781,8 +784,8 @@ func (t *tenant) wasIssued(generation string) bool {
 
 // newest is the entry with what is kept, nil where there is no tenant.
 func (v *tenantView) newest() *tenantEntry {
-	if v.kept == nil || v.entry == nil && v.kept.change == nil {
-		return v.entry
+	if v == nil || v.kept == nil || v.entry == nil && v.kept.change == nil {
+		return v.base()
 	}
 	return v.kept.onto(v.entry)
 }

@@ -306,7 +306,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 		switch {
 		case c.target != "" && next.Connector != c.target:
 			return errSuperseded
-		case c.connector != nil && c.refreshToken == nil && next.RefreshToken != c.checked:
+		case c.again != c.repeats(v.entry), c.retiresTokens() && c.refreshToken == nil && next.RefreshToken != c.checked:
 			return errSuperseded // the service has replaced it since
 		}
 		if err := ts.validate(ctx, next); err != nil {
