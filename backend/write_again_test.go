@@ -132,3 +132,55 @@ func TestRefreshTokenIsWrittenAgainAfterAnother(t *testing.T) {
 		})
 	}
 }
+
+// A refresh token that is written again gives up the access token as every write of a refresh token does, although the tenant keeps the
+// one that has come from it.
+func TestRefreshTokenIsWrittenAgainGivesUpTheAccessToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		written := e.server.Grant(e.clientID, "acme")
+		e.rewrite("acme", written, false)
+		for _, verify := range []bool{true, false} {
+			token := accessTokenOf(e.lease("acme"))
+			e.rewrite("acme", written, verify)
+			synctest.Wait()
+			assert.False(t, e.server.Alive(token), "verify=%v", verify)
+			assert.NotEqual(t, token, accessTokenOf(e.lease("acme")), "verify=%v", verify)
+		}
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
+
+// A refresh token that the service has not replaced is written again: that is a write as the first was.
+func TestRefreshTokenThatWasNotReplacedIsWrittenAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever }, classB)
+		written := e.server.Grant(e.clientID, "acme")
+		e.rewrite("acme", written, true)
+		first := e.read("tenants/acme")["refresh_token_set_time"]
+		time.Sleep(time.Hour)
+		e.rewrite("acme", written, true)
+		assert.NotEqual(t, first, e.read("tenants/acme")["refresh_token_set_time"])
+	})
+}
+
+// The service replaces the refresh token once more while the write waits: the end that the tenant shows is that of the newest one.
+func TestRefreshTokenIsWrittenAgainDuringARotation(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			o.RefreshTokenJWT, o.RefreshTokenLife, o.ReuseKillsFamily = true, 30*day, true
+		}, classB)
+		written := e.server.Grant(e.clientID, "acme")
+		e.rewrite("acme", written, true)
+		time.Sleep(day)
+		reached, release := e.storage.hold("put", tenantPrefix)
+		go e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		<-reached
+		go e.rewrite("acme", written, false)
+		synctest.Wait()
+		release()
+		synctest.Wait()
+		assert.WithinDuration(t, time.Now().Add(30*day), e.stored("acme").Facts.Expires, time.Minute)
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
