@@ -232,7 +232,7 @@ func TestCodeFlow(t *testing.T) {
 		assert.Zero(t, e.sent(codeGrant))
 		to, fields := p.form()
 		assert.Equal(t, "callback", to)
-		assert.Equal(t, map[string]any{"page": "1", "state": back["state"]}, fields)
+		assert.Equal(t, map[string]any{"page": "1", "state": back["state"], "confirmation": fields["confirmation"]}, fields)
 
 		p = e.visit(logical.UpdateOperation, to, fields)
 		assert.Equal(t, 200, p.status)

@@ -111,7 +111,7 @@ func undocumented(path *framework.Path) (problems []string) {
 	fields := func(where string, all map[string]*framework.FieldSchema, answer bool) {
 		for name, field := range all {
 			sentence(where+" "+name, field.Description)
-			secret := slices.Contains([]string{"access_token", "refresh_token", "connector_secret", "state", "code", "pin", "mobile_number"}, name)
+			secret := slices.Contains([]string{"access_token", "refresh_token", "connector_secret", "state", "code", "confirmation", "pin", "mobile_number"}, name)
 			want(isSecret(field) == secret, "%s %s: sensitive is %t", where, name, isSecret(field))
 			want(!answer || !secret || name == "access_token", "%s gives %s away", where, name)
 		}

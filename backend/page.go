@@ -39,6 +39,8 @@ type page struct {
 	Details []detail
 	Form    string // where the form goes; "" for no form
 	State   string
+
+	Confirmation string
 }
 
 type detail struct{ Name, Value string }
@@ -84,7 +86,7 @@ func pageResponse(end *verdict, mount string) *logical.Response {
 		status = http.StatusOK
 		p.Texts = []string{"Once you confirm, Vault keeps the access that you have just granted, and apps use it in your name.", text.text}
 		// The address of the page has the code in it; the form's does not.
-		p.Form, p.State = "callback", end.state
+		p.Form, p.State, p.Confirmation = "callback", end.state, end.confirm
 		if a.Callback != "" {
 			p.Form = a.Callback
 		}

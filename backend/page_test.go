@@ -147,6 +147,32 @@ func TestConfirmation(t *testing.T) {
 	})
 }
 
+// Who has started an attempt knows its state, and cannot confirm it in the place of the person whose browser has brought the code. Nor can
+// he put a code of his own in the place of the one that the person confirms.
+func TestOnlyThePersonConfirms(t *testing.T) {
+	for _, page := range []string{"", "1"} {
+		bubble(t, func(t *testing.T) {
+			e := newGrantEngine(t)
+			back := e.authorize(nil)
+			to, form := e.open(back).form()
+			for _, guess := range []string{"", hashOf(back["state"].(string)), back["state"].(string)} {
+				data := map[string]any{"state": back["state"], "confirmation": guess}
+				if page != "" {
+					data["page"] = page
+				}
+				_, _, _ = e.ask(logical.UpdateOperation, "callback", data)
+			}
+			e.open(with(back, "code", "another-code"))
+			p := e.visit(logical.UpdateOperation, to, form)
+			assert.Equal(t, 400, p.status, "the code is not the one that the page was shown for")
+			synctest.Wait()
+			assert.Zero(t, e.sent(codeGrant))
+			assert.Nil(t, e.stored("acme"))
+			assert.Contains(t, e.confirm(back).text(), "The tenant is connected")
+		})
+	}
+}
+
 // No secret is in an answer, a page, a status, the log or an event, in any of these cases.
 func TestGrantCanaries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

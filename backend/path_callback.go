@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"crypto/hmac"
 	"errors"
 	"net/http"
 	"regexp"
@@ -35,7 +36,12 @@ func (b *backend) callbackPaths() []*framework.Path {
 			},
 			"iss":   {Type: framework.TypeString, Query: true, Description: "The issuer, as the service sends it (RFC 9207)."},
 			"error": {Type: framework.TypeString, Query: true, Description: "Why the service grants no access, as the service says."},
-			"page":  {Type: framework.TypeBool, Description: "Whether the answer is an HTML page, as the page's own form asks for. A read always answers with a page."},
+			"confirmation": {
+				Type:         framework.TypeString,
+				Description:  "What the page's own form sends to confirm, in place of the code.",
+				DisplayAttrs: sensitive,
+			},
+			"page": {Type: framework.TypeBool, Description: "Whether the answer is an HTML page, as the page's own form asks for. A read always answers with a page."},
 		}
 	}
 	one := b.callbackPath("callback", "callback", fields())
@@ -76,6 +82,7 @@ type verdict struct {
 	service string   // the token service's name
 	subject string   // who has granted access, where the service says so
 	state   string   // for the form that confirms
+	confirm string   // the same: see [attempt.confirmation]
 	err     error    // where nothing was sent and the person can try again
 }
 
@@ -225,7 +232,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	switch iss := textOf(d, "iss"); {
 	case issuer != "" && iss != "" && iss != issuer:
 		return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
-	case code == "" && refusal == "" && !asks:
+	case code == "" && refusal == "" && !asks && hmac.Equal([]byte(textOf(d, "confirmation")), []byte(a.confirmation())):
 		code = a.Code // the person confirms what the page was shown for
 	case promised && iss == "" && (code != "" || refusal != ""):
 		return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
@@ -241,9 +248,9 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		end.what = endEmpty
 		return end, "", false, nil
 	case asks && via.consent().confirm:
-		end.what, end.state = endConfirm, textOf(d, "state")
 		changed = a.Code != code
 		a.Code = code
+		end.what, end.state, end.confirm = endConfirm, textOf(d, "state"), a.confirmation()
 		return end, "", changed, nil
 	}
 	return nil, code, false, nil

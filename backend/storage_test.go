@@ -174,7 +174,9 @@ func checkAttemptFixtures(t *testing.T, e *engine, server *oauth2test.Server) {
 	used := as.visit(logical.ReadOperation, "callback", map[string]any{"state": strings.Repeat("u", 43), "code": "code"})
 	assert.Contains(t, used.text(), "has been used")
 	e.write("config/as", map[string]any{"connector_secret": "another"}) // the service has refused the one before
-	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1"})
+	all, err := getEntry[attempts](t.Context(), e.storage, attemptKeys+"browsed")
+	require.NoError(t, err)
+	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1", "confirmation": all.Last[byCode].confirmation()})
 	assert.Contains(t, confirmed.text(), "Started by token-ada")
 	assert.Equal(t, 1, as.sent(codeGrant))
 	assert.Equal(t, attemptFailed, status("browsed/authorize"))

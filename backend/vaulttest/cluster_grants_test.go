@@ -4,6 +4,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -44,6 +45,7 @@ func TestGrantsOverAFailover(t *testing.T) {
 	status, page := browse(t, func() (*http.Response, error) { return client.Get(asked) })
 	require.Equal(t, 200, status)
 	require.Contains(t, page, "Connect this tenant?")
+	confirm := page
 	userCode := m.write("tenants/device/device", by).ok(t).text("user_code")
 	m.write("tenants/phone/pin", fields{"mobile_number": f.kaizala.PhoneNumber("phone")}).ok(t)
 	pin := f.kaizala.PIN(f.connectorID, "phone")
@@ -66,7 +68,7 @@ func TestGrantsOverAFailover(t *testing.T) {
 	back, err := url.Parse(asked)
 	require.NoError(t, err)
 	press := func() (*http.Response, error) {
-		return client.PostForm(callback, url.Values{"page": {"1"}, "state": {back.Query().Get("state")}})
+		return client.PostForm(callback, url.Values{"page": {"1"}, "state": {back.Query().Get("state")}, "confirmation": {confirmationIn(confirm)}})
 	}
 	status, page = browse(t, press)
 	require.Equal(t, 200, status, page)
@@ -94,6 +96,16 @@ func TestGrantsOverAFailover(t *testing.T) {
 	f.kaizala.Close()
 	s.proc.kill()
 	require.NoError(t, m.vault.Client.Sys().Unmount("kaizala"))
+}
+
+var confirmationInput = regexp.MustCompile(`name="confirmation" value="([^"]+)"`)
+
+// confirmationIn is what the form of a page sends to confirm; "" where the page has no form.
+func confirmationIn(page string) string {
+	if found := confirmationInput.FindStringSubmatch(page); found != nil {
+		return found[1]
+	}
+	return ""
 }
 
 // browse makes a request as a browser does, and returns the page.

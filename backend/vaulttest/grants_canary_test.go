@@ -100,9 +100,9 @@ func TestGrantsTellNothing(t *testing.T) {
 		look()
 		return a
 	}
-	press := func(query url.Values) {
+	press := func(query url.Values, page answer) {
 		t.Helper()
-		form := url.Values{"page": {"1"}, "state": query["state"]}
+		form := url.Values{"page": {"1"}, "state": query["state"], "confirmation": {confirmationIn(page.body)}}
 		_, err := outside.send(http.MethodPost, "canary/callback", form.Encode(), http.Header{"Content-Type": {"application/x-www-form-urlencoded"}})
 		require.NoError(t, err)
 		look()
@@ -124,8 +124,7 @@ func TestGrantsTellNothing(t *testing.T) {
 		known.add("code", "forged-canary-code", "second-canary-code")
 		known.add("error", "canary-error", "canary-issuer")
 		for range 2 {
-			open(query)
-			press(query)
+			press(query, open(query))
 		}
 		m.read("tenants/acme/authorize").ok(t)
 		m.read("tenants/acme")
