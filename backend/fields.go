@@ -323,16 +323,12 @@ func pairs(raw any) (map[string]string, error) {
 			m[name] = text
 		}
 	case string:
-		name, value, ok := strings.Cut(raw, "=")
-		if !ok {
-			return nil, malformed
-		}
-		m[name] = value
+		return pairs([]any{raw})
 	case []any:
 		for _, one := range raw {
 			text, _ := one.(string)
 			name, value, ok := strings.Cut(text, "=")
-			if !ok {
+			if !ok || name == "" { // the framework's own message would quote the value
 				return nil, malformed
 			}
 			m[name] = value

@@ -2,10 +2,7 @@ package backend
 
 import (
 	"context"
-	"crypto/hmac"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"maps"
 	"slices"
@@ -97,14 +94,6 @@ type attempt struct {
 func (a *attempt) close(status, text string) {
 	a.Status, a.Error = status, text
 	a.Verifier, a.Code, a.DeviceCode, a.MobileNumber = "", "", "", ""
-}
-
-// confirmation is what the page's form sends to confirm the attempt's code. Only a browser that has brought the code gets it: who has
-// started the attempt knows the state, and must not confirm in the person's place.
-func (a *attempt) confirmation() string {
-	mac := hmac.New(sha256.New, []byte(a.Verifier))
-	_, _ = mac.Write([]byte(a.Code)) // which never fails
-	return base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
 // stateEntry has the tenant of a state, and its status.

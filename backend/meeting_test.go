@@ -414,6 +414,7 @@ func TestTenantIsInvalidatedDuringALoad(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
 		e.read("tenants/acme")
+		e.waitForIndex() // a tenant that the index is being built of stays in memory
 		e.tenants.loaded.Purge()
 		read := false
 		e.storage.surround(func(op, key string, do func() error) error {

@@ -155,7 +155,7 @@ func TestOnlyThePersonConfirms(t *testing.T) {
 			e := newGrantEngine(t)
 			back := e.authorize(nil)
 			to, form := e.open(back).form()
-			for _, guess := range []string{"", hashOf(back["state"].(string)), back["state"].(string)} {
+			for _, guess := range []string{"", hashOf(""), hashOf(back["state"].(string)), back["state"].(string)} {
 				data := map[string]any{"state": back["state"], "confirmation": guess}
 				if page != "" {
 					data["page"] = page

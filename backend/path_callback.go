@@ -2,7 +2,6 @@ package backend
 
 import (
 	"context"
-	"crypto/hmac"
 	"errors"
 	"net/http"
 	"regexp"
@@ -82,7 +81,7 @@ type verdict struct {
 	service string   // the token service's name
 	subject string   // who has granted access, where the service says so
 	state   string   // for the form that confirms
-	confirm string   // the same: see [attempt.confirmation]
+	confirm string   // the same: the hash of the code that the page is shown for
 	err     error    // where nothing was sent and the person can try again
 }
 
@@ -232,8 +231,10 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	switch iss := textOf(d, "iss"); {
 	case issuer != "" && iss != "" && iss != issuer:
 		return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
-	case code == "" && refusal == "" && !asks && hmac.Equal([]byte(textOf(d, "confirmation")), []byte(a.confirmation())):
-		code = a.Code // the person confirms what the page was shown for
+	case code == "" && refusal == "" && !asks && textOf(d, "confirmation") == hashOf(a.Code):
+		// The browser that has brought the code confirms what the page was shown for. The state alone does not: who has started the
+		// attempt knows it.
+		code = a.Code
 	case promised && iss == "" && (code != "" || refusal != ""):
 		return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
 	}
@@ -250,7 +251,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	case asks && via.consent().confirm:
 		changed = a.Code != code
 		a.Code = code
-		end.what, end.state, end.confirm = endConfirm, textOf(d, "state"), a.confirmation()
+		end.what, end.state, end.confirm = endConfirm, textOf(d, "state"), hashOf(code)
 		return end, "", changed, nil
 	}
 	return nil, code, false, nil

@@ -275,7 +275,7 @@ func random256() string {
 	return base64.RawURLEncoding.EncodeToString(bits[:])
 }
 
-// hashOf is all that storage has of a state.
+// hashOf is all that storage has of a state, and the page of a code.
 func hashOf(state string) string {
 	sum := sha256.Sum256([]byte(state))
 	return hex.EncodeToString(sum[:])

@@ -176,7 +176,7 @@ func checkAttemptFixtures(t *testing.T, e *engine, server *oauth2test.Server) {
 	e.write("config/as", map[string]any{"connector_secret": "another"}) // the service has refused the one before
 	all, err := getEntry[attempts](t.Context(), e.storage, attemptKeys+"browsed")
 	require.NoError(t, err)
-	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1", "confirmation": all.Last[byCode].confirmation()})
+	confirmed := as.visit(logical.UpdateOperation, "callback/as", map[string]any{"state": strings.Repeat("s", 43), "page": "1", "confirmation": hashOf(all.Last[byCode].Code)})
 	assert.Contains(t, confirmed.text(), "Started by token-ada")
 	assert.Equal(t, 1, as.sent(codeGrant))
 	assert.Equal(t, attemptFailed, status("browsed/authorize"))

@@ -258,7 +258,7 @@ func TestCallbackFromOutside(t *testing.T) {
 	statuses := make(chan int, 10)
 	for range cap(statuses) {
 		go func() {
-			a, _ := outside.send(http.MethodPut, "outside/callback", `{"state":"`+u.Query().Get("state")+`"}`, nil)
+			a, _ := outside.send(http.MethodPut, "outside/callback", `{"state":"`+u.Query().Get("state")+`","code":"`+u.Query().Get("code")+`"}`, nil)
 			statuses <- a.status
 		}()
 	}
