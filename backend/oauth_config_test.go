@@ -90,7 +90,7 @@ func TestOAuthConfigRefusals(t *testing.T) {
 		"token_params has to":                                                      {"token_params": []any{"a=1", "SECRETTEXT"}},
 		"token_params has":                                                         {"token_params": 5},
 		"token_params has to be":                                                   {"token_params": "=SECRETTEXT"},
-		"authorization_params has to be":                                           {"authorization_params": []any{"a=1", "=SECRETTEXT"}},
+		"authorization_params has to be a":                                         {"authorization_params": []any{"a=1", "=SECRETTEXT"}},
 		"revocation does not fit":                                                  {"revocation": 5},
 		"connector_id does not fit":                                                {"connector_id": 12345678901234567890.0},
 		"token_url does not fit":                                                   {"token_url": true},
