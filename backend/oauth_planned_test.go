@@ -436,3 +436,31 @@ func TestOAuthPlannedExchangeForTheRefreshToken(t *testing.T) {
 		assert.LessOrEqual(t, e.lease("acme").Secret.MaxTTL, 20*time.Minute-leaseMargin)
 	})
 }
+
+// While planned exchanges fail, every reader gets the older access token until it has less than min_ttl, or half of its life, left.
+func TestReadersDuringAnOutageAfterThePlannedExchange(t *testing.T) {
+	for _, life := range []time.Duration{40 * time.Second, 100 * time.Second, time.Hour} {
+		t.Run(life.String(), func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.AccessTokenLife = life }, nil)
+				e.add("acme", nil)
+				token := accessTokenOf(e.lease("acme"))
+				a := e.stored("acme").Access
+				e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+				time.Sleep(time.Until(a.Planned.Add(-leaseMargin - time.Second)))
+				// A reader may wait for the next try, for up to guard and leaseMargin, until the token has less than that left.
+				for time.Now().Before(a.Expires.Add(-a.margin(defaultMinTTL) - a.guard() - leaseMargin)) {
+					for _, path := range []string{"creds/acme", "token/acme"} {
+						resp, status, text := e.try(logical.ReadOperation, path, nil)
+						if assert.Equal(t, 200, status, "%s, %s before the token's end: %s", path, time.Until(a.Expires), text) {
+							assert.Equal(t, token, resp.Data["access_token"])
+						}
+					}
+					time.Sleep(time.Second)
+				}
+				assert.True(t, e.server.Alive(token))
+				e.server.ClearFaults()
+			})
+		})
+	}
+}

@@ -206,7 +206,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		if v.isEnded() {
 			return nil, nil
 		}
-		if !r.waited { // a reader who has waited for the token gets it also in the moments before its planned exchange
+		if !r.waited && !r.failed { // a reader who has waited gets the token also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
 		}
 		until = until.Add(-1) // from then on a read exchanges
