@@ -33,22 +33,25 @@ func readFields(a tokenservice.Answer) (f fields) {
 	if bytes.HasPrefix(body, []byte("{")) {
 		f.Object = tokenservice.ReadObject(body)
 	} else {
-		f.Object = tokenservice.ReadObject(formObject(string(body)))
+		f.Object = tokenservice.ReadObject(formObject(string(body), a.Lost))
 	}
-	f.legible = f.Whole && a.Broken == ""
+	f.legible = f.Whole && !a.Lost
 	return f
 }
 
 // formObject writes a form as a JSON object; nil for what is no form, or none of an authorization server. A parameter that
-// cannot be decoded is left out, without effect on the others. A form that is cut off cannot be told from a complete one,
-// because a form has no mark at its end.
-func formObject(body string) []byte {
+// cannot be decoded is left out, without effect on the others. A form has no mark at its end, so of one that breaks off the last
+// parameter may be a part of what was sent: it is left out too.
+func formObject(body string, breaksOff bool) []byte {
 	// A page of HTML can hold the URL of a form.
 	if strings.ContainsAny(body, "<>\"\r\n\x00") {
 		return nil
 	}
+	known := breaksOff // what is missing may tell
+	if breaksOff {
+		body = body[:strings.LastIndexByte(body, '&')+1]
+	}
 	var object bytes.Buffer
-	known := false
 	for pair := range strings.SplitSeq(body, "&") {
 		name, value, _ := strings.Cut(pair, "=")
 		name, nameErr := url.QueryUnescape(name)
@@ -61,7 +64,7 @@ func formObject(body string) []byte {
 		object.WriteByte(',')
 		object.Write(member[1 : len(member)-1])
 	}
-	if !known {
+	if !known || object.Len() == 0 {
 		return nil
 	}
 	return slices.Concat([]byte("{"), object.Bytes()[1:], []byte("}"))

@@ -236,20 +236,52 @@ func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 		require.Equal(t, newCanary, result.RefreshToken)
 		require.False(t, e.Lost)
 	})
-	t.Run("the caller gives up", func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		s := &server{status: 200, body: with("x", 1), cut: true}
-		c := client(t, func(c *Config) {
-			c.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
-				cancel()
-				return s.RoundTrip(r.WithContext(context.WithoutCancel(r.Context())))
-			})
+	for name, form := range map[string]string{
+		"between two parameters of a form": "access_token=" + accessCanary + "&refresh_token=" + newCanary + "&",
+		"in the value of a form":           "access_token=" + accessCanary + "&refresh_token=" + newCanary + "&refresh_token_expires_in=1",
+		"before the rest of a form":        "refresh_token=" + newCanary + "&acc",
+	} {
+		t.Run("the connection breaks "+name, func(t *testing.T) {
+			result := (&server{status: 200, body: form, cut: true}).exchange(t, nil)
+			e := requireFailure(t, tokenservice.Unavailable, result.Err)
+			require.Equal(t, newCanary, result.RefreshToken)
+			require.Equal(t, &tokenservice.Facts{}, result.Facts)
+			require.Nil(t, result.AccessToken)
+			require.False(t, e.Lost)
 		})
-		result := c.Exchange(ctx, tokenservice.Exchange{RefreshToken: refreshCanary})
+	}
+	t.Run("the caller gives up", func(t *testing.T) {
+		result := (&server{status: 200, body: with("x", 1), cut: true}).exchangeGivenUp(t)
 		require.ErrorIs(t, result.Err, context.Canceled)
 		require.Equal(t, newCanary, result.RefreshToken)
 		require.Nil(t, result.AccessToken)
 	})
+}
+
+// exchangeGivenUp makes an exchange whose caller gives up once the request is sent.
+func (s *server) exchangeGivenUp(t testing.TB) tokenservice.Result {
+	ctx, cancel := context.WithCancel(t.Context())
+	c := client(t, func(c *Config) {
+		c.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+			cancel()
+			return s.RoundTrip(r.WithContext(context.WithoutCancel(r.Context())))
+		})
+	})
+	return c.Exchange(ctx, tokenservice.Exchange{RefreshToken: refreshCanary})
+}
+
+// Where a form breaks off in its refresh token, or before it, the client uses no part of the token, and the answer is lost.
+func TestFormThatBreaksOff(t *testing.T) {
+	whole := "access_token=" + accessCanary + "&refresh_token=" + newCanary
+	for at := range len(whole) + 1 {
+		result := (&server{status: 200, body: whole[:at], cut: true}).exchange(t, nil)
+		e := requireFailure(t, tokenservice.Unavailable, result.Err)
+		require.Empty(t, result.RefreshToken, whole[:at])
+		require.Nil(t, result.Facts)
+		require.Nil(t, result.AccessToken)
+		require.True(t, e.Lost)
+		require.Empty(t, (&server{status: 200, body: whole[:at], cut: true}).exchangeGivenUp(t).RefreshToken, "the caller has given up")
+	}
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)

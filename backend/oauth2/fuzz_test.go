@@ -96,7 +96,7 @@ func FuzzAnswer(f *testing.F) {
 			}
 			if json.Unmarshal([]byte(b), &want) != nil {
 				form, err := url.ParseQuery(b)
-				if err != nil || !form.Has("access_token") || strings.ContainsAny(b, "<>\"{\r\n\x00") || len(form["refresh_token"]) != 1 {
+				if err != nil || broken || !form.Has("access_token") || strings.ContainsAny(b, "<>\"{\r\n\x00") || len(form["refresh_token"]) != 1 {
 					continue
 				}
 				want.RefreshToken = form.Get("refresh_token")
