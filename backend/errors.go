@@ -49,9 +49,9 @@ func configPath(connector string) string {
 	return "config/" + connector
 }
 
-// badStored is the error of a stored connector that no client can be made of.
+// badStored is the error of a stored connector that no client can be made of. It is as good as unreadable: another try meets the same.
 func badStored(name string, err error) error {
-	return fmt.Errorf("the stored configuration of connector %q cannot be used: %w", name, err)
+	return fmt.Errorf("the stored configuration of connector %q %w by this version of the plugin: %w; write %s again", name, errUnreadable, err, configPath(name))
 }
 
 // errStopping is the answer of an engine that Vault is shutting down.

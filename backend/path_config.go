@@ -190,7 +190,7 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 		asked = true
 		via, err := b.connectors.get(ctx, name)
 		if err != nil || via == nil {
-			return func() {}, err // a connector that is not there yet has no share
+			return func() {}, ignoreUnusable(err) // one that is not there yet, or that this write is to mend, has no share
 		}
 		p := passage{via: via, want: share.Want{Wait: patience}, discovery: true}
 		return p.permit(ctx)

@@ -612,7 +612,7 @@ func (r *revocations) note(i *intent, text string) {
 // try makes one call. It returns nil where the token is not valid any more, or past its end.
 func (r *revocations) try(i *intent, class share.Class) error {
 	via, err := r.connectors.get(r.ctx, i.connector)
-	if err != nil {
+	if err != nil && time.Now().Before(i.Expires) {
 		return err
 	}
 	revoker, ok := tokenservice.Revoker(nil), false
