@@ -45,7 +45,7 @@ func (b *backend) configPath(pattern, what string, fields map[string]*framework.
 				"All of its settings except connector_secret, which cannot be read back.",
 				responses(http.StatusOK, "The connector, without its secret.", connectorReadFields()), b.readConnector),
 			logical.DeleteOperation: operation("delete", suffix, "Delete the "+what+".",
-				"Refused while tenants use it: first move them to another connector, or delete them.",
+				"Refused while tenants use it: first move them to another connector, or delete them. Refused, too, while its access tokens are still to be revoked, now or with their leases.",
 				noContent("There is no such connector any more."), b.deleteConnector),
 		},
 		DisplayAttrs:    &framework.DisplayAttributes{OperationPrefix: operationPrefix},
@@ -266,8 +266,8 @@ func stillReading(connector string) error {
 	return tryAgain("the engine is still reading its tenants, so it cannot tell yet who uses connector %q: try again in a moment", connector)
 }
 
-// unused refuses what is not done to a connector that tenants use, or that still has revocations to make. The caller holds
-// the binding alone.
+// unused refuses what is not done to a connector that tenants use, or that still has revocations to make or may have to. The caller
+// holds the binding alone.
 func (b *backend) unused(ctx context.Context, name, refusal string) error {
 	if err := b.knowsTenants(ctx, name); err != nil {
 		return err
@@ -283,6 +283,14 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 		slices.Sort(users)
 		return badValue("connector %q is used by %s, so %s: move each to another connector or delete it first (%s)",
 			name, plural(len(users), "tenant"), refusal, strings.Join(users[:min(shown, len(users))], ", "))
+	}
+	if err := b.revocations.load(ctx); err != nil {
+		return err
+	}
+	// In this order: the end of a lease makes a pending revocation of what was held.
+	if of, until := b.revocations.heldOf(name); len(of) > 0 {
+		return badValue("connector %q has leases of %s whose access tokens are revoked with them, so %s: revoke these leases (such as vault lease revoke -prefix kaizala/creds/%s), or wait until %s (%s)",
+			name, plural(len(of), "tenant"), refusal, of[0], stamp(until), strings.Join(of[:min(shown, len(of))], ", "))
 	}
 	if pending, _ := b.revocations.pendingOf(name); pending > 0 {
 		return badValue("connector %q still has %s to make, so %s: wait until pending_revocations is gone", name, plural(pending, "revocation"), refusal)

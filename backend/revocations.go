@@ -86,7 +86,7 @@ type revocations struct {
 
 	mu       sync.Mutex
 	intents  map[string]map[string]*intent // by connector and id
-	expiries map[string]time.Time          // of what is held, by key below heldPrefix
+	records  map[string]held               // what is held, by key below heldPrefix, without the tokens
 	loaded   bool
 	told     int                      // how often storage has changed, or may have, in a way that memory does not know
 	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
@@ -106,7 +106,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		storage:  storage,
 		stopping: make(chan struct{}),
 		intents:  map[string]map[string]*intent{},
-		expiries: map[string]time.Time{},
+		records:  map[string]held{},
 		settled:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
@@ -336,7 +336,7 @@ func (r *revocations) hold(ctx context.Context, connector, tenant string, a *acc
 	}
 	key := tenant + "/" + a.Generation
 	r.mu.Lock()
-	r.expiries[key] = a.Expires // before the write: storage may take the record and report an error
+	r.records[key] = held{Connector: connector, Expires: a.Expires} // before the write: storage may take the record and report an error
 	r.mu.Unlock()
 	return putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires})
 }
@@ -392,7 +392,7 @@ func (r *revocations) release(ctx context.Context, key string) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.expiries, key)
+	delete(r.records, key)
 	return nil
 }
 
@@ -681,6 +681,21 @@ func (r *revocations) ended(i *intent, err error) {
 	}
 }
 
+// heldOf says of which tenants a connector's access tokens are held, and when the last of these tokens ends.
+func (r *revocations) heldOf(connector string) (tenants []string, until time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for key, h := range r.records {
+		if h.Connector == connector && time.Now().Before(h.Expires) {
+			tenant, _, _ := strings.Cut(key, "/")
+			tenants = append(tenants, tenant)
+			until = latest(until, h.Expires)
+		}
+	}
+	slices.Sort(tenants)
+	return slices.Compact(tenants), until
+}
+
 // pendingOf says how many revocations of a connector wait, and why the last call failed.
 func (r *revocations) pendingOf(connector string) (pending int, lastError string) {
 	r.mu.Lock()
@@ -770,7 +785,7 @@ func (r *revocations) load(ctx context.Context) error {
 		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		r.expiries[key] = h.Expires
+		r.records[key] = held{Connector: h.Connector, Expires: h.Expires}
 		return nil
 	})
 	if err != nil {
@@ -794,8 +809,8 @@ func (r *revocations) tick() {
 	r.wakeAll()
 	r.mu.Lock()
 	var over []string
-	for key, expires := range r.expiries {
-		if time.Now().After(expires) {
+	for key, h := range r.records {
+		if time.Now().After(h.Expires) {
 			over = append(over, key)
 		}
 	}
@@ -817,7 +832,7 @@ func (r *revocations) invalidate(key string) {
 	r.loaded = false
 	r.told++
 	clear(r.intents)
-	clear(r.expiries)
+	clear(r.records)
 }
 
 // listBelow lists the keys two levels below a prefix.
