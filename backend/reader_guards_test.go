@@ -119,6 +119,7 @@ func TestOwnTokenAfterAFailure(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
 		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
 		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.index.stop() // no exchange without a reader
 		time.Sleep(time.Minute)
 		resp := e.ok(logical.ReadOperation, "creds/acme", nil)
 		assert.True(t, e.server.Alive(accessTokenOf(resp)))

@@ -1,0 +1,146 @@
+package backend
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// No client can be made of a stored connector. Requests say so, and a write puts it right.
+func TestStoredConnectorThatCannotBeUsed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.stop()
+		e.put("config/default", []byte(`{"format": 1, "connector_id": "i", "connector_secret": "s", "exchanges_per_minute": 50, "request_timeout": 60000000000, "api_root": "https://api.kaiza.la", "ca_cert": "none"}`))
+		e.start()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.GreaterOrEqual(t, status, http.StatusBadRequest)
+		assert.Contains(t, text, `the stored configuration of connector "default" cannot be used`)
+		e.pass(2 * time.Minute)
+		assert.Zero(t, e.kaizala.CallCount())
+	})
+}
+
+// Storage does not finish the note that the service refuses the connector. A write or a delete of the connector ends after its time limit,
+// and the next ones work.
+func TestConnectorIsChangedWhileItsRefusalIsBeingStored(t *testing.T) {
+	for _, op := range []logical.Operation{logical.UpdateOperation, logical.DeleteOperation} {
+		t.Run(string(op), func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newConfiguredEngine(t)
+				e.addTenant("acme")
+				e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+				reached, release := e.storage.hold("put", connectorPrefix)
+				var all sync.WaitGroup
+				all.Go(func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) })
+				<-reached
+				e.kaizala.SetConnectorSecret(e.connectorID, e.secret)
+				service := e.connectors.present(defaultConnector).service
+				entry := must(e.storedConnector(t.Context(), defaultConnector))
+				ctx, cancel := context.WithTimeout(t.Context(), storeWithin)
+				defer cancel()
+				if op == logical.UpdateOperation {
+					require.ErrorIs(t, e.connectors.put(ctx, defaultConnector, entry, service), context.DeadlineExceeded)
+				} else {
+					require.ErrorIs(t, e.connectors.remove(ctx, defaultConnector), context.DeadlineExceeded)
+				}
+				release()
+				all.Wait()
+				e.quiet("acme")
+				e.storage.heal()
+				e.write("config", map[string]any{"connector_secret": e.secret})
+				e.read("creds/acme")
+			})
+		})
+	}
+}
+
+// The exchange that a refused connector makes every ten minutes is redirected, and storage does not take the note of its next request: the
+// following exchange is due ten minutes later all the same.
+func TestProbeThatIsRedirectedCounts(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.restart()
+		e.index.stop() // without background work
+		_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		time.Sleep(probeEvery)
+		e.kaizala.SetConnectorSecret(e.connectorID, e.secret)
+		e.kaizala.MoveUser("t0", "https://second.kaiza.la/")
+		notes := 0
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, callPrefix) {
+				if notes++; notes > 1 {
+					return errStorage
+				}
+			}
+			return nil
+		})
+		calls := e.kaizala.CallCount()
+		_, _, _ = e.try(logical.ReadOperation, "creds/t0", nil)
+		require.Equal(t, calls+1, e.kaizala.CallCount())
+		require.Equal(t, 2, notes)
+		e.storage.heal()
+		time.Sleep(time.Minute)
+		_, _, _ = e.try(logical.ReadOperation, "creds/t1", nil)
+		assert.Equal(t, calls+1, e.kaizala.CallCount())
+	})
+}
+
+// The service refuses a connector and asks for a rest in one answer: the rest outlasts a restart.
+func TestRestBesideARefusalOutlastsARestart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("t0", nil)
+		e.add("t1", nil)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{
+			Status: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"7200"}}, Body: `{"error":"invalid_client"}`,
+		}})
+		_, status, _ := e.try(logical.ReadOperation, "creds/t0", nil)
+		require.GreaterOrEqual(t, status, http.StatusBadRequest)
+		require.NotNil(t, e.connectors.present(defaultConnector).refusal.Load(), "the service refuses the connector")
+		e.crash()
+		time.Sleep(probeEvery + time.Minute)
+		_, _, _ = e.try(logical.ReadOperation, "creds/t1", nil)
+		assert.Zero(t, e.server.Exchanges("t1"))
+		time.Sleep(2 * time.Hour)
+		e.read("creds/t1")
+	})
+}
+
+// Several exchanges under way find that the service refuses the connector: that is stored once in ten minutes, and told once.
+func TestRefusalIsStoredOnceInTenMinutes(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(5)
+		e.kaizala.SetConnectorSecret(e.connectorID, "NEWSECRET1")
+		e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Process: true})
+		writes := e.storage.putsOf(connectorPrefix + defaultConnector)
+		var all sync.WaitGroup
+		for i := range 5 {
+			all.Go(func() {
+				_, _, _ = e.try(logical.ReadOperation, "creds/"+[]string{"t0", "t1", "t2", "t3", "t4"}[i], nil)
+			})
+		}
+		all.Wait()
+		synctest.Wait()
+		require.Equal(t, 5, e.kaizala.CallCount())
+		assert.Equal(t, writes+1, e.storage.putsOf(connectorPrefix+defaultConnector))
+		assert.Equal(t, 1, e.log.count("the service refuses a connector"))
+	})
+}
