@@ -1,0 +1,142 @@
+package backend
+
+import (
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Another node deletes a tenant between the start's list of the tenants and its read of that one: the others are found.
+func TestTenantIsDeletedDuringTheStart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(3)
+		e.stop()
+		e.storage.once("get", tenantPrefix+"t1", func() {
+			require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), tenantPrefix+"t1"))
+		})
+		e.start()
+		e.waitForIndex()
+		assert.Len(t, e.ok(logical.ListOperation, "tenants/", nil).Data["key_info"], 2)
+	})
+}
+
+// A tenant that another node has written is read once, and not each minute from then on.
+func TestTenantOfAnotherNodeIsReadOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		standby := e.newStandby()
+		e.write("tenants/acme", map[string]any{"ttl": "1h"})
+		standby.pass(2 * time.Minute)
+		synctest.Wait()
+		ops := 0
+		standby.storage.surround(func(_, key string, do func() error) error {
+			if strings.HasPrefix(key, tenantPrefix) {
+				ops++
+			}
+			return do()
+		})
+		standby.pass(10 * time.Minute)
+		synctest.Wait()
+		assert.Zero(t, ops)
+	})
+}
+
+// Storage fails at the start. The log says so. Once storage works again, the delete of a connector finds out who uses the connector, without
+// waiting for the next tick.
+func TestDeleteAfterAStartThatFailed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenants(2)
+		e.stop()
+		e.storage.refuse("get", tenantPrefix)
+		e.start()
+		synctest.Wait()
+		assert.Equal(t, 1, e.log.count("some tenants could not be read yet"))
+		assert.Equal(t, 1, e.log.count("the index of tenants could not be built yet"))
+		e.storage.heal()
+		_, status, text := e.try(logical.DeleteOperation, "config", nil)
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Contains(t, text, "t0, t1")
+	})
+}
+
+// A standby finds the access token of a lease whose record is missing. It leaves that to the active node, and has read the tenant.
+func TestStandbyLeavesUnleasedTokensAlone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.lease("acme")
+		entry := e.stored("acme")
+		entry.Unleased = &accessEntry{Token: "unleased", Generation: "G", Obtained: time.Now(), Expires: time.Now().Add(time.Hour)}
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", entry))
+		standby := e.newStandby()
+		assert.Zero(t, standby.log.count("could not be read yet"))
+		assert.Zero(t, standby.log.count("could not be built yet"))
+	})
+}
+
+// The operator tunes the mount's lease TTL: within a minute the leases on an access token that is in memory go by it.
+func TestTunedMountCountsWithinAMinute(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		assert.False(t, e.lease("acme").Secret.Renewable, "the mount's TTL outlasts the access token")
+		e.system.DefaultLeaseTTLVal = time.Hour
+		e.pass(time.Minute)
+		synctest.Wait()
+		assert.True(t, e.lease("acme").Secret.Renewable)
+	})
+}
+
+// The stop of the engine waits for work that ends soon after it was told to.
+func TestStopWaitsForItsWork(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		ended := false
+		e.goWork(func() {
+			<-e.ctx.Done()
+			time.Sleep(stopWithin / 10)
+			ended = true
+		})
+		e.stop()
+		assert.True(t, ended)
+	})
+}
+
+// The engine stops while storage fails. The log names the tenant whose grant, given by a person, is lost.
+func TestLostGrantIsLogged(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		e.failPuts()
+		_, _, _ = e.pin(map[string]any{"pin": e.sentPIN()})
+		e.stop()
+		assert.Equal(t, 1, e.log.count("could not be stored before the engine stopped, and is lost"))
+		e.storage.heal()
+	})
+}
+
+// An empty string is an empty list.
+func TestEmptyListAsAString(t *testing.T) {
+	e := newConfiguredEngine(t)
+	e.write("config", map[string]any{"redirect_hosts": ""})
+	assert.Empty(t, e.read("config")["redirect_hosts"])
+}
+
+// Vault's errors about storage that takes no writes lose their identity on their way to the plugin, and get it back.
+func TestReadOnlyErrorsKeepTheirIdentity(t *testing.T) {
+	for _, err := range []error{logical.ErrReadOnly, logical.ErrSetupReadOnly} {
+		assert.Equal(t, err, storageError(errors.New("rpc error: "+err.Error())))
+	}
+}
