@@ -86,19 +86,6 @@ func TestStandbyLeavesUnleasedTokensAlone(t *testing.T) {
 	})
 }
 
-// The operator tunes the mount's lease TTL: within a minute the leases on an access token that is in memory go by it.
-func TestTunedMountCountsWithinAMinute(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e := newConfiguredEngine(t)
-		e.addTenant("acme")
-		assert.False(t, e.lease("acme").Secret.Renewable, "the mount's TTL outlasts the access token")
-		e.system.DefaultLeaseTTLVal = time.Hour
-		e.pass(time.Minute)
-		synctest.Wait()
-		assert.True(t, e.lease("acme").Secret.Renewable)
-	})
-}
-
 // The stop of the engine waits for work that ends soon after it was told to.
 func TestStopWaitsForItsWork(t *testing.T) {
 	bubble(t, func(t *testing.T) {
