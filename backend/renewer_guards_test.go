@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -56,10 +57,10 @@ func TestUnstoredTokensAreStoredDuringAPause(t *testing.T) {
 func TestWritesOfUnstoredTokensBackOff(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
-		tries := 0
+		var tries atomic.Int64
 		e.storage.failWith(func(op, key string) error {
 			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
-				tries++
+				tries.Add(1)
 				return errStorage
 			}
 			return nil
@@ -67,10 +68,10 @@ func TestWritesOfUnstoredTokensBackOff(t *testing.T) {
 		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
 		require.Equal(t, http.StatusServiceUnavailable, status)
 		e.pass(10 * time.Minute)
-		assert.Greater(t, tries, 10)
-		before := tries
+		assert.Greater(t, tries.Load(), int64(10))
+		before := tries.Load()
 		e.pass(time.Hour)
-		assert.InDelta(t, 65, tries-before, 20)
+		assert.InDelta(t, 65, tries.Load()-before, 20)
 		e.storage.heal()
 		e.pass(2 * time.Minute)
 		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
