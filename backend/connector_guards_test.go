@@ -27,7 +27,7 @@ func TestStoredConnectorThatCannotBeUsed(t *testing.T) {
 		e.start()
 		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
 		assert.GreaterOrEqual(t, status, http.StatusBadRequest)
-		assert.Contains(t, text, `the stored configuration of connector "default" cannot be used`)
+		assert.Contains(t, text, `the stored configuration of connector "default" cannot be read by this version`)
 		e.pass(2 * time.Minute)
 		assert.Zero(t, e.kaizala.CallCount())
 	})

@@ -153,6 +153,9 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		token, exchanged, err := b.nextToken(waiting, t, v, r)
 		switch {
 		case token != nil:
+			if _, now := b.tenants.cached(r.tenant); now != nil {
+				v = now // the exchange has ended the trouble before
+			}
 			return t, v, token, nil
 		case ctx.Err() != nil:
 			return nil, nil, nil, ctx.Err()
