@@ -109,7 +109,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	case !a.Planned.IsZero():
 		// While leases may live on the token, the exchange that ends it comes at its planned time.
 		if x := v.bound; a.wanted() && now.Before(a.Expires) {
-			if a.use.Load() == read || due.IsZero() || !due.After(x) || v.trouble != nil && v.trouble.lost {
+			if a.use.Load() == read || !due.After(x) || v.trouble != nil && v.trouble.lost {
 				return x
 			}
 		} else if trouble != nil {
@@ -240,7 +240,6 @@ func (b *backend) serveLine(connector string) {
 		}
 		b.attend(name)
 	}
-	b.index.pause(connector, time.Now().Add(time.Minute))
 }
 
 // attend does what a tenant is due for, if it still is.

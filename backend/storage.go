@@ -33,10 +33,11 @@ func getEntry[T any](ctx context.Context, s logical.Storage, key string) (*T, er
 		Format int `json:"format"`
 	}
 	entry := new(T)
-	switch err := raw.DecodeJSON(&format); {
-	case err == nil && format.Format > entryFormat:
+	_ = raw.DecodeJSON(&format) // where this fails, so does the next
+	switch {
+	case format.Format > entryFormat:
 		return nil, fmt.Errorf("the stored entry %q %w: a newer version of this plugin has written it in format %d; upgrade the plugin", key, errUnreadable, format.Format)
-	case err != nil, raw.DecodeJSON(entry) != nil:
+	case raw.DecodeJSON(entry) != nil:
 		// The decoder's error may quote the entry.
 		return nil, fmt.Errorf("the stored entry %q %w: delete it and write it again", key, errUnreadable)
 	}
