@@ -220,26 +220,35 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 	return begun, begun == f, err
 }
 
-// blocked says why the tenant is not to be exchanged now, without a call.
+// blocked says why the tenant is not to be exchanged now, without a call. What no reader asked for has failed with that. So has what would
+// have ended an access token: it lives until the next try, and is handed out until then.
 func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w want) error {
-	via, err := x.connectors.of(ctx, v.entry.Connector)
-	if err != nil {
-		return err
-	}
 	now := time.Now()
-	trouble := v.trouble
-	if err := via.blocked(now); err != nil {
-		return err
+	via, err := x.connectors.of(ctx, v.entry.Connector)
+	rests := v.trouble != nil && v.rests(now) && (via == nil || v.trouble.revision == via.revision)
+	if err == nil {
+		err = via.blocked(now)
 	}
+	ends := v.access != nil && !v.access.Planned.IsZero()
 	switch {
-	case v.entry.expired(now):
-		return badValue("%s", expiredText(via.about, t.name, v.entry))
+	case err != nil && !rests && ctx.Err() == nil && (w.background || ends):
+		err = x.fail(&flight{t: t, from: v.entry.Lineage, connector: v.entry.Connector}, via, err)
+		x.landed(t, err)
+		return err
+	case err != nil:
+		return err
+	case v.entry.expired(now), !w.force && !v.entry.Rejected.IsZero():
+		if ends {
+			t.postpone(v.access.Expires) // only a write or a refresh makes an exchange
+		}
+		if v.entry.expired(now) {
+			return badValue("%s", expiredText(via.about, t.name, v.entry))
+		}
+		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
 	case w.force:
 		return nil
-	case !v.entry.Rejected.IsZero():
-		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
-	case trouble != nil && v.rests(now) && trouble.revision == via.revision && errors.As(trouble.err, new(*tokenservice.Failure)):
-		return trouble.err // after a failure of storage alone, the exchange is tried at once
+	case rests && errors.As(v.trouble.err, new(*tokenservice.Failure)):
+		return v.trouble.err // after a failure of storage alone, the exchange is tried at once
 	}
 	if until := v.promised(); !w.background && now.Before(until) {
 		return tryAgain("tenant %q: leases on its access token last until %s, and an exchange would end that before: try again then; an update of tenants/%s/refresh does not wait", t.name, stamp(until.Truncate(time.Second)), t.name)

@@ -300,8 +300,6 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		b.schedule(t)
 		return
 	}
-	// The connector from before the exchange begins: if it is written or accepted again meanwhile, this failure does not count.
-	via := b.connectors.present(v.entry.Connector)
 	f, _, err := b.exchanger.start(b.ctx, t, v, want{background: true})
 	if err == nil {
 		select {
@@ -311,15 +309,7 @@ func (b *backend) exchangeUnasked(t *tenant) {
 		}
 		return
 	}
-	if !isPassing(err) {
-		_ = b.exchanger.fail(&flight{t: t, v: v, from: v.entry.Lineage, connector: v.entry.Connector}, via, err)
-	}
 	b.landed(t, err)
-}
-
-// isPassing says whether an exchange was not made for reasons that are no failure.
-func isPassing(err error) bool {
-	return errors.As(err, new(*share.LimitError)) || errors.Is(err, errSuperseded) || errors.Is(err, logical.ErrReadOnly) || errors.Is(err, errStopping)
 }
 
 // landed schedules a tenant after its flight, or after one that could not begin. One that the share did not permit needs no rest of its

@@ -177,13 +177,13 @@ func (v *tenantView) derive() {
 	}
 	// A min_ttl that was written after the token came counts for the next one: leases live until the planned exchange.
 	v.until = latest(v.until, a.Planned.Add(-leaseMargin))
-	// An exchange ends this token: at the planned time, or after the latest end of a lease that has been given. While exchanges
-	// fail, the next try ends it, if that is later. After a lost answer only the next try counts.
-	v.bound = latest(a.Planned, v.promised())
+	// An exchange ends this token: at the planned time, after the latest end of a lease that has been given, or when an exchange is
+	// permitted again. While exchanges fail, the next try ends it, if that is later. After a lost answer only the next try counts.
+	v.bound = latest(a.Planned, v.promised(), v.postponed)
 	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(v.bound)) {
 		v.bound = v.trouble.until
 	}
-	v.bound = earliest(latest(v.bound, v.postponed), a.Expires)
+	v.bound = earliest(v.bound, a.Expires)
 	v.until = earliest(v.until, v.bound.Add(-leaseMargin)) // a lease has room before the exchange
 }
 
