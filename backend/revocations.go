@@ -59,9 +59,10 @@ type intent struct {
 	settling      bool          // storage is deleting it
 	spared        bool          // its refresh token is in use again: a call that waits for its place in the share is not made
 	isDeleted     doubtfulDelete
+	unstored      bool // storage has no such intent
 }
 
-// doubtfulDelete says whether storage has deleted a tenant although it has reported an error. nil: the tenant is deleted.
+// doubtfulDelete says whether storage has no tenant with a token any more, where that is in doubt. nil: it has none.
 type doubtfulDelete func(context.Context) (bool, error)
 
 // held is an access token that has leases and is not its tenant's current one.
@@ -147,7 +148,7 @@ func intentOf(tenant string, a *accessEntry) *intent {
 // the token in its tenant's entry. isGone says whether the entry does not have it as the current one; nil: it has not.
 func (r *revocations) remember(connector, tenant string, a *accessEntry, isGone doubtfulDelete) {
 	i := intentOf(tenant, a)
-	i.Format, i.connector, i.id, i.isDeleted = entryFormat, connector, a.Generation, isGone
+	i.Format, i.connector, i.id, i.isDeleted, i.unstored = entryFormat, connector, a.Generation, isGone, true
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.intents[connector][i.id] == nil {
@@ -159,8 +160,8 @@ func (r *revocations) remember(connector, tenant string, a *accessEntry, isGone 
 // between the two writes.
 func (r *revocations) isGivenUp(ctx context.Context, connector, generation string) (bool, error) {
 	r.mu.Lock()
-	_, pending := r.intents[connector][generation]
-	loaded := r.loaded
+	i := r.intents[connector][generation]
+	pending, loaded := i != nil && !i.unstored, r.loaded // an entry that has the token of an unstored intent keeps it
 	r.mu.Unlock()
 	if pending || loaded {
 		return pending, nil
@@ -240,7 +241,9 @@ func (r *revocations) put(ctx context.Context, connector, id string, i *intent) 
 		r.told++
 		return err
 	}
-	if known := r.intents[connector][id]; known == nil || known.settling { // storage may have deleted the known one before
+	if known := r.intents[connector][id]; known == nil || known.unstored || known.settling { // storage may have deleted the known one before
+		// Readers get the token until the flow that gives it up has stored that.
+		i.isDeleted = r.isGone(i)
 		r.add(i)
 	}
 	return nil
@@ -763,7 +766,7 @@ func (r *revocations) load(ctx context.Context) error {
 			return ignoreUnusable(err)
 		}
 		i.connector, i.id, _ = strings.Cut(key, "/")
-		i.isDeleted = func(ctx context.Context) (bool, error) { return r.isGone(ctx, i) }
+		i.isDeleted = r.isGone(i)
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again.
@@ -853,16 +856,18 @@ func listBelow(ctx context.Context, s logical.Storage, prefix string) (keys []st
 	return keys, nil
 }
 
-// isGone says whether a tenant has given up the token of an intent that another process has stored, which may have ended before
-// it changed or deleted the tenant. It gives up an access token that the tenant has still.
-func (r *revocations) isGone(ctx context.Context, i *intent) (bool, error) {
-	if i.Type == tokenservice.TypeAccessToken {
-		_, err := r.tenants.giveUp(ctx, i.Tenant, i.id)
-		return true, ignoreUnusable(err)
+// isGone says whether a tenant has given up an intent's token: the flow that stored the intent changes or deletes the tenant after that,
+// and may be slow, fail, or have ended with its process. It waits for that flow, and gives up an access token that the tenant has still.
+func (r *revocations) isGone(i *intent) doubtfulDelete {
+	return func(ctx context.Context) (bool, error) {
+		if i.Type == tokenservice.TypeAccessToken {
+			_, err := r.tenants.giveUp(ctx, i.Tenant, i.id)
+			return true, ignoreUnusable(err)
+		}
+		_, v, err := r.tenants.load(ctx, i.Tenant)
+		// The exchanges of a tenant whose delete has failed replace its refresh token, and keep its lineage.
+		return v == nil || v.entry.Lineage != i.Lineage && v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 	}
-	_, v, err := r.tenants.load(ctx, i.Tenant)
-	// The exchanges of a tenant whose delete has failed replace its refresh token, and keep its lineage.
-	return v == nil || v.entry.Lineage != i.Lineage && v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 }
 
 // forEach calls f for each key, some at once.
