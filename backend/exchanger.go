@@ -87,9 +87,10 @@ func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
 }
 
-// isIn says whether an entry has the access token already: storage has taken it and reported an error.
+// isIn says whether an entry has the access token already: storage has taken it and reported an error, or the service has given the
+// same one again, as some do while it lives.
 func (o *outcome) isIn(e *tenantEntry) bool {
-	return o.access != nil && e != nil && e.Access != nil && e.Access.Generation == o.access.Generation
+	return o.access != nil && e != nil && e.Access != nil && e.Access.Token == o.access.Token
 }
 
 func (m *move) equal(other *move) bool {
@@ -181,7 +182,7 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 // retire gives up the access token of an entry, once an exchange that was not begun for that has replaced it.
 func (x *exchanger) retire(ctx context.Context, t *tenant, e *tenantEntry) error {
 	_, now, err := x.tenants.load(ctx, t.name)
-	if err != nil || now == nil || e.Access == nil || now.entry.Access != nil && now.entry.Access.Generation == e.Access.Generation {
+	if err != nil || now == nil || e.Access == nil || now.entry.Access != nil && now.entry.Access.Token == e.Access.Token {
 		return err
 	}
 	connector, err := x.revocations.giveUpHeld(ctx, t.name, e.Access.Generation)

@@ -524,6 +524,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		o = o.rotationAlone(v.entry)
 	}
 	current := v.access != nil && v.access.current()
+	again := !o.ownToken && o.isIn(v.entry) && v.entry.Access.Generation != o.access.Generation
 	kept := v.kept == o
 	next := o.onto(v.entry)
 	if o.change != nil {
@@ -562,7 +563,11 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		}
 		return ts.unstored(t, o, asked, v.kept)
 	}
-	if o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp) {
+	switch {
+	case ended:
+	case again:
+		o.access.leases.Store(leasesUnknown) // there may be leases on it
+	case o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp):
 		// A lease may have come meanwhile, and may have ended; none comes any more.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
