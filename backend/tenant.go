@@ -843,5 +843,8 @@ func (t *tenant) postpone(until time.Time) {
 		}
 		until = until.Add(leaseMargin) // leases on the token end when the exchange is permitted
 	}
+	if !until.After(v.postponed) {
+		return
+	}
 	t.update(func(v *tenantView) { v.postponed = until })
 }

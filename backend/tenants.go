@@ -230,6 +230,9 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 	}
 	if at := via.share.Unsettled(t.name); at.After(settled) {
 		t.cutOff(e.Connector, via)
+	} else if e.Access != nil && !e.Access.Planned.IsZero() {
+		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
+		t.postpone(via.share.Recalled(t.name, settled))
 	}
 	return nil
 }

@@ -250,6 +250,21 @@ func (s *Share) Unsettled(tenant string) time.Time {
 	return at
 }
 
+// Recalled returns until when the exchanges of a tenant count that a process before this one has begun after that time; zero where
+// there are none. [Share.Load] comes before it.
+func (s *Share) Recalled(tenant string, after time.Time) (until time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if t := s.tenants[tenant]; t != nil {
+		for _, c := range t.ended {
+			if c.foreign && c.at.After(after) {
+				until = latest(until, c.frees)
+			}
+		}
+	}
+	return until
+}
+
 // Pause permits no call before that time, a day ahead at most. A shorter pause does not shorten a longer one. It touches
 // memory alone: [Share.StorePause] comes after it.
 func (s *Share) Pause(until time.Time) {
@@ -439,6 +454,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			n.counted++
 			calls = append(calls, &Call{
 				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
+				at:    e.Until.Add(-Window - s.timeout).Truncate(time.Millisecond),
 				frees: bounded(e.Until, Window), // the process that made it has ended by now
 			})
 		}

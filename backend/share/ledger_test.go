@@ -166,6 +166,31 @@ func TestUnsettled(t *testing.T) {
 	})
 }
 
+// Recalled returns until when a tenant's exchanges of an earlier process count, whether or not they were settled. It returns none of this
+// process, none of another tenant, and none that was begun before the time.
+func TestRecalled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 100)
+		first := time.Now()
+		noted(t, s, Want{Tenant: "acme"})
+		time.Sleep(time.Second)
+		second := noted(t, s, Want{Tenant: "acme"})
+		second.End()
+		second.Settle(t.Context())
+		assert.Zero(t, s.Recalled("acme", time.Time{}), "Recalled returns no exchange of this process")
+
+		s = from(t, &storage, 100)
+		assert.Equal(t, time.Now().Add(Window), s.Recalled("acme", first), "the exchange may have ended just before this process began")
+		assert.Zero(t, s.Recalled("acme", first.Add(time.Second)))
+		assert.Zero(t, s.Recalled("other", time.Time{}))
+
+		time.Sleep(timeout + 20*time.Second)
+		s = from(t, &storage, 100)
+		assert.Equal(t, first.Add(time.Second+timeout+Window).UTC(), s.Recalled("acme", first).UTC())
+	})
+}
+
 // An exchange was noted while the clock was far ahead: Unsettled does not return it, because its time cannot be compared with later ones.
 func TestUnsettledUnderAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
