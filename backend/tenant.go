@@ -331,8 +331,8 @@ func (v *tenantView) show(e *tenantEntry, a *accessToken) {
 
 // found records what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the
 // view has changed since storage was asked. An access token that readers have seen keeps the count of its leases; the
-// count of another one cannot be trusted.
-func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
+// count of another one cannot be trusted. accessGivenUp: readers do not get the entry's access token.
+func (t *tenant) found(before *tenantView, e *tenantEntry, accessGivenUp bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.view.Load() != before {
@@ -344,7 +344,11 @@ func (t *tenant) found(before *tenantView, e *tenantEntry) bool {
 			return
 		}
 		t.overtake(v, e)
-		v.show(e, t.known(v, e))
+		a := t.known(v, e)
+		if accessGivenUp && a != nil && a.Generation == e.Access.Generation {
+			a.leases.Store(givenUp)
+		}
+		v.show(e, a)
 	})
 	return true
 }

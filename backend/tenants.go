@@ -179,17 +179,18 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 		if err != nil {
 			return nil, err
 		}
+		givenUp := false
 		if e != nil {
 			unplanned := e.Access != nil && e.Access.Planned.IsZero()
-			if err := ts.recover(ctx, t, e); err != nil {
+			if givenUp, err = ts.recover(ctx, t, e); err != nil {
 				return nil, err
 			}
-			if unplanned && e.Access != nil && !e.Access.Planned.IsZero() && ts.revocations.node.WriteSafeReplicationState() {
+			if unplanned && !e.Access.Planned.IsZero() && ts.revocations.node.WriteSafeReplicationState() {
 				// Leases are given until this planned end, so a later write of the connector must not make it earlier, also after a restart.
 				_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 			}
 		}
-		if t.found(before, e) && e != nil {
+		if t.found(before, e, givenUp) && e != nil {
 			ts.loaded.Add(t.name, t)
 			ts.schedule(t)
 		}
@@ -198,8 +199,9 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 
 // recover makes of an entry what the process before this one would have made of it: it corrects times that lie further ahead
 // than they could, because the host's clock was wrong when they were written, and plans the end of its access token as the
-// connector says now. The caller holds the tenant's lock.
-func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error {
+// connector says now. givenUp says that the access token is to be revoked: its intent's call takes it out of the entry. The caller holds
+// the tenant's lock.
+func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp bool, err error) {
 	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // by the clock that exchanges were noted by
 	now := time.Now().UTC()
 	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
@@ -214,19 +216,13 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 			a.Planned = earliest(a.Planned, a.Expires)
 		}
 		ts.plan(ctx, t.name, e)
-		ended, err := ts.revocations.isGivenUp(ctx, e.Connector, a.Generation)
-		if err != nil {
-			return err
-		}
-		if ended {
-			// It ended between the two writes that give an access token up.
-			e.Access = nil
-			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory knows it even where that fails
+		if givenUp, err = ts.revocations.isGivenUp(ctx, e.Connector, a.Generation); err != nil {
+			return false, err
 		}
 	}
 	via, err := ts.connectors.get(ctx, e.Connector)
 	if err != nil || via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
-		return nil
+		return givenUp, nil
 	}
 	if at := via.share.Unsettled(t.name); at.After(settled) {
 		t.cutOff(e.Connector, via)
@@ -234,7 +230,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) error
 		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
 		t.postpone(via.share.Recalled(t.name, settled))
 	}
-	return nil
+	return givenUp, nil
 }
 
 // plan says when the exchange comes that ends an entry's access token, if any does by what the connector is now. Readers have
@@ -265,10 +261,10 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 			return err
 		}
 		if e == nil {
-			t.found(v, nil) // another node has deleted it
+			t.found(v, nil, false) // another node has deleted it
 			return nil
 		}
-		if err := ts.recover(ctx, t, e); err != nil {
+		if _, err := ts.recover(ctx, t, e); err != nil {
 			return err
 		}
 		t.summarized(e)

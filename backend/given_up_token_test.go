@@ -1,0 +1,92 @@
+package backend
+
+import (
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// The last lease of an access token is revoked while storage takes the token's intent and refuses the tenant's entry. No reader gets the
+// token again after storage has healed: not after a restart, nor after an eviction.
+func TestGivenUpAccessTokenStaysGivenUpAfterARefusedWrite(t *testing.T) {
+	for name, again := range map[string]func(e *oauthEngine){
+		"restart":  func(e *oauthEngine) { e.restart(); e.waitForIndex() },
+		"eviction": func(e *oauthEngine) { e.tenants.loaded.Purge() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", nil)
+				e.waitForIndex()
+				lease := e.lease("acme")
+				e.failPuts()
+				require.Error(t, e.revokeLease(lease))
+				e.read("tenants/acme")
+				e.storage.heal()
+				require.NoError(t, e.revokeLease(lease), "Vault tries again")
+				assert.Nil(t, e.stored("acme").Access)
+				e.pass(2 * time.Minute)
+				require.False(t, e.server.Alive(accessTokenOf(lease)))
+				again(e)
+				assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+				e.kept()
+			})
+		})
+	}
+}
+
+// A delete, and then a write, give an access token up and are refused by storage. The token is taken out of storage before it is revoked,
+// so no reader gets it afterwards.
+func TestGivenUpAccessTokenStaysGivenUpAfterTwoRefusedWrites(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.waitForIndex()
+		token := accessTokenOf(e.lease("acme"))
+		e.storage.failWith(func(op, key string) error {
+			if (op == "put" || op == "delete") && key == tenantPrefix+"acme" {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+		require.Equal(t, 500, status)
+		require.Equal(t, 500, e.rewrite("acme", e.server.Grant(e.clientID, "acme"), false))
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		require.False(t, e.server.Alive(token))
+		assert.NotEqual(t, token, accessTokenOf(e.lease("acme")))
+		e.kept()
+	})
+}
+
+// The process ends after it has stored an access token's intent and before it has stored the tenant's entry without the token. No reader of
+// the next process gets the token, also where storage refuses to take it out of the entry; when storage works again, it is revoked.
+func TestNextProcessHandsOutNoTokenWithAnIntent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.waitForIndex()
+		lease := e.lease("acme")
+		e.failPuts()
+		require.Error(t, e.revokeLease(lease))
+		e.crash()
+		e.failPuts()
+		e.waitForIndex()
+		resp, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		if status == 200 {
+			assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(resp))
+		}
+		assert.True(t, e.server.Alive(accessTokenOf(lease)), "it is revoked once storage does not have it")
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+		e.kept()
+	})
+}
