@@ -360,15 +360,18 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			return err
 		}
 		if err := ts.storage.Delete(ctx, tenantPrefix+name); err != nil {
-			lineage := v.storedLineage()
-			tell(func(ctx context.Context) (bool, error) {
-				e, err := getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name)
-				// A tenant that has moved to another connector since goes on with its refresh token, or with the one that has replaced it.
-				anew := e != nil && e.Lineage != lineage && e.RefreshToken != newest.RefreshToken && e.RefreshTokenOrigin == originOperator
-				return e == nil || anew, ignoreUnusable(err)
-			})
 			ts.withdraw(ctx, t, v)
 			ts.doubt(t)
+			lineage := v.storedLineage()
+			tell(func(ctx context.Context) (bool, error) {
+				_, v, err := ts.load(ctx, name) // which fails while memory keeps tokens of a new tenant
+				if v == nil {
+					return true, ignoreUnusable(err)
+				}
+				// A tenant that has moved to another connector since goes on with its refresh token, or with the one that has replaced it.
+				e := v.entry
+				return e.Lineage != lineage && e.RefreshToken != newest.RefreshToken && e.RefreshTokenOrigin == originOperator, nil
+			})
 			return err
 		}
 		tell(nil)
