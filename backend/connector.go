@@ -312,13 +312,15 @@ type passage struct {
 	// stopping says whether the engine stops: the answer may come too late to be stored, so no call is made then. nil: the answer brings
 	// nothing that is to be stored.
 	stopping func() bool
-	placed   func()      // called when the work has a place in the share; nil for none
-	call     *share.Call // the last that was permitted
-	made     int         // how many calls were permitted
+	// noted is called when the call is stored, before the last look. It may use storage, and its error is permit's; nil for none.
+	noted  func(context.Context) error
+	placed func()      // called when the work has a place in the share; nil for none
+	call   *share.Call // the last that was permitted
+	made   int         // how many calls were permitted
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
-// errReplaced, errStopping, storage's or the context's.
+// errReplaced, errStopping, noted's, storage's or the context's.
 func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
 		return nil, err
@@ -352,9 +354,11 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		p.leaveProbe()
 		return nil, storageError(err)
 	}
-	err = p.mayCall()
-	if err == nil && p.stopping != nil && p.stopping() {
-		err = errStopping
+	err = p.lastLook()
+	if err == nil && p.noted != nil {
+		if err = p.noted(ctx); err == nil {
+			err = p.lastLook()
+		}
 	}
 	if err != nil {
 		p.leaveProbe()
@@ -414,6 +418,15 @@ func (p *passage) mayCall() error {
 	}
 	p.probes = r
 	return nil
+}
+
+// lastLook says whether a call may be made at once. Nothing is waited for between it and the call.
+func (p *passage) lastLook() error {
+	err := p.mayCall()
+	if err == nil && p.stopping != nil && p.stopping() {
+		err = errStopping
+	}
+	return err
 }
 
 // leaveProbe lets other work make a refused connector's next exchange, where this work has made no call.

@@ -272,6 +272,11 @@ func (b *backend) noteState(ctx context.Context, a *attempt) {
 	if !known {
 		return // it was noted long ago, or has none
 	}
+	b.putState(ctx, a)
+}
+
+// putState is noteState for any status.
+func (b *backend) putState(ctx context.Context, a *attempt) {
 	s, _ := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
 	if s == nil || s.Status == a.Status && s.Used == a.Used {
 		return

@@ -310,24 +310,21 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		if !ok {
 			return via.offers(byCode)
 		}
-		sent := false
-		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping}
-		result := flow.RedeemCode(b.ctx, tokenservice.CodeRedemption{
-			Code: code, RedirectURI: a.RedirectURI, Verifier: a.Verifier,
-			Permit: func(ctx context.Context) (func(), error) {
-				release, err := p.permit(ctx)
-				if err != nil {
-					return nil, err
-				}
+		used := false
+		p := passage{
+			via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping,
+			noted: func(ctx context.Context) error {
 				// A state is used up before its code is sent, and the code is sent once.
-				if err := b.useUp(ctx, a); err != nil {
-					release()
-					return nil, err
-				}
-				sent = true
-				return release, nil
+				err := b.useUp(ctx, a)
+				used = err == nil
+				return err
 			},
-		})
+		}
+		result := flow.RedeemCode(b.ctx, tokenservice.CodeRedemption{Code: code, RedirectURI: a.RedirectURI, Verifier: a.Verifier, Permit: p.permit})
+		sent := p.call != nil
+		if used && !sent {
+			b.giveBack(a)
+		}
 		switch {
 		case sent:
 			storeVerdict := b.connectors.judge(via, result.Err)
@@ -380,4 +377,18 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 		b.grants.work(a.ID, false) // storage has not taken it, so nothing is sent
 	}
 	return err
+}
+
+// giveBack makes a state good again whose code was not sent. Where storage fails, the person has to start again.
+func (b *backend) giveBack(a *attempt) {
+	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) (bool, error) {
+		present := all.byID(a.ID)
+		if present == nil || present.Status != attemptPending {
+			return false, nil
+		}
+		present.Used, present.Code = false, a.Code
+		b.putState(b.ctx, present)
+		return true, nil
+	})
+	b.grants.work(a.ID, false)
 }

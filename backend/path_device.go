@@ -187,15 +187,16 @@ func (b *backend) pollDevice(tenant, id string) {
 		return
 	}
 	b.grants.work(id, true)
-	p := passage{via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping}
-	result := flow.PollDevice(b.ctx, a.DeviceCode, func(ctx context.Context) (func(), error) {
-		release, err := p.permit(ctx)
-		if err == nil && !b.grants.isPolled(tenant, id) {
-			release()
-			return nil, errUsed // it has ended while this waited
-		}
-		return release, err
-	})
+	p := passage{
+		via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping,
+		noted: func(context.Context) error {
+			if !b.grants.isPolled(tenant, id) {
+				return errUsed // it has ended while this waited
+			}
+			return nil
+		},
+	}
+	result := flow.PollDevice(b.ctx, a.DeviceCode, p.permit)
 	storeVerdict := b.connectors.judge(via, result.Err)
 	b.decide(a, v, via, result)
 	storeVerdict(b.ctx)

@@ -116,23 +116,18 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			b.grants.work(a.ID, false)
 			return via.offers(byPIN)
 		}
-		p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping}
-		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, func(ctx context.Context) (func(), error) {
-			release, err := p.permit(ctx)
-			if err != nil {
-				return nil, err
-			}
-			// For a PIN, Kaizala ends the user's present refresh token: one of an attempt that has ended is not sent.
-			present, _, err := b.pending(ctx, a.Tenant, byPIN)
-			if err == nil && (present == nil || present.ID != a.ID) {
-				err = errUsed
-			}
-			if err != nil {
-				release()
-				return nil, err
-			}
-			return release, nil
-		})
+		p := passage{
+			via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping,
+			noted: func(ctx context.Context) error {
+				// For a PIN, Kaizala ends the user's present refresh token: one of an attempt that has ended is not sent.
+				present, _, err := b.pending(ctx, a.Tenant, byPIN)
+				if err == nil && (present == nil || present.ID != a.ID) {
+					err = errUsed
+				}
+				return err
+			},
+		}
+		result := flow.RedeemPIN(b.ctx, a.MobileNumber, pin, p.permit)
 		switch {
 		case result.RefreshToken != "":
 		case errors.Is(result.Err, errReplaced):
