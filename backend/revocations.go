@@ -769,8 +769,9 @@ func (r *revocations) load(ctx context.Context) error {
 		i.isDeleted = r.isGone(i)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again.
-		if r.told == told && r.intents[i.connector][i.id] == nil && !r.settled[key] {
+		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again. One that was
+		// settled after another load had ended must not come back.
+		if r.told == told && !r.loaded && r.intents[i.connector][i.id] == nil && !r.settled[key] {
 			r.add(i)
 		}
 		return nil
