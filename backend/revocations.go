@@ -280,17 +280,7 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
-	r.mu.Lock()
-	var found []*intent
-	for _, of := range r.intents {
-		for _, i := range of {
-			if i.Type == tokenservice.TypeRefreshToken && i.Token == token {
-				i.spared = true
-				found = append(found, i)
-			}
-		}
-	}
-	r.mu.Unlock()
+	found := r.disarm(token)
 	for n, i := range found {
 		if err := r.settle(ctx, i); err != nil {
 			r.mu.Lock()
@@ -302,6 +292,22 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 		}
 	}
 	return nil
+}
+
+// disarm makes sure that no call to revoke a refresh token begins, and returns its intents: the token is in use again, or memory keeps
+// what the service has replaced it by. The next process, which does not know that, revokes the token.
+func (r *revocations) disarm(token string) (found []*intent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, of := range r.intents {
+		for _, i := range of {
+			if i.Type == tokenservice.TypeRefreshToken && i.Token == token {
+				i.spared = true
+				found = append(found, i)
+			}
+		}
+	}
+	return found
 }
 
 // settle ends an intent. Where storage fails it stays, and is settled with the next call.

@@ -490,11 +490,7 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	if err := t.storing.acquire(ctx); err != nil {
-		if o.isWritersAlone() {
-			return ts.unstored(t, o, nil, nil)
-		}
-		t.keep(o)
-		return keptTrouble(t.name)
+		return ts.unstored(t, o, nil, nil)
 	}
 	defer t.storing.release()
 	if err := ts.store(ctx, t, o); err != nil {
@@ -626,6 +622,9 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():
 		t.keep(o)
+		if o.refreshToken != "" {
+			ts.revocations.disarm(o.sent) // a revocation of the token that the service has replaced ends the grant
+		}
 		return keptTrouble(t.name)
 	case next != nil:
 		// Memory knows it all the same; after a restart the service is asked once more.
