@@ -197,3 +197,61 @@ func TestOAuthBlockedReadIsTriedAgain(t *testing.T) {
 		assert.Equal(t, 2, e.server.Exchanges("acme"))
 	})
 }
+
+// The service hangs. Once the answer to an exchange has been lost, readers get the access token, with a warning, also while the next exchange
+// hangs. Once that is answered, they get the new one.
+func TestOAuthReadersWhileTheServiceHangs(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, dayD, nil)
+		e.add("acme", nil)
+		first := accessTokenOf(e.lease("acme"))
+		a := e.stored("acme").Access
+		e.server.Inject(oauth2test.Fault{Hang: true})
+		time.Sleep(time.Until(a.Planned))
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 503, status, "the answer may still come")
+		time.Sleep(2 * time.Minute)
+		waited := 0
+		for i := 0; time.Until(a.Expires) > 20*time.Minute; i++ {
+			resp, status, text := e.try(logical.ReadOperation, []string{"creds/acme", "token/acme"}[i%2], nil)
+			require.Equal(t, 200, status, text)
+			require.Equal(t, first, accessTokenOf(resp))
+			require.NotEmpty(t, resp.Warnings)
+			if resp.Secret != nil && resp.Secret.TTL == time.Second {
+				waited++
+			}
+			time.Sleep(7 * time.Second)
+		}
+		assert.Greater(t, waited, 5, "readers have waited for the exchange")
+		e.server.ClearFaults()
+		e.pass(2 * time.Minute)
+		assert.NotEqual(t, first, accessTokenOf(e.lease("acme")))
+	})
+}
+
+// The answer to an exchange was lost, and the next is answered: while storage is slow to take what came, no reader gets the access token
+// that the exchange has ended.
+func TestOAuthReadersWhileTheAnswerAfterALostOneIsStored(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, dayD, nil)
+		e.add("acme", nil)
+		first := accessTokenOf(e.lease("acme"))
+		e.server.Inject(oauth2test.Fault{Reset: true, Times: 2})
+		time.Sleep(time.Until(e.stored("acme").Access.Planned))
+		synctest.Wait()
+		require.True(t, e.server.Alive(first))
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "put" && key == "tenants/acme" {
+				time.Sleep(20 * time.Second)
+			}
+			return do()
+		})
+		for e.server.Alive(first) {
+			time.Sleep(time.Second)
+		}
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 503, status)
+		time.Sleep(time.Minute)
+		assert.NotEqual(t, first, accessTokenOf(e.lease("acme")))
+	})
+}

@@ -107,7 +107,7 @@ type reader struct {
 	leases bool // the request is for a lease
 	own    bool // the access token is for this lease alone
 	waited bool // the reader has waited for an exchange, or for its planned time
-	failed bool // the reader's exchange has failed: an access token in its last second is better than none
+	failed bool // the reader's exchange has failed, or has not ended in time: an access token in its last second is better than none
 }
 
 func newReader(d *framework.FieldData, least time.Duration, take func(*accessToken) bool) (*reader, error) {
@@ -161,8 +161,6 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			return nil, nil, nil, ctx.Err()
 		case errors.Is(err, errSuperseded):
 			continue
-		case errors.Is(err, context.DeadlineExceeded):
-			return nil, nil, nil, b.notYet(v, r)
 		case err != nil:
 			limit := (*share.LimitError)(nil)
 			if errors.As(err, &limit) {
@@ -174,6 +172,9 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 				if token, _ := b.serve(t, now, r); token != nil {
 					return t, now, token, nil
 				}
+			}
+			if errors.Is(err, context.DeadlineExceeded) {
+				return nil, nil, nil, b.notYet(v, r)
 			}
 			return nil, nil, nil, b.readerError(r.tenant, v.entry.Connector, err)
 		}
@@ -209,7 +210,11 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		if v.isEnded() {
 			return nil, nil
 		}
-		if !r.waited && !r.failed { // a reader who has waited gets the token also in the moments before its planned exchange
+		switch {
+		case r.failed && v.trouble != nil && v.trouble.lost && v.entry.Rejected.IsZero():
+			// The token is in doubt since an answer was lost, and is no more so while the next try runs. It is handed out for a second.
+			until = token.Expires.Add(-max(r.minTTL, r.least, token.margin(v.entry.MinTTL)))
+		case !r.waited && !r.failed: // a reader who has waited gets the token also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
 		}
 		until = until.Add(-1) // from then on a read exchanges
