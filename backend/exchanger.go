@@ -221,8 +221,8 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 	return begun, begun == f, err
 }
 
-// blocked says why the tenant is not to be exchanged now, without a call. What no reader asked for has failed with that. So has what would
-// have ended an access token: it lives until the next try, and is handed out until then.
+// blocked says why the tenant is not to be exchanged now, without a call. Where the connector is why, it notes that as a failed exchange, if
+// no reader waits for one or an exchange would end the access token: readers get that token until the next try.
 func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w want) error {
 	now := time.Now()
 	via, err := x.connectors.of(ctx, v.entry.Connector)
