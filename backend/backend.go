@@ -235,16 +235,14 @@ func (b *backend) checkFields(req *logical.Request) error {
 		switch {
 		case isSecret(schema) && !isString:
 			return badValue("%s must be given once, as a string", name)
-		case schema.Type == framework.TypeString && !isString:
-			// The framework would make a string of a number, which has lost digits on its way.
-			return badValue("%s does not fit: it has to be %s", name, fieldForm[schema.Type])
 		case isString && strings.TrimSpace(text) == "" && schema.Type != framework.TypeString && schema.Type != framework.TypeCommaStringSlice:
 			return badValue("%s is empty: give a value, or leave it out", name)
 		case schema.Type == framework.TypeKVPairs:
 			if _, err := pairs(value); err != nil {
 				return badValue("%s %s", name, err)
 			}
-		case one.Validate() != nil:
+		case one.Validate() != nil, schema.Type == framework.TypeString && !isString:
+			// Of a number, the framework would make a string, but it has lost digits on its way.
 			return badValue("%s does not fit: it has to be %s", name, fieldForm[schema.Type])
 		}
 	}

@@ -66,21 +66,23 @@ func TestOAuthReadersNearThePlannedExchangeOfARefusedConnector(t *testing.T) {
 	})
 }
 
+// sharedTokenClasses are servers where an exchange leaves older access tokens alone, and where it ends them, with their connectors' fields.
+var sharedTokenClasses = map[string]struct {
+	server func(*oauth2test.Options)
+	fields map[string]any
+}{"A": {oauth2test.ClassA, classA}, "D": {oauth2test.ClassD, classD}}
+
 // The refresh token ends while exchanges fail. No exchange ends the access token any more: readers get it to its own end.
 func TestOAuthReadersAfterTheEndOfTheRefreshToken(t *testing.T) {
-	for name, class := range map[string]map[string]any{"A": classA, "D": classD} {
+	for name, class := range sharedTokenClasses {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, func(o *oauth2test.Options) {
-					if name == "A" {
-						oauth2test.ClassA(o)
-					} else {
-						oauth2test.ClassD(o)
-					}
+					class.server(o)
 					o.AccessTokenLife = 8 * time.Hour
 					o.RefreshTokenLife = 2 * time.Hour
 					o.RefreshTokenLifeField = "refresh_token_expires_in"
-				}, class)
+				}, class.fields)
 				e.add("acme", nil)
 				first := accessTokenOf(e.lease("acme"))
 				e.server.Inject(oauth2test.Fault{Answer: oauth2test.Answer{Status: 500}})
@@ -97,17 +99,13 @@ func TestOAuthReadersAfterTheEndOfTheRefreshToken(t *testing.T) {
 
 // The service refuses the refresh token by mistake.
 func TestOAuthReadersWhileTheRefreshTokenIsRejected(t *testing.T) {
-	for name, class := range map[string]map[string]any{"A": classA, "D": classD} {
+	for name, class := range sharedTokenClasses {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, func(o *oauth2test.Options) {
-					if name == "A" {
-						oauth2test.ClassA(o)
-					} else {
-						oauth2test.ClassD(o)
-					}
+					class.server(o)
 					o.AccessTokenLife = day
-				}, class)
+				}, class.fields)
 				e.add("acme", nil)
 				first := accessTokenOf(e.lease("acme"))
 				a := e.stored("acme").Access

@@ -38,9 +38,8 @@ type page struct {
 	Texts   []string
 	Details []detail
 	Form    string // where the form goes; "" for no form
-	State   string
-
-	Confirmation string
+	// State and Confirmation are what the form sends.
+	State, Confirmation string
 }
 
 type detail struct{ Name, Value string }

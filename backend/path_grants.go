@@ -275,9 +275,9 @@ func random256() string {
 	return base64.RawURLEncoding.EncodeToString(bits[:])
 }
 
-// hashOf is all that storage has of a state, and the page of a code.
-func hashOf(state string) string {
-	sum := sha256.Sum256([]byte(state))
+// hashOf is all that storage has of a state and of a refresh token that the service has replaced, and the page of a code.
+func hashOf(secret string) string {
+	sum := sha256.Sum256([]byte(secret))
 	return hex.EncodeToString(sum[:])
 }
 

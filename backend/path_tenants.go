@@ -3,8 +3,6 @@ package backend
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
@@ -188,13 +186,7 @@ func (c *tenantChange) retiresTokens() bool {
 // sent its write a second time, perhaps because it got a 503. The service may end the grant of a replaced refresh token that is sent
 // again. Where it refuses the present one, there is nothing to lose.
 func (c *tenantChange) repeats(e *tenantEntry) bool {
-	return c.written != nil && e != nil && e.RefreshToken != *c.written && e.CameFrom == fingerprint(*c.written) && e.Rejected.IsZero()
-}
-
-// fingerprint is what the engine keeps of a refresh token that the service has replaced.
-func fingerprint(token string) string {
-	sum := sha256.Sum256([]byte(token))
-	return base64.RawStdEncoding.EncodeToString(sum[:])
+	return c.written != nil && e != nil && e.RefreshToken != *c.written && e.CameFrom == hashOf(*c.written) && e.Rejected.IsZero()
 }
 
 // apply makes the change to an entry, nil for a tenant that is new.
@@ -215,7 +207,7 @@ func (c *tenantChange) apply(base *tenantEntry) *tenantEntry {
 	set(&next.TokenPerLease, c.tokenPerLease, was.TokenPerLease)
 	set(&next.KeepOnRevoke, c.keepOnRevoke, was.KeepOnRevoke)
 	if c.refreshToken != nil {
-		next.RefreshToken, next.CameFrom = *c.refreshToken, fingerprint(*c.refreshToken)
+		next.RefreshToken, next.CameFrom = *c.refreshToken, hashOf(*c.refreshToken)
 		next.RefreshTokenOrigin = originOperator
 		next.RefreshTokenSet = time.Now().UTC().Truncate(time.Millisecond)
 		next.Granted, next.GrantedBy, next.Subject = time.Time{}, "", ""

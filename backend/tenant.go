@@ -34,7 +34,7 @@ type tenantEntry struct {
 	RefreshToken       string    `json:"refresh_token"`
 	RefreshTokenOrigin string    `json:"refresh_token_origin"` // operator or service
 	RefreshTokenSet    time.Time `json:"refresh_token_set_time"`
-	// CameFrom is the fingerprint of the refresh token that was written, or that a grant has brought: RefreshToken itself, or the one
+	// CameFrom is the hash of the refresh token that was written, or that a grant has brought: RefreshToken itself, or the one
 	// that the service has replaced by it. It is empty in entries of before.
 	CameFrom string             `json:"came_from,omitempty"`
 	Facts    tokenservice.Facts `json:"facts"`
