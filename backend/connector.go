@@ -312,7 +312,8 @@ type passage struct {
 	// stopping says whether the engine stops: the answer may come too late to be stored, so no call is made then. nil: the answer brings
 	// nothing that is to be stored.
 	stopping func() bool
-	// noted is called when the call is stored, before the last look. It may use storage, and its error is permit's; nil for none.
+	// noted is called when the call is stored, before the last look at whether it may be made. It may use storage, and its error is
+	// permit's; nil for none.
 	noted  func(context.Context) error
 	placed func()      // called when the work has a place in the share; nil for none
 	call   *share.Call // the last that was permitted
@@ -354,10 +355,11 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		p.leaveProbe()
 		return nil, storageError(err)
 	}
-	err = p.lastLook()
+	// Nothing is waited for between the last look and the call.
+	err = p.mayCall()
 	if err == nil && p.noted != nil {
 		if err = p.noted(ctx); err == nil {
-			err = p.lastLook()
+			err = p.mayCall()
 		}
 	}
 	if err != nil {
@@ -401,8 +403,11 @@ func (l *loadedConnector) plansAs(about tokenservice.About) bool {
 // mayCall says whether a call may be made now, after all that it has waited for. Of a refused connector's work one piece in
 // ten minutes is done.
 func (p *passage) mayCall() error {
-	if p.via.loaded.Load() != p.via {
+	switch {
+	case p.via.loaded.Load() != p.via:
 		return errReplaced
+	case p.stopping != nil && p.stopping():
+		return errStopping
 	}
 	now := time.Now()
 	if paused := p.via.share.PausedUntil(); paused.After(now) {
@@ -418,15 +423,6 @@ func (p *passage) mayCall() error {
 	}
 	p.probes = r
 	return nil
-}
-
-// lastLook says whether a call may be made at once. Nothing is waited for between it and the call.
-func (p *passage) lastLook() error {
-	err := p.mayCall()
-	if err == nil && p.stopping != nil && p.stopping() {
-		err = errStopping
-	}
-	return err
 }
 
 // leaveProbe lets other work make a refused connector's next exchange, where this work has made no call.
