@@ -349,7 +349,13 @@ func (s *Share) isRemoved() bool {
 // each waits no longer than its own context allows. The error is storage's as it is, or the context's; the next call of Load
 // tries again. An entry that cannot be decoded is left out.
 func (s *Share) Load(ctx context.Context) error {
-	for !s.isLoaded() {
+	for {
+		s.mu.Lock()
+		loaded := s.loaded
+		s.mu.Unlock()
+		if loaded {
+			return nil
+		}
 		read := s.reads.DoChan("", func() (any, error) {
 			ctx, cancel := context.WithTimeout(context.Background(), storeWithin)
 			defer cancel()
@@ -364,13 +370,6 @@ func (s *Share) Load(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	return nil
-}
-
-func (s *Share) isLoaded() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.loaded
 }
 
 // Invalidate says that another node has changed what storage holds: the next [Share.Load] reads it again.

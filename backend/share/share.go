@@ -352,18 +352,6 @@ func (s *Share) tallies(c *Call, f func(*tally)) {
 	}
 }
 
-// prune drops the calls that have stopped counting.
-func (s *Share) prune(now time.Time) {
-	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
-		c := s.all.ended[0]
-		s.tallies(c, func(t *tally) {
-			t.ended[0] = nil // frees the memory
-			t.ended = t.ended[1:]
-		})
-		s.forget(c)
-	}
-}
-
 // plan says, for one call after the other in the order of the queue, when it is permitted. Within a pass through the
 // queue, each call takes what the calls before it have left.
 type plan struct {
@@ -391,9 +379,17 @@ type slot struct {
 	freed    *Call
 }
 
+// plan begins a pass through the queue. It first drops the calls that have stopped counting.
 func (s *Share) plan() *plan {
 	now := time.Now()
-	s.prune(now)
+	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
+		c := s.all.ended[0]
+		s.tallies(c, func(t *tally) {
+			t.ended[0] = nil // frees the memory
+			t.ended = t.ended[1:]
+		})
+		s.forget(c)
+	}
 	return &plan{
 		share:        s,
 		now:          now,
