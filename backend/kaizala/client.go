@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
@@ -231,6 +232,17 @@ func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
 		x.Endpoint = next.String()
 	}
 	return nil
+}
+
+// nameHost returns a host's name for the text of an error, or "that host" where the name holds a secret that was sent.
+func (x *exchange) nameHost(name string) string {
+	name = strings.ToLower(name)
+	for _, secret := range []string{x.connectorSecret, x.RefreshToken} {
+		if strings.Contains(name, strings.ToLower(secret)) {
+			return "that host"
+		}
+	}
+	return name
 }
 
 // do makes one request to a host.

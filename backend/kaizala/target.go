@@ -69,14 +69,3 @@ func (x *exchange) permitted(from, to *url.URL) string {
 	}
 	return "If " + x.nameHost(h.String()) + " is Kaizala's, the operator can add it to redirect_hosts."
 }
-
-// nameHost returns a host for an error's text, unless it holds something that was sent.
-func (x *exchange) nameHost(name string) string {
-	name = strings.ToLower(name)
-	for _, secret := range []string{x.connectorSecret, x.RefreshToken} {
-		if strings.Contains(name, strings.ToLower(secret)) {
-			return "that host"
-		}
-	}
-	return name
-}
