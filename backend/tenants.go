@@ -546,20 +546,18 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	case o.access != nil && !o.ownToken:
 		ts.plan(ctx, t.name, next)
 	}
-	var asked *tenantEntry // what storage was asked to take
 	err = ts.replace(ctx, t, o, v, kept)
 	if c := o.change; err == nil && c != nil && c.refreshToken != nil {
 		err = ts.revocations.spare(ctx, *c.refreshToken)
 	}
 	if err == nil {
-		asked = next
 		err = putEntry(ctx, ts.storage, tenantPrefix+t.name, next)
 	}
 	if err != nil {
 		if o.retires {
 			ts.withdraw(ctx, t, v)
 		}
-		return ts.unstored(t, o, asked, v.kept)
+		return ts.unstored(t, o, next, v.kept)
 	}
 	switch {
 	case ended:
@@ -611,8 +609,8 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 	return nil
 }
 
-// unstored records that storage has not taken the result of an exchange. next is what it was asked to take, nil where
-// it was not asked. kept is what memory kept when the caller read the tenant: see [tenant.stored].
+// unstored records that storage has not taken the result of an exchange. next is what was to be stored, nil where storage could
+// not be read before. kept is what memory kept when the caller read the tenant: see [tenant.stored].
 func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outcome) error {
 	switch {
 	case o.isWritersAlone():
