@@ -526,17 +526,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	kept := v.kept == o
 	next := o.onto(v.entry)
 	if o.change != nil {
-		// What the write was checked with may have been written since.
-		if err := ts.validate(ctx, next); isBadValue(err) {
-			if o.isWritersAlone() {
-				ts.abandon(ctx, t, o, false)
-				ts.withdrawEnded(t, o)
-				return err
-			}
-			alone := *o // new tokens are stored in any case
-			alone.change = o.change.tokensAlone()
-			o, next = &alone, alone.onto(v.entry)
-			next.TokenPerLease = next.TokenPerLease && !isBadValue(ts.validate(ctx, next))
+		if o, next, err = ts.checkAgain(ctx, t, o, v.entry, next); err != nil {
+			return err
 		}
 	}
 	ended := o.access != nil && !o.access.current() // given up by a write or a delete that has failed
@@ -587,6 +578,26 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		return errSuperseded
 	}
 	return nil
+}
+
+// checkAgain checks a write whose verification has ended once more: what it was checked with may have been written since. next is the
+// tenant's entry with the write. If it does not fit any more, checkAgain leaves out the write's settings where new tokens have come,
+// which are stored in any case, and returns a 400 where none have.
+func (ts *tenants) checkAgain(ctx context.Context, t *tenant, o *outcome, base, next *tenantEntry) (*outcome, *tenantEntry, error) {
+	err := ts.validate(ctx, next)
+	switch {
+	case !isBadValue(err):
+		return o, next, nil
+	case o.isWritersAlone():
+		ts.abandon(ctx, t, o, false)
+		ts.withdrawEnded(t, o)
+		return nil, nil, err
+	}
+	alone := *o
+	alone.change = o.change.tokensAlone()
+	next = alone.onto(base)
+	next.TokenPerLease = next.TokenPerLease && !isBadValue(ts.validate(ctx, next))
+	return &alone, next, nil
 }
 
 // replace notes for revocation what a new access token retires. It keeps one that is about to be replaced where leases on it
