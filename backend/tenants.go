@@ -558,12 +558,21 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		// A lease may have come meanwhile, and may have ended; none comes any more.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
-	t.stored(next, o.access, v.kept)
-	ts.loaded.Add(t.name, t)
+	ts.publish(t, o, next, v.kept)
 	if o.ownToken && o.access != nil && kept && !ended {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
 		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
 	}
+	if superseded {
+		return errSuperseded
+	}
+	return nil
+}
+
+// publish shows readers, the index and the log what storage has taken of an exchange. kept is as [tenant.stored] has it.
+func (ts *tenants) publish(t *tenant, o *outcome, next *tenantEntry, kept *outcome) {
+	t.stored(next, o.access, kept)
+	ts.loaded.Add(t.name, t)
 	if o.refreshToken != "" {
 		ts.announce.rotated(t.name, next)
 	}
@@ -574,10 +583,6 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		ts.announce.recovered(t.name, next.Connector)
 	}
 	ts.schedule(t)
-	if superseded {
-		return errSuperseded
-	}
-	return nil
 }
 
 // checkAgain checks a write whose verification has ended once more: what it was checked with may have been written since. next is the
