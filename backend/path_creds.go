@@ -52,11 +52,10 @@ func (b *backend) credsPaths() []*framework.Path {
 
 // readCreds answers creds/:tenant with an access token and a lease on it.
 func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	r, err := newReader(d, leaseLeast, (*accessToken).lease)
+	r, err := newReader(d, true)
 	if err != nil {
 		return answer(err)
 	}
-	r.leases = true
 	t, v, token, err := b.accessToken(ctx, r)
 	if err != nil {
 		return answer(err)
@@ -76,7 +75,7 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 
 // readToken answers token/:tenant with the tenant's shared access token, without a lease.
 func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	r, err := newReader(d, 0, (*accessToken).current)
+	r, err := newReader(d, false)
 	if err != nil {
 		return answer(err)
 	}
@@ -102,20 +101,18 @@ func (b *backend) readToken(ctx context.Context, _ *logical.Request, d *framewor
 type reader struct {
 	tenant string
 	minTTL time.Duration // the request's own; 0: none
-	least  time.Duration // the life that the engine itself needs left in the token
-	take   func(*accessToken) bool
-	leases bool // the request is for a lease
-	own    bool // the access token is for this lease alone
-	waited bool // the reader has waited for an exchange, or for its planned time
-	failed bool // the reader's exchange has failed, or has not ended in time: an access token in its last second is better than none
+	leases bool          // the request is for a lease
+	own    bool          // the access token is for this lease alone
+	waited bool          // the reader has waited for an exchange, or for its planned time
+	failed bool          // the reader's exchange has failed, or has not ended in time: an access token in its last second is better than none
 }
 
-func newReader(d *framework.FieldData, least time.Duration, take func(*accessToken) bool) (*reader, error) {
+func newReader(d *framework.FieldData, leases bool) (*reader, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
 		return nil, err
 	}
-	r := &reader{tenant: name, least: least, take: take}
+	r := &reader{tenant: name, leases: leases}
 	if d.Raw["min_ttl"] != nil {
 		r.minTTL, err = seconds(d, "min_ttl")
 	}
@@ -185,8 +182,8 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 	}
 }
 
-// serve gives the reader the tenant's access token if that lives long enough for the reader, and nil if not. take claims it,
-// and fails on a token that was given up meanwhile.
+// serve returns the tenant's access token, with a lease counted on it if the reader is for one; nil if the token does not live long
+// enough for the reader, or is not handed out any more.
 func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, error) {
 	now := time.Now()
 	if r.minTTL > 0 {
@@ -202,7 +199,11 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	if token == nil {
 		return nil, nil
 	}
-	until := earliest(v.until, token.Expires.Add(-max(r.minTTL, r.least)))
+	least := r.minTTL // the life that the token must have left
+	if r.leases {
+		least = max(least, leaseLeast)
+	}
+	until := earliest(v.until, token.Expires.Add(-least))
 	if !r.leases && !r.waited && !r.failed {
 		until = until.Add(-time.Second) // the answer's ttl is in whole seconds, and a read after that gets a newer token
 	}
@@ -213,7 +214,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		switch {
 		case r.failed && v.trouble != nil && v.trouble.lost && v.entry.Rejected.IsZero():
 			// The token is in doubt since an answer was lost, and is no more so while the next try runs. It is handed out for a second.
-			until = token.Expires.Add(-max(r.minTTL, r.least, token.margin(v.entry.MinTTL)))
+			until = token.Expires.Add(-max(least, token.margin(v.entry.MinTTL)))
 		case !r.waited && !r.failed: // a reader who has waited gets the token also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
 		}
@@ -223,8 +224,8 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		return nil, nil
 	}
 	ok, news := token.markRead()
-	if !ok || !r.take(token) {
-		return nil, nil
+	if !ok || r.leases && !token.lease() || !r.leases && !token.current() {
+		return nil, nil // an exchange has begun to end the token, or it was given up
 	}
 	if news {
 		b.schedule(t) // a token that is used is renewed ahead of its end
