@@ -104,7 +104,9 @@ type reader struct {
 	leases bool          // the request is for a lease
 	own    bool          // the access token is for this lease alone
 	waited bool          // the reader has waited for an exchange, or for its planned time
-	failed bool          // the reader's exchange has failed, or has not ended in time: an access token in its last second is better than none
+	failed bool          // the reader's exchange has failed, or has not ended in time
+	// exchanges counts the exchanges that have succeeded while the reader waited.
+	exchanges int
 }
 
 func newReader(d *framework.FieldData, leases bool) (*reader, error) {
@@ -122,7 +124,7 @@ func newReader(d *framework.FieldData, leases bool) (*reader, error) {
 // accessToken returns an access token that fits the reader.
 //
 // While there is a usable one this does not wait. Otherwise it starts the tenant's one exchange, or joins it, and waits no
-// longer than answerWithin; the exchange goes on without its readers.
+// longer than answerWithin; the exchange goes on without its readers. The view that it returns goes with the token: a lease ends by it.
 func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantView, *accessToken, error) {
 	if t, v := b.tenants.cached(r.tenant); v != nil {
 		if token, err := b.serve(t, v, r); token != nil || err != nil {
@@ -131,7 +133,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 	}
 	waiting, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	for exchanges := 0; ; {
+	for {
 		t, v, err := b.tenants.loadCreated(waiting, r.tenant)
 		switch {
 		case ctx.Err() != nil:
@@ -144,14 +146,14 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		if token, err := b.serve(t, v, r); token != nil || err != nil {
 			return t, v, token, err
 		}
-		if exchanges == 2 {
+		if r.exchanges == 2 {
 			return nil, nil, nil, tryAgain("tenant %q: the new access token was retired or has expired before it could be read: compare the clocks of Vault and of the service, and try again", r.tenant)
 		}
-		token, exchanged, err := b.nextToken(waiting, t, v, r)
+		token, err := b.nextToken(waiting, t, v, r)
 		switch {
 		case token != nil:
 			if _, now := b.tenants.cached(r.tenant); now != nil {
-				v = now // the exchange has ended the trouble before
+				v = now // which has no trouble of before the exchange
 			}
 			return t, v, token, nil
 		case ctx.Err() != nil:
@@ -163,7 +165,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 			if errors.As(err, &limit) {
 				t.postpone(limit.Until)
 			}
-			// An access token that the exchange was to end may live until the next try, and is handed out until then.
+			// An access token that the exchange was to end lives until the next try, and is handed out until then, in its last second too.
 			r.failed = true
 			if t, now := b.tenants.cached(r.tenant); now != nil {
 				if token, _ := b.serve(t, now, r); token != nil {
@@ -174,10 +176,6 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 				return nil, nil, nil, b.notYet(v, r)
 			}
 			return nil, nil, nil, b.readerError(r.tenant, v.entry.Connector, err)
-		}
-		if exchanged {
-			exchanges++
-			r.waited = true
 		}
 	}
 }
@@ -213,7 +211,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		}
 		switch {
 		case r.failed && v.trouble != nil && v.trouble.lost && v.entry.Rejected.IsZero():
-			// The token is in doubt since an answer was lost, and is no more so while the next try runs. It is handed out for a second.
+			// After a lost answer nothing tells whether the token still works. While the next try hangs it is handed out with a lease of a second.
 			until = token.Expires.Add(-max(least, token.margin(v.entry.MinTTL)))
 		case !r.waited && !r.failed: // a reader who has waited gets the token also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
@@ -233,13 +231,13 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	return token, nil
 }
 
-// isEnded says whether an exchange has ended the access token, and storage has not taken what came instead. Another node's exchange
-// since then has brought the access token that there is.
+// isEnded says whether an exchange has ended the access token and storage has not taken what came instead. It is false where the view's
+// token is newer than what is kept, because another node has made an exchange since.
 func (v *tenantView) isEnded() bool { return v.kept != nil && !v.supersedes(v.kept) }
 
-// nextToken waits for another access token: until the planned exchange where that is near and leases on the token live until
-// then, or else for an exchange. It returns the token where that is the reader's own.
-func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *reader) (own *accessToken, exchanged bool, err error) {
+// nextToken waits until the tenant may have another access token: for the planned time of the exchange, where that is near and leases on
+// the present token live until then; otherwise for an exchange. It returns the new token if that is for this reader's lease alone.
+func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *reader) (own *accessToken, err error) {
 	r.own = r.leases && v.entry.TokenPerLease
 	if a := v.access; !r.own && a != nil && !a.Planned.IsZero() && a.current() && !v.isEnded() {
 		left := time.Until(latest(v.bound.Add(-leaseMargin), time.Unix(0, a.leasedTo.Load())))
@@ -249,14 +247,18 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 			select {
 			case <-timer.C:
 				r.waited = true // another reader's exchange may have replaced it before this one looks
-				return nil, false, nil
+				return nil, nil
 			case <-ctx.Done():
-				return nil, false, ctx.Err()
+				return nil, ctx.Err()
 			}
 		}
 	}
 	own, err = b.exchanger.exchange(ctx, t, v, want{ownToken: r.own})
-	return own, true, err
+	if err == nil {
+		r.waited = true
+		r.exchanges++
+	}
+	return own, err
 }
 
 // minTTLFits refuses what no access token of the tenant can give, as soon as the life of one is known.
