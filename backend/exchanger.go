@@ -315,7 +315,7 @@ func (x *exchanger) call(f *flight) error {
 		if lost != nil && result.Sent.IsZero() {
 			result = *lost // there was no second request: the first may have been carried out
 		}
-		if result.Err != nil && lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
+		if lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
 			lost, f.lost = &result, true
 			storeVerdict(x.ctx)
 			continue
@@ -363,7 +363,7 @@ func lostAnswer(r tokenservice.Result) bool {
 // settle turns the service's answer into an outcome and stores it. It runs to its end though the callers may have gone.
 func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
-	if o.access == nil && f.want.change != nil && o.refreshToken == "" {
+	if f.want.change != nil && !o.precious() {
 		f.answered(x.ctx, via, r.Err)
 		if stored := f.v.base(); stored != nil && stored.RefreshToken == o.sent && (f.lost || lostAnswer(r)) {
 			x.failLost(f, stored.Connector)
@@ -384,9 +384,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		}
 	})
 	switch {
-	case errors.Is(err, errSuperseded):
-		return err
-	case err != nil && o.isWritersAlone():
+	case errors.Is(err, errSuperseded), err != nil && o.isWritersAlone():
 		return err
 	case err != nil:
 		return x.fail(f, via, err)
@@ -422,7 +420,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		facts:        r.Facts,
 		subject:      r.Subject,
 		move:         entry.Move,
-		rejected:     r.Err != nil && isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
+		rejected:     isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
 		retires:      f.retires(),
 		ownToken:     f.want.ownToken,
 	}
@@ -438,7 +436,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 	if r.Err != nil || r.AccessToken == nil {
 		return o
 	}
-	access := &accessEntry{
+	o.access = newAccessToken(f.t.name, &accessEntry{
 		Token:       r.AccessToken.Token,
 		Generation:  rand.Text(),
 		Type:        r.AccessToken.Type,
@@ -446,8 +444,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		Scope:       r.AccessToken.Scope,
 		Obtained:    r.Sent.UTC().Truncate(time.Millisecond),
 		Expires:     r.AccessToken.Expires,
-	}
-	o.access = newAccessToken(f.t.name, access)
+	})
 	return o
 }
 

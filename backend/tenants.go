@@ -106,24 +106,19 @@ func (ts *tenants) load(ctx context.Context, name string) (t *tenant, v *tenantV
 	if t, v := ts.cached(name); v != nil && v.knows == loaded {
 		return t, v, nil
 	}
-	err = ts.locked(ctx, name, func(found *tenant) error {
-		if v, err = ts.read(ctx, found); err != nil {
-			return err
-		}
+	err = ts.locked(ctx, name, func(record *tenant) error {
+		now, err := ts.read(ctx, record)
 		switch {
-		case v.knows == loaded:
-			t = found
-		case v.kept != nil:
+		case err != nil:
+			return err
+		case now.knows == loaded:
+			t, v = record, now
+		case now.kept != nil:
 			return keptTrouble(name) // a new tenant that storage has not taken yet
-		default:
-			v = nil
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, nil, err
-	}
-	return t, v, nil
+	return t, v, err
 }
 
 // loadCreated is load for a reader: where the service is still being asked about the refresh token of a write that creates the tenant,
