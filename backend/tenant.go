@@ -20,8 +20,8 @@ import (
 // came with it are stored together or not at all. An entry that has been published is never changed, but replaced.
 type tenantEntry struct {
 	Format int `json:"format"`
-	// Lineage is random, new with each operator's write of refresh_token or connector, and kept by exchanges: a result is
-	// superseded where storage has another. It is empty in entries of version 0.1.0.
+	// Lineage is random. An operator's write of refresh_token or connector gives the tenant a new one, and exchanges keep it: the result of
+	// an exchange is superseded if storage has another lineage by then. It is empty in entries of version 0.1.0.
 	Lineage string `json:"lineage,omitempty"`
 
 	Connector     string        `json:"connector"`
@@ -34,8 +34,8 @@ type tenantEntry struct {
 	RefreshToken       string    `json:"refresh_token"`
 	RefreshTokenOrigin string    `json:"refresh_token_origin"` // operator or service
 	RefreshTokenSet    time.Time `json:"refresh_token_set_time"`
-	// CameFrom is the hash of the refresh token that was written, or that a grant has brought: RefreshToken itself, or the one
-	// that the service has replaced by it. It is empty in entries of before.
+	// CameFrom is the hash of the refresh token that a write or a grant has brought. RefreshToken is that one, or a later one that the
+	// service has sent. It is empty in older entries.
 	CameFrom string             `json:"came_from,omitempty"`
 	Facts    tokenservice.Facts `json:"facts"`
 
@@ -56,14 +56,16 @@ type tenantEntry struct {
 	// AccessTokenLife outlasts the access token: it bounds what a reader may ask.
 	AccessTokenLife time.Duration `json:"access_token_life,omitempty"`
 	Access          *accessEntry  `json:"access,omitempty"`
-	// EndsBy is the end of an access token that was given up and that the next exchange ends: that is due at once. Zero: none.
+	// EndsBy is when an access token expires that was given up but works until the next exchange, which is therefore due at once. Zero:
+	// there is none.
 	EndsBy time.Time `json:"ends_by,omitzero"`
-	// Unleased is an access token for one lease whose own record is not stored yet. It is revoked where that record never
-	// comes.
+	// Unleased is an access token for one lease, until the record of its own under heldPrefix is stored. If that never happens, it is
+	// revoked.
 	Unleased *accessEntry `json:"unleased,omitempty"`
 }
 
-// move holds for as long as the connector has the address that it came from.
+// move says that the service has moved a tenant's exchanges from the connector's address to another URL. It is ignored once the connector
+// has another address.
 type move struct {
 	From string `json:"from"`
 	To   string `json:"to"`
@@ -88,26 +90,26 @@ type tenant struct {
 	// storing is the right to change the tenant in storage. Readers of a usable token never wait for it.
 	storing lock
 
-	// planning is held while the tenant is put into the index by what its view says, so that the last view wins, and while
-	// the registry drops the record.
+	// planning is held while the tenant is put into the index at the time that its view says, so that the index ends up with the last view;
+	// and while the registry drops the record.
 	planning sync.Mutex
 
 	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
 	dropped bool // the registry has dropped this record
-	// outdated: the connector was written while another flow held storing. What that flow publishes may have been planned by the
-	// connector's former configuration.
+	// outdated: the connector was written while another flow held storing. The view that the flow publishes may still go by the connector's
+	// former configuration.
 	outdated bool
-	// replaced are access tokens that newer ones have replaced while leases on them live, by generation.
+	// replaced are access tokens, by generation, that newer ones have replaced and that may still have leases.
 	replaced map[string]*accessToken
-	// issued is the generation of the last access token for one lease whose own record storage has taken.
+	// issued is the generation of the last access token for one lease that has its own record in storage.
 	issued string
 	// used is the generation of the last access token that was read and has left memory.
 	used   string
 	retry  *backoff.Backoff
 	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
-	// cutShort is until when, in seconds since 1970, leases may live on an access token that a refresh or a write has ended
-	// before them.
+	// cutShort is the latest end, in seconds since 1970, of leases on an access token that a refresh or a write has ended before the
+	// leases.
 	cutShort int64
 }
 
@@ -127,20 +129,20 @@ type tenantView struct {
 	*tenantMemory
 }
 
-// nothing is the state of each tenant of which memory has no more than the summary: most of a large mount's.
+// nothing is what all tenants share of which memory has the summary alone. On a large mount these are most.
 var nothing = &tenantMemory{}
 
 // tenantMemory is what memory has of a tenant beside its summary.
 type tenantMemory struct {
 	entry  *tenantEntry // nil unless loaded or doubted
 	access *accessToken // entry's, unless it was given up
-	// absence stands for a lineage while storage has no such tenant. It is new with each delete; "": noLineage.
+	// absence is the lineage while storage has no such tenant: a new one after each delete; "" stands for noLineage.
 	absence string
 	// kept is what the service has sent and storage has not taken yet.
 	kept *outcome
 	// trouble is why the last exchange failed; nil: it did not.
 	trouble *trouble
-	// postponed is when the next exchange is permitted, as far as is known, where one was due and none was permitted.
+	// postponed is until when no exchange is permitted, as far as is known, if one was due and the share or the service did not permit it.
 	postponed time.Time
 
 	// The rest follows from the above: see derive.
@@ -175,10 +177,10 @@ func (v *tenantView) derive() {
 	if a.Planned.IsZero() {
 		return
 	}
-	// A min_ttl that was written after the token came counts for the next one: leases live until the planned exchange.
+	// A min_ttl that was written after the token came counts for the next token: this one is handed out until its planned exchange.
 	v.until = latest(v.until, a.Planned.Add(-leaseMargin))
-	// An exchange ends this token: at the planned time, after the latest end of a lease that has been given, or when an exchange is
-	// permitted again. While exchanges fail, the next try ends it, if that is later. After a lost answer only the next try counts.
+	// An exchange ends this token: at the planned time, or later if a lease lasts longer or no exchange is permitted before. If the last
+	// exchange has failed, the next try ends it, unless that is earlier. If its answer was lost, the next try ends it in any case.
 	v.bound = latest(a.Planned, v.promised(), v.postponed)
 	if v.trouble != nil && (v.trouble.lost || v.trouble.until.After(v.bound)) {
 		v.bound = v.trouble.until
@@ -199,8 +201,8 @@ type tenantSummary struct {
 	owesUntil int64 // the end, in seconds since 1970, of an access token that an exchange has to end before that; 0: none
 }
 
-// owes says whether an exchange has to end an access token that was given up, as the tenant's connector is now. One that memory
-// does not know, nil, may say so.
+// owes says whether an exchange has to end an access token that was given up. via is the tenant's connector as it is now; where memory does
+// not have it (nil), the answer is as for a service whose exchanges end older access tokens.
 func (s tenantSummary) owes(via *loadedConnector, now time.Time) bool {
 	return s.owesUntil > now.Unix() && (via == nil || via.about.Revocation == tokenservice.RevokeByExchange)
 }
@@ -212,7 +214,7 @@ type trouble struct {
 	at       time.Time
 	until    time.Time // no exchange before
 	lost     bool      // the service may have carried the exchange out
-	revision uint64    // of the connector; another one ends the trouble's backoff
+	revision uint64    // of the connector: at another revision the next exchange does not wait for until
 }
 
 // over is the trouble without its backoff.
@@ -228,7 +230,7 @@ type flight struct {
 	want want
 	v    *tenantView // what it began with
 	from string      // the tenant's lineage then
-	// connector is the one that it goes through. A verification makes the tenant use it.
+	// connector is the name of the connector that the exchange uses. If the flight verifies a write, it is the one that the write names.
 	connector string
 	done      chan struct{}
 	err       error        // to be read once done is closed
@@ -242,7 +244,7 @@ type flight struct {
 	lost bool
 	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
 	carriedOut bool
-	// parting says which came first: the reader of an own token has cancelled, or the flight has handed the token over.
+	// parting says, of an access token for one lease, which came first: the reader has gone, or the flight has handed the token over.
 	parting atomic.Int32
 
 	placed chan struct{} // place closes it: the flight has its place in the share
@@ -257,16 +259,16 @@ const (
 	handedOver = 2
 )
 
-// abandon notes that the reader has gone whom the flight's access token is for. It fails where the token is his already.
+// abandon notes that the reader has gone for whose lease the access token is. It returns false if the token was handed over before.
 func (f *flight) abandon() bool { return f.parting.CompareAndSwap(0, abandoned) }
 
-// handOver makes the flight's access token the reader's. It fails where the reader has gone.
+// handOver gives the access token to the reader for whose lease it is. It returns false if the reader has gone before.
 func (f *flight) handOver() bool { return f.parting.CompareAndSwap(0, handedOver) }
 
 func (f *flight) isAbandoned() bool { return f.parting.Load() == abandoned }
 
-// answered notes in storage that the service has answered the flight's exchange with a refusal: the next process does not take it for
-// an exchange whose answer was lost.
+// answered notes in storage that the service has answered the flight's exchange with a refusal, so that the next process does not take it
+// for an exchange whose answer was lost.
 func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
 	failure := (*tokenservice.Failure)(nil)
 	if f.way == nil || f.way.call == nil || via == nil || !via.about.RetryLost || !errors.As(err, &failure) || failure.Lost {
@@ -293,8 +295,8 @@ func (f *flight) retires() bool {
 	return f.want.force || f.want.change != nil
 }
 
-// shared says whether the result of this flight is also for a request of that kind. The result of a verification is only for
-// its writer, and a token for one lease only for its reader.
+// shared says whether the flight's result also answers a request that has joined it. The result of a verification is only for its writer,
+// and a token for one lease only for its reader.
 func (f *flight) shared(w want) bool {
 	return w.change == nil && !w.ownToken && f.want.change == nil && !f.want.ownToken
 }
@@ -329,9 +331,9 @@ func (v *tenantView) show(e *tenantEntry, a *accessToken) {
 	}
 }
 
-// found records what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the
-// view has changed since storage was asked. An access token that readers have seen keeps the count of its leases; the
-// count of another one cannot be trusted. accessGivenUp: readers do not get the entry's access token.
+// found records what storage has: e, or nil where it has no such tenant. It does nothing and returns false where the view has changed since
+// storage was asked. An access token that memory had before keeps the count of its leases; the count of another one is unknown.
+// accessGivenUp: readers do not get the entry's access token.
 func (t *tenant) found(before *tenantView, e *tenantEntry, accessGivenUp bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -361,9 +363,9 @@ func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
 	}
 }
 
-// known returns the access token of an entry: that of v, with its count of leases, if it is the same. If the entry's token is one that
-// is kept, known returns the older token of v: no reader gets a kept token before [tenants.store] knows that it is stored, and the count
-// of its leases begins then. The caller holds mu.
+// known returns the access token that readers get of an entry. If v has the same token, that is v's, with its count of leases. If the
+// entry's token is the one that is kept, it is the older token of v: readers get a kept token once [tenants.store] knows that it is stored,
+// and the count of its leases begins then. The caller holds mu.
 func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
 	if e.Access == nil {
 		return nil
@@ -535,8 +537,8 @@ func (t *tenant) giveUp(generation string) {
 	}
 }
 
-// failed notes why an exchange failed, and says whether the one before had not. It does nothing where that exchange was of none
-// of these lineages.
+// failed notes why an exchange failed. news: the exchange before it did not fail. superseded: the tenant has none of these lineages any
+// more, and nothing was noted.
 func (t *tenant) failed(next *trouble, of ...string) (news, superseded bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -599,8 +601,8 @@ func (t *tenant) forget() {
 	}
 }
 
-// replan plans the end of the access token again, as the connector says now: storage is read again. The caller holds
-// storing.
+// replan lets the tenant leave memory, so that the end of its access token is planned again, by the connector as it is now. The caller
+// holds storing.
 func (t *tenant) replan() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -608,8 +610,8 @@ func (t *tenant) replan() {
 	t.leave()
 }
 
-// outdate is for a connector's write that finds another flow holding storing: what that flow stores is read from storage again.
-// The caller calls replan once that flow has ended.
+// outdate is replan for a connector's write that finds another flow holding storing: what that flow stores leaves memory again. The caller
+// calls replan once the flow has ended.
 func (t *tenant) outdate() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -617,7 +619,7 @@ func (t *tenant) outdate() {
 	t.leave()
 }
 
-// leave clears the tenant where storage knows all that memory does. The caller holds mu.
+// leave clears the tenant, unless memory has something that storage does not have. The caller holds mu.
 func (t *tenant) leave() {
 	if v := t.view.Load(); v.kept == nil && (v.access == nil || v.access.current()) {
 		t.clear()
@@ -698,8 +700,8 @@ func (t *tenant) isVerifying() bool {
 	return f != nil && f.want.change != nil
 }
 
-// ended notes that an exchange of a refresh token has brought another access token, which is being stored: where that ends the tenant's
-// access token at the service, readers wait for the new one.
+// ended notes that an exchange of the refresh token sent has brought a new access token, which is about to be stored. If that has ended the
+// tenant's access token at the service, readers wait for the new one.
 func (t *tenant) ended(sent string) {
 	v := t.view.Load()
 	if a := v.access; a != nil && !a.Planned.IsZero() && v.entry.RefreshToken == sent {
@@ -802,8 +804,8 @@ func (v *tenantView) base() *tenantEntry {
 	return v.entry
 }
 
-// mayEnd says whether an exchange that no reader asked for may begin, where it ends the access token that there is. It
-// waits for the planned time of a token that has been read. Once it returns true, readers do not get the token any more.
+// mayEnd says whether an exchange that no reader asked for may begin, though it ends the access token that there is: of a token that has
+// been read or leased, not before its planned time. Once it returns true before that time, readers do not get the token any more.
 func (t *tenant) mayEnd(now time.Time) bool {
 	v := t.view.Load()
 	a := v.access
