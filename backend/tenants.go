@@ -22,7 +22,7 @@ const (
 	tenantsInMemory = 10_000
 )
 
-// tenants is all tenants of the mount: the registry, the bound on memory, and storage.
+// tenants is all tenants of the mount: their records, which of them are in memory, and what storage has of them.
 type tenants struct {
 	storage     logical.Storage
 	connectors  *connectors
@@ -71,7 +71,7 @@ func (ts *tenants) record(name string) *tenant {
 	return t
 }
 
-// drop removes the record of a tenant that storage does not have and that neither a flight nor a write works on.
+// drop removes the tenant's record if storage has no such tenant and neither a flight nor a write works on it.
 func (ts *tenants) drop(t *tenant) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
@@ -149,10 +149,10 @@ func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) erro
 	for {
 		t := ts.record(name)
 		if err := t.storing.acquire(ctx); err != nil {
-			ts.drop(t) // while this waited, the lock's holder has left the record in place
+			ts.drop(t) // the lock's holder could not while this waited
 			return err
 		}
-		if ts.named(name) != t { // which was dropped before this had its lock
+		if ts.named(name) != t { // the record was dropped before this had its lock
 			t.storing.release()
 			continue
 		}
@@ -192,12 +192,12 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 	}
 }
 
-// recover makes of an entry what the process before this one would have made of it: it corrects times that lie further ahead
-// than they could, because the host's clock was wrong when they were written, and plans the end of its access token as the
-// connector says now. givenUp says that the access token is to be revoked: its intent's call takes it out of the entry. The caller holds
-// the tenant's lock.
+// recover makes an entry of storage fit for memory. It corrects times that lie in the future, because the host's clock was wrong when they
+// were written; it plans the end of the access token by the connector as it is now; and it notes an exchange whose answer the process
+// before this one may not have had. givenUp says that the access token is about to be revoked: readers do not get it, and its revocation
+// takes it out of the entry. The caller holds the tenant's lock.
 func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp bool, err error) {
-	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // by the clock that exchanges were noted by
+	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // not corrected: the share's notes have the same clock
 	now := time.Now().UTC()
 	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
 		if at.After(now) {
@@ -228,8 +228,8 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 	return givenUp, nil
 }
 
-// plan says when the exchange comes that ends an entry's access token, if any does by what the connector is now. Readers have
-// not seen the entry.
+// plan sets when the exchange is planned that ends an entry's access token, if exchanges do that by the connector as it is now. No reader
+// has seen the entry yet.
 func (ts *tenants) plan(ctx context.Context, name string, e *tenantEntry) {
 	via, err := ts.connectors.get(ctx, e.Connector)
 	if err != nil || via == nil {
@@ -243,7 +243,7 @@ func (ts *tenants) plan(ctx context.Context, name string, e *tenantEntry) {
 	}
 }
 
-// index notes what the index of due times needs of a tenant, without taking its tokens into memory.
+// index reads a tenant for the index of due times, and takes nothing but its summary into memory.
 func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error) {
 	var e *tenantEntry
 	err := ts.locked(ctx, name, func(t *tenant) (err error) {
@@ -380,15 +380,15 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
-// doubt records that storage has reported an error for a write or a delete, and may have done it. An access token that was given up
-// is taken out of storage within a minute, without another request: a process after this one would hand it out.
+// doubt records that storage has reported an error for a write or a delete, and may have done it all the same. The tenant is due within a
+// minute: if its access token was given up, storage must not keep it, because the next process would hand it out.
 func (ts *tenants) doubt(t *tenant) {
 	t.doubt()
 	ts.schedule(t)
 }
 
-// withdraw makes sure that no reader gets an access token that may be revoked by now, though storage may still have it: the write
-// or delete that was to end it has failed.
+// withdraw makes sure that no reader gets an access token that may be revoked by now, after the write or delete that gives it up has
+// failed. Storage may still have the token.
 func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
 		t.giveUp(v.access.Generation)
@@ -396,7 +396,8 @@ func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	}
 }
 
-// withdrawEnded makes sure that no reader gets the access token that a verification has ended whose write is not stored.
+// withdrawEnded makes sure that no reader gets the tenant's access token if a verification has ended it at the service. The write that was
+// verified is not stored.
 func (ts *tenants) withdrawEnded(t *tenant, o *outcome) {
 	v := t.view.Load()
 	if a := v.access; a != nil && !a.Planned.IsZero() && o.access != nil && v.entry != nil && v.entry.RefreshToken == o.sent {
@@ -409,7 +410,7 @@ func (ts *tenants) withdrawEnded(t *tenant, o *outcome) {
 func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
 	if kept != nil && kept.access != nil {
 		if ts.revokesAccess(ctx, kept.connector) {
-			kept.access.leases.Store(givenUp) // if the write or delete fails, what is kept is stored without it
+			kept.access.leases.Store(givenUp) // if the write or delete fails, what is kept is stored without its access token
 		}
 		if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
 			return err
@@ -424,7 +425,7 @@ func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kep
 	return ts.resolveUnleased(ctx, t, e)
 }
 
-// giveUpShared notes a tenant's access token for revocation, and the older ones that have leases.
+// giveUpShared notes a tenant's access token for revocation, and older ones that have leases. Those of one lease alone stay.
 func (ts *tenants) giveUpShared(ctx context.Context, t *tenant, e *tenantEntry) error {
 	if e.Access != nil {
 		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
@@ -446,7 +447,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		defer cancel()
 		v, err := ts.read(ctx, t)
 		if err == nil && v.kept != nil && v.kept.isIn(v.entry) && v.entry.Access.Generation == generation {
-			// Another node has handed it out. It would come back with what is kept.
+			// Another node has handed the token out. Without this, it would be stored again with what is kept.
 			if err = ts.store(ctx, t, v.kept); err == nil {
 				v, err = ts.read(ctx, t)
 			}
@@ -479,8 +480,8 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 	return connector, err
 }
 
-// settle stores what an exchange has brought, on top of what storage has by then, and calls issue before another request can change
-// the tenant. It runs to its end when the caller goes away.
+// settle stores what an exchange has brought, on top of what storage has by then. If that succeeds, it calls issue before another request
+// can change the tenant. It runs to its end when the caller goes away.
 func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func()) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
@@ -495,8 +496,8 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 	return nil
 }
 
-// store is settle for a caller who holds the tenant's lock. Its error is errSuperseded where an operator has written or
-// deleted the tenant since the exchange began, and a 400 where the write that the exchange verifies does not go with what was written since.
+// store is settle for a caller who holds the tenant's lock. Its error is errSuperseded if an operator has written or deleted the tenant
+// since the exchange began, and a 400 if the write that the exchange verifies does not fit what was written since.
 func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	v, err := ts.read(ctx, t)
 	if err != nil {
@@ -512,7 +513,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		return errSuperseded
 	}
 	if superseded {
-		// The write left the refresh token as it was, and the service has replaced it.
+		// The operator's write left the refresh token as it was, and the service has replaced that: the new one is stored.
 		ts.abandon(ctx, t, o, false)
 		o = o.rotationAlone(v.entry)
 	}
@@ -550,7 +551,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	case again:
 		o.access.leases.Store(leasesUnknown) // there may be leases on it
 	case o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp):
-		// A lease may have come meanwhile, and may have ended; none comes any more.
+		// A replaced token without leases gets none any more. One with leases may have got its first since replace looked.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
 	}
 	ts.publish(t, o, next, v.kept)
@@ -600,8 +601,8 @@ func (ts *tenants) checkAgain(ctx context.Context, t *tenant, o *outcome, base, 
 	return &alone, next, nil
 }
 
-// replace notes for revocation what a new access token retires. It keeps one that is about to be replaced where leases on it
-// live and the service can revoke it.
+// replace notes for revocation the access tokens that a new one retires. One that is only replaced, has leases and can be revoked at the
+// service is recorded under heldPrefix until its last lease ends.
 func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenantView, kept bool) error {
 	switch old := v.access; {
 	case o.isIn(v.entry):
@@ -636,13 +637,14 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 		}
 		return keptTrouble(t.name)
 	case next != nil:
-		// Memory knows it all the same; after a restart the service is asked once more.
+		// A rejection or a move. Memory goes by it although storage may not have it: the next process asks the service again.
 		t.stored(next, nil, kept)
 	}
 	return nil
 }
 
-// giveUpUnstored has the access token of a verification revoked that storage says it has not taken, unless it has.
+// giveUpUnstored has the access token revoked that a verification has brought and that storage has not taken, as it says. If storage has it
+// all the same, it is not revoked.
 func (ts *tenants) giveUpUnstored(name string, o *outcome) {
 	via := ts.connectors.present(o.connector)
 	if o.access == nil || via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
@@ -654,7 +656,8 @@ func (ts *tenants) giveUpUnstored(name string, o *outcome) {
 	})
 }
 
-// abandon gives up the tokens of an exchange that is superseded, or whose write is refused.
+// abandon gives up the tokens that an exchange has brought, because it is superseded or its write is refused: the access token, and the
+// refresh token if the tenant was deleted.
 func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted bool) {
 	// Where storage fails here, the tokens live to their end.
 	if o.access != nil {
@@ -674,8 +677,8 @@ func (ts *tenants) invalidate(name string) {
 	}
 }
 
-// connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are
-// to be planned again, too. Where a tenant is being read or stored, which may also give it the connector, that is done afterwards.
+// connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are to be
+// planned again, too. For a tenant that is being read or stored, which may also give it the connector, that is done afterwards.
 func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
 		busy, v := t.storing.busy(), t.view.Load() // in this order: what ends in between is in the view
