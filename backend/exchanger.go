@@ -13,8 +13,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// exchanger makes exchanges: one at a time for a tenant, on the engine's own context, each written down before it is made
-// and stored before a reader sees what it brought.
+// exchanger makes exchanges: one at a time for a tenant, on the engine's own context. Each call is noted in storage before it is made, and
+// what it brings is stored before a reader gets it.
 type exchanger struct {
 	tenants     *tenants
 	connectors  *connectors
@@ -29,7 +29,7 @@ type exchanger struct {
 
 // want is what a request asks of an exchange.
 type want struct {
-	// force: disregard the tenant's backoff and rejection, and retire the access token that there is.
+	// force: make the exchange whatever the tenant's backoff or a rejection say, and give up the access token that there is.
 	force bool
 	// background: no reader waits.
 	background bool
@@ -38,7 +38,7 @@ type want struct {
 	// change is an operator's write that the exchange verifies; nil: none. It is stored when the exchange succeeds, and
 	// nothing of it when that fails.
 	change *tenantChange
-	// result is what a grant has brought already, so that no exchange is needed to verify the change.
+	// result is what a grant has brought already: no exchange is needed to verify the change. nil for any other change.
 	result *granted
 }
 
@@ -51,8 +51,7 @@ type granted struct {
 // errSuperseded ends an exchange whose refresh token an operator has replaced or deleted meanwhile.
 var errSuperseded = errors.New("superseded by a write or a delete")
 
-// outcome is what an exchange has brought. It is a value: it can be stored at once, or later, on top of what storage has by
-// then.
+// outcome is what an exchange has brought, as it can be stored at once or later, on top of what storage has by then.
 type outcome struct {
 	from      string        // the lineage that was exchanged; noLineage where the exchange makes the tenant
 	change    *tenantChange // the operator's write that it verified, or nil
@@ -73,11 +72,11 @@ type outcome struct {
 // precious says whether what the exchange has brought must not be lost.
 func (o *outcome) precious() bool { return o.access != nil || o.refreshToken != "" }
 
-// granted says whether the refresh token is one that a person's consent has brought, which exists nowhere else.
+// granted says whether a person's consent has brought the refresh token, which then exists nowhere else.
 func (o *outcome) granted() bool { return o.change != nil && o.change.grant != nil }
 
-// isWritersAlone says whether it verifies a write and has brought no refresh token that exists nowhere else: its writer can write again,
-// so it is not kept.
+// isWritersAlone says whether the outcome verifies a write and has brought no refresh token that exists nowhere else: the writer can write
+// again, so it is not kept.
 func (o *outcome) isWritersAlone() bool {
 	return o.change != nil && o.refreshToken == "" && !o.granted()
 }
@@ -87,8 +86,8 @@ func (o *outcome) changes(e *tenantEntry) bool {
 	return o.precious() || o.change != nil || o.rejected && e.Rejected.IsZero() || !o.move.equal(e.Move)
 }
 
-// isIn says whether an entry has the access token already: storage has taken it and reported an error, or the service has given the
-// same one again, as some do while it lives.
+// isIn says whether an entry has the access token already: storage has taken it although it reported an error, or the service has sent the
+// same token once more, as some do while it lives.
 func (o *outcome) isIn(e *tenantEntry) bool {
 	return o.access != nil && e != nil && e.Access != nil && e.Access.Token == o.access.Token
 }
@@ -102,7 +101,7 @@ func (o *outcome) rotates(e *tenantEntry) bool {
 	return e != nil && o.refreshToken != "" && e.RefreshToken == o.sent
 }
 
-// rotationAlone is the part of the outcome that holds with another connector too.
+// rotationAlone is the outcome's new refresh token without the rest, for a tenant that an operator has written meanwhile.
 func (o *outcome) rotationAlone(e *tenantEntry) *outcome {
 	return &outcome{from: e.Lineage, connector: e.Connector, sent: o.sent, at: o.at, refreshToken: o.refreshToken, facts: o.facts, move: e.Move}
 }
@@ -122,7 +121,7 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 	}
 	switch {
 	case o.facts != nil && o.refreshToken == "" && sameEnd(o.facts.Expires, next.Facts.Expires):
-		// The answer tells what is left of the same life: the time of the last tenth does not move.
+		// The same end as before. RotatesFrom stays, which the answer would count from the rest of the life.
 	case o.facts != nil:
 		next.Facts = *o.facts
 	case o.access != nil && next.Facts.Assumed && !o.at.Before(next.Facts.Expires):
@@ -154,8 +153,8 @@ func sameEnd(a, b time.Time) bool {
 	return !a.IsZero() && !b.IsZero() && a.Sub(b).Abs() < time.Minute
 }
 
-// exchange has the tenant's refresh token exchanged, or joins the exchange under way, and waits for its end. It returns the
-// access token where w asks for one of its own. errSuperseded says to look at the tenant again.
+// exchange has the tenant's refresh token exchanged, or joins the exchange under way, and waits for its end. It returns the access token if
+// that is for one lease alone (w.ownToken); other requests find it in the tenant's view. errSuperseded says to look at the tenant again.
 func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w want) (*accessToken, error) {
 	f, own, err := x.start(ctx, t, v, w)
 	if err != nil {
@@ -171,7 +170,7 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 		<-f.done // storage has all of it
 	}
 	if !own && !f.shared(w) {
-		return nil, errSuperseded // it was not for this request
+		return nil, errSuperseded // the exchange under way was for another request
 	}
 	if w.force && f.err == nil && !f.retires() {
 		return nil, x.retire(ctx, t, v.entry)
@@ -179,7 +178,8 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	return f.token, f.err
 }
 
-// retire gives up the access token of an entry, once an exchange that was not begun for that has replaced it.
+// retire gives up an entry's access token after an exchange has replaced it that was begun for another reason, and so has left the older
+// token to its leases.
 func (x *exchanger) retire(ctx context.Context, t *tenant, e *tenantEntry) error {
 	_, now, err := x.tenants.load(ctx, t.name)
 	if err != nil || now == nil || e.Access == nil || now.entry.Access != nil && now.entry.Access.Token == e.Access.Token {
@@ -221,8 +221,8 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 	return begun, begun == f, err
 }
 
-// blocked says why the tenant is not to be exchanged now, without a call. Where the connector is why, it notes that as a failed exchange, if
-// no reader waits for one or an exchange would end the access token: readers get that token until the next try.
+// blocked says why no exchange is made for the tenant now; nil: one may be made. A reason that lies in the connector it notes as a failed
+// exchange, if no reader waits or if an exchange would end the access token: readers get that token until the next try.
 func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w want) error {
 	now := time.Now()
 	via, err := x.connectors.of(ctx, v.entry.Connector)
@@ -248,8 +248,8 @@ func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w wan
 		return &tokenservice.Failure{Kind: tokenservice.RefusedRefreshToken}
 	case w.force:
 		return nil
-	case rests && errors.As(v.trouble.err, new(*tokenservice.Failure)):
-		return v.trouble.err // after a failure of storage alone, the exchange is tried at once
+	case rests && errors.As(v.trouble.err, new(*tokenservice.Failure)): // after a failure of storage the exchange is tried at once
+		return v.trouble.err
 	}
 	if until := v.promised(); !w.background && now.Before(until) {
 		return tryAgain("tenant %q: leases on its access token last until %s, and an exchange would end that before: try again then; an update of tenants/%s/refresh does not wait", t.name, stamp(until.Truncate(time.Second)), t.name)
@@ -272,7 +272,7 @@ func (x *exchanger) fly(f *flight) {
 	t.land(f, err)
 	x.landed(t, err)
 	x.tenants.drop(t)
-	x.revocations.wakeAll() // what the flight has given up
+	x.revocations.wakeAll() // the flight may have given up tokens
 }
 
 // call makes the exchange of a flight, and stores its result.
@@ -287,7 +287,7 @@ func (x *exchanger) call(f *flight) error {
 		}
 	}
 	if f.want.background && !f.t.mayEnd(time.Now()) {
-		return errSuperseded // a reader has begun to use the access token that this exchange would end
+		return errSuperseded // a reader has just got the access token that this exchange would end
 	}
 	var lost *tokenservice.Result // of the first request, where its answer was lost
 	for {
@@ -313,7 +313,7 @@ func (x *exchanger) call(f *flight) error {
 		}
 		storeVerdict := x.connectors.judge(via, result.Err)
 		if lost != nil && result.Sent.IsZero() {
-			result = *lost // there was no second request: the first may have been carried out
+			result = *lost // there was no second request, and the service may have carried out the first
 		}
 		if lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
 			lost, f.lost = &result, true
@@ -326,7 +326,7 @@ func (x *exchanger) call(f *flight) error {
 	}
 }
 
-// permit asks for the requests of a flight. One that readers wait for, or have begun to wait for, goes before background
+// permit returns what the service's client asks before each request of a flight. A flight that a reader waits for goes before background
 // work.
 func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
 	stored := f.v.base()
@@ -342,7 +342,7 @@ func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) 
 	return func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
 		if err != nil && isStorages(err) && ctx.Err() == nil {
-			// A node whose storage takes no writes makes no call: what comes back would be lost with the process.
+			// Where storage takes no writes no call is made: a new refresh token would be lost with the process.
 			err = storageTrouble(f.t.name, err)
 		}
 		return done, err
@@ -360,7 +360,7 @@ func lostAnswer(r tokenservice.Result) bool {
 	return r.RefreshToken == "" && errors.As(r.Err, &failure) && failure.Lost
 }
 
-// settle turns the service's answer into an outcome and stores it. It runs to its end though the callers may have gone.
+// settle turns the service's answer into an outcome and stores it. It runs to its end when the callers have gone.
 func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
 	if f.want.change != nil && !o.precious() {
@@ -398,8 +398,8 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 	return nil // the write is stored, and the tenant says what is wrong
 }
 
-// failLost notes that the answer to a verification of the refresh token that the tenant has was lost. The service may have replaced the
-// refresh token, and ended the access token, so the tenant's own exchange is tried soon.
+// failLost notes that an answer was lost to a verification which sent the refresh token that the tenant has already. The service may have
+// replaced that, and ended the access token, so the tenant's own exchange is tried soon.
 func (x *exchanger) failLost(f *flight, connector string) {
 	own := &flight{t: f.t, from: f.from, connector: connector}
 	_ = x.fail(own, x.connectors.present(connector), &tokenservice.Failure{
@@ -448,8 +448,8 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 	return o
 }
 
-// issueOwn stores the record of an access token for one lease, without which it is revoked. A write or a delete of the tenant
-// waits for that, and then leaves the token to its lease.
+// issueOwn stores the record of an access token for one lease, and hands the token over to its reader. Without the record the token is
+// revoked. The caller holds the tenant's lock: a write or a delete of the tenant comes after the record, and leaves the token to its lease.
 func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()
@@ -478,7 +478,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	switch {
 	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), errors.Is(err, errStopping):
-		return err // the service has not failed
+		return err // not a failure of the service
 	}
 	now := time.Now()
 	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff()), lost: f.lost}
@@ -503,13 +503,13 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 		}
 	}
 	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
-		// Until the next try older access tokens live, and are handed out for leases that end before it.
+		// The access token lives until the next try, and is handed out for leases that end before it.
 		next.until = latest(next.until, earliest(now.Add(plannedRetryLeast), a.Expires))
 		if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) && (isLimit(failure) || failure.Kind == tokenservice.RefusedConnector || asksForRest(failure)) {
-			next.until = next.until.Add(leaseMargin) // readers may not come for the next exchange before
+			next.until = next.until.Add(leaseMargin) // the rest ends leaseMargin earlier, and no call is permitted before
 		}
 	}
-	// One line for each outage: reasons differ from one try to the next, and the status has the last.
+	// The log has one line for each outage, though reasons differ from one try to the next: the status shows the last reason.
 	of := []string{f.from}
 	if c := f.want.change; c != nil {
 		of = append(of, c.lineage)
