@@ -37,19 +37,19 @@ const (
 	exclusive = 1 << 30
 )
 
-// connector is one connector in memory. It outlives writes of its configuration, so that these do not forget the calls that
-// were made.
+// connector is one connector in memory. It stays when its configuration is written, because the calls that were made still count.
 type connector struct {
 	name  string
 	share *share.Share
-	// binding is held by a write that makes a tenant use the connector, and held alone by one that deletes the connector
-	// or changes what tenants rely on: a connector in use stays.
+	// binding is held, together with others, by a write that makes a tenant use the connector; and exclusively by a write that deletes the
+	// connector or changes what tenants rely on. So a connector in use is not deleted.
 	binding *semaphore.Weighted
 	// storing is the right to change the connector in storage.
 	storing lock
 	loaded  atomic.Pointer[loadedConnector] // the configuration as it is now; nil: memory has none
 	refusal atomic.Pointer[refusal]         // nil: the service does not refuse the connector
-	// changes counts what makes a load in progress out of date, and ends the backoff of the connector's tenants.
+	// changes counts the writes of the configuration, and the times that the service has taken the connector again. A load that began
+	// before the last of these publishes nothing, and the backoff of the connector's tenants ends with each.
 	changes atomic.Uint64
 	hops    hops
 }
@@ -57,8 +57,8 @@ type connector struct {
 // hopsKept is how long the redirects of an exchange are remembered.
 const hopsKept = 2 * share.Window
 
-// hops is how many further requests exchanges have lately made to follow redirects: while the service redirects, each exchange
-// needs as many. Exchanges that do not leave each other places for them could each begin and never end.
+// hops is how many redirects exchanges have lately followed, each with a further request. While the service redirects, each exchange will
+// need as many: if exchanges left each other no places for these, all could begin and none end.
 type hops struct {
 	mu   sync.Mutex
 	most int
@@ -99,7 +99,7 @@ type loadedConnector struct {
 	service  tokenservice.Service
 	about    tokenservice.About
 	revision uint64
-	// incomplete says what must be written before a call can be made; nil: nothing.
+	// incomplete is the error that says what must be written before a call can be made; nil if nothing is missing.
 	incomplete error
 }
 
@@ -108,7 +108,7 @@ type connectors struct {
 	storage   logical.Storage
 	transport http.RoundTripper // nil but in tests
 	announce  *announcer
-	accepted  func(connector string) // the service takes a connector again
+	accepted  func(connector string) // called when the service takes a connector again
 
 	mu     sync.Mutex
 	byName map[string]*connector
@@ -142,7 +142,7 @@ func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, e
 			return nil, err
 		}
 		if c == nil {
-			cs.record(name) // which counts what happens to the connector while storage is read again
+			cs.record(name) // before storage is read again: it counts the writes that come meanwhile
 			continue
 		}
 		service, err := entry.service(cs.transport)
@@ -169,8 +169,7 @@ func (cs *connectors) named(name string) *connector {
 	return cs.byName[name]
 }
 
-// record returns the connector's record, made where there is none. There are as many as connectors were ever configured
-// or used.
+// record returns the connector's record, made where there is none. It is never dropped.
 func (cs *connectors) record(name string) *connector {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
@@ -196,14 +195,14 @@ func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntr
 		r = refusedSince(entry.Refused)
 	}
 	c.share.Configure(entry.ExchangesPerMinute, entry.RequestTimeout)
-	c.refusal.Store(r) // in one step: a reload lets no call through
+	c.refusal.Store(r) // before loaded, so that no call is made to a connector that is refused
 	c.loaded.Store(&loadedConnector{
 		connector: c, entry: entry, service: service, about: service.About(), revision: changes, incomplete: entry.Settings.missing(entry, c.name),
 	})
 }
 
-// again says whether storage is to be told that the service has refused the connector anew: the next process counts ten minutes
-// from then. It says so to one caller.
+// again says whether a new refusal is to be stored, from which the next process counts its ten minutes. It returns true to one caller in
+// ten minutes.
 func (r *refusal) again(now time.Time) bool {
 	noted := r.noted.Load()
 	return now.Sub(time.Unix(0, noted)) >= probeEvery && r.noted.CompareAndSwap(noted, now.UnixNano())
@@ -217,7 +216,7 @@ func refusedSince(at time.Time) *refusal {
 	return r
 }
 
-// put stores a configuration. What the service refused before is tried again with it. The caller holds the binding alone.
+// put stores a configuration. A refusal by the service ends with it. The caller holds the binding exclusively.
 func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntry, service tokenservice.Service) error {
 	c := cs.record(name)
 	if err := c.storing.acquire(ctx); err != nil {
@@ -235,7 +234,7 @@ func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntr
 	return nil
 }
 
-// remove deletes a configuration and what was written down of its calls. The caller holds the binding alone.
+// remove deletes a configuration and what storage has of its calls. The caller holds the binding exclusively.
 func (cs *connectors) remove(ctx context.Context, name string) error {
 	c := cs.record(name)
 	if err := c.storing.acquire(ctx); err != nil {
@@ -299,18 +298,19 @@ func (l *loadedConnector) blocked(now time.Time) error {
 	return nil
 }
 
-// passage permits the requests to the service of one piece of work.
+// passage permits the requests to the service that one piece of work makes, such as an exchange with its redirects.
 type passage struct {
 	via    *loadedConnector
 	want   share.Want
 	joined <-chan struct{} // closed when a reader begins to wait for background work, which then waits as a reader does
 	probes *refusal        // the refusal in spite of which this work is done
-	// discovery: the work is a write's question about the connector that it is going to replace.
+	// discovery: the work asks the service about itself for a write of the connector. A refusal of the present configuration does not stop
+	// it.
 	discovery bool
 	// tellsNothing: an answer to the work does not tell whether the service takes a connector that it refuses.
 	tellsNothing bool
-	// stopping says whether the engine stops: the answer may come too late to be stored, so no call is made then. nil: the answer brings
-	// nothing that is to be stored.
+	// stopping says whether the engine stops. No call is made then, because the answer may come too late to be stored. nil: the answer
+	// brings nothing to store.
 	stopping func() bool
 	// noted is called when the call is stored, before the last look at whether it may be made. It may use storage, and its error is
 	// permit's; nil for none.
@@ -355,7 +355,7 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		p.leaveProbe()
 		return nil, storageError(err)
 	}
-	// Nothing is waited for between the last look and the call.
+	// Each step above may have waited. Between the last mayCall and the call nothing waits.
 	err = p.mayCall()
 	if err == nil && p.noted != nil {
 		if err = p.noted(ctx); err == nil {
@@ -394,14 +394,14 @@ func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call,
 	return call, err
 }
 
-// plansAs says whether access tokens' ends are planned with that connector as with this one. A connector that memory does not have
-// says nothing.
+// plansAs says whether the ends of access tokens are planned in the same way with another configuration of the connector. It is false where
+// memory has no configuration (nil).
 func (l *loadedConnector) plansAs(about tokenservice.About) bool {
 	return l != nil && l.about.ExchangeInvalidates == about.ExchangeInvalidates
 }
 
-// mayCall says whether a call may be made now, after all that it has waited for. Of a refused connector's work one piece in
-// ten minutes is done.
+// mayCall says why a call may not be made any more, because of what has happened while it waited; nil: it may be made. Through a connector
+// that the service refuses, one piece of work in ten minutes is let through.
 func (p *passage) mayCall() error {
 	switch {
 	case p.via.loaded.Load() != p.via:
@@ -425,7 +425,7 @@ func (p *passage) mayCall() error {
 	return nil
 }
 
-// leaveProbe lets other work make a refused connector's next exchange, where this work has made no call.
+// leaveProbe lets other work through a refused connector in place of this, if this has made no call.
 func (p *passage) leaveProbe() {
 	if p.probes != nil && p.call == nil {
 		p.probes.probe.Store(time.Now().UnixNano())
@@ -441,9 +441,9 @@ func (l *loadedConnector) nextProbe() time.Time {
 	return time.Now().Add(probeEvery)
 }
 
-// judge notes what an answer shows about the connector: that it is refused, accepted, or has to pause. It does so even if the work of
-// the request is superseded. It changes memory alone; the function that it returns changes storage, and is called after the tokens of
-// the answer are stored, so that a new refresh token does not wait for that.
+// judge notes in memory what an answer shows about the connector: that the service refuses it, takes it again, or wants a pause. It does so
+// even if the work of the request is superseded. The function that it returns stores the same; the caller calls it after the tokens of the
+// answer are stored, so that a new refresh token does not wait.
 func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
 	storePause := storesNothing
 	failure := (*tokenservice.Failure)(nil)
@@ -513,7 +513,7 @@ func (cs *connectors) refuse(via *loadedConnector, failure *tokenservice.Failure
 	now := time.Now()
 	r := refusedSince(now)
 	told := *failure
-	told.RetryAfter, told.Status = 0, 0 // the connector has begun to rest: a request that is told of the refusal later does not prolong that
+	told.RetryAfter, told.Status = 0, 0 // the pause has begun: work that is told of this refusal later must not prolong it
 	r.failure = &told
 	cs.mu.Lock()
 	present, known := via.loaded.Load() == via, via.refusal.Load()
