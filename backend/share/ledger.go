@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Storage keeps under callPrefix, for each connector, the calls that count, under the places of their notes, and under
-// pausePlace the pause. Nothing there is a secret. Version 0.1.0 wrote one call to a note.
+// Storage keeps the calls of a connector that count under callPrefix<connector>/<place of their note>, and its pause under
+// callPrefix<connector>/pausePlace. Nothing there is a secret. Version 0.1.0 wrote one call to a note.
 const (
 	callPrefix = "calls/"
 	pausePlace = "pause"
@@ -35,7 +35,7 @@ const (
 	// mostCalls is how many calls one note holds at most, so that every storage takes it.
 	mostCalls = 100
 
-	// longestPause bounds a pause. What lies further ahead was asked for, or stored, under a wrong clock.
+	// longestPause bounds a pause. One that ends later was asked for, or stored, while a clock was wrong.
 	longestPause = 24 * time.Hour
 )
 
@@ -48,7 +48,7 @@ type entry struct {
 	notedCall
 	// With are the calls that were noted together with the first. Version 0.1.0 does not count them.
 	With []notedCall `json:"with,omitempty"`
-	// Until is when the calls stop counting, at the latest. At has its meaning after that, too.
+	// Until is when the calls stop counting, at the latest; or the end of the pause. At has its meaning after that, too.
 	Until time.Time `json:"until"`
 }
 
@@ -57,14 +57,14 @@ type notedCall struct {
 	Tenant string `json:"tenant,omitempty"`
 	// Housekeeping says that a call counts against that class's fifth.
 	Housekeeping bool `json:"housekeeping,omitempty"`
-	// At is when a call that begins the exchange of a tenant's stored refresh token was noted; zero where no process after this
-	// one has to ask what became of it: see [Share.Unsettled].
+	// At is when a call was noted that begins the exchange of a tenant's stored refresh token; zero for any other, and where the next
+	// process need not ask what became of the exchange: see [Share.Unsettled].
 	At time.Time `json:"at,omitzero"`
 }
 
 // note is one entry in storage. It holds calls that are noted at about the same time, so that one write stores them all.
 type note struct {
-	place   int // no other note has it while a call of this one counts, or a write of this one is under way or to come
+	place   int // no other note gets it while a call of this note counts, or a write of it is under way or to come
 	calls   []*Call
 	counted int // how many of calls still count
 	until   time.Time
@@ -82,9 +82,9 @@ type write struct {
 	err     error // set before done is closed
 }
 
-// Note stores the call before it is made, so that the process after this one counts it. While a note is written, the calls that
-// come are noted together, by the next write. A write takes 30 seconds at most. Where it fails, the call must not be made; Note
-// cancels it, which may take as long again, and the error is storage's as it is, the context's, or [ErrRemoved].
+// Note stores the call before it is made, so that the next process counts it. The calls that come while a note is being written are noted
+// together, by the next write. A write takes 30 seconds at most. If it fails, the call must not be made: Note cancels it, which may take as
+// long again, and returns storage's error as it is, the context's, or [ErrRemoved].
 func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
@@ -97,7 +97,7 @@ func (c *Call) Note(ctx context.Context) error {
 		n = &note{place: s.places.take()}
 		s.gathering = n
 		if s.writes > 0 {
-			time.AfterFunc(gather, s.writeGathered) // a write that hangs holds up no other note
+			time.AfterFunc(gather, s.writeGathered) // even if the write that is under way hangs
 		}
 	}
 	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
@@ -120,22 +120,22 @@ func (c *Call) Note(ctx context.Context) error {
 	return err
 }
 
-// Cancel is Withdraw for a call that was noted, and is not made after all: the process after this one need not ask what became of
-// it. Where storage does not take that, within 30 seconds and whether or not the context has ended, that process asks.
+// Cancel is Withdraw for a call that was noted and is not made after all. It notes, too, that the next process need not ask what became of
+// the call; if storage does not take that within 30 seconds, that process asks. It does not end with the context.
 func (c *Call) Cancel(ctx context.Context) {
 	c.Settle(context.WithoutCancel(ctx))
 	c.Withdraw()
 }
 
-// Settle says that the exchange which the call began was answered, and that its answer has changed nothing: the process after
-// this one need not ask what became of it. Where storage does not take that, that process asks.
+// Settle notes that the exchange which the call began was answered, and that the answer has changed nothing: the next process need not ask
+// what became of it. If storage does not take that, that process asks.
 func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
 	n := c.note
 	if c.at.IsZero() || n.counted == 0 {
 		s.mu.Unlock()
-		return // storage does not say that it has to be asked about, or the place may be another note's by now
+		return // the note does not have the next process ask about the call, or its place may be another note's by now
 	}
 	c.at = time.Time{}
 	w := n.join()
@@ -180,7 +180,7 @@ func (s *Share) writeGathered() {
 	}
 }
 
-// write begins the next write of a note. From then on the note takes in no more calls. The caller holds s.mu.
+// write begins the next write of a note. The note takes in no more calls after that. The caller holds s.mu.
 func (s *Share) write(n *note) {
 	if s.gathering == n {
 		s.gathering = nil
@@ -240,8 +240,8 @@ func (s *Share) forget(c *Call) {
 	}
 }
 
-// Unsettled returns, once, when a process before this one has noted an exchange of the tenant whose answer it may not have
-// had; zero where there is none. [Share.Load] comes before it.
+// Unsettled returns when an earlier process noted an exchange of the tenant that it may have had no answer to; zero where there is none,
+// and from the second call on. [Share.Load] comes before it.
 func (s *Share) Unsettled(tenant string) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -250,8 +250,8 @@ func (s *Share) Unsettled(tenant string) time.Time {
 	return at
 }
 
-// Recalled returns until when the exchanges of a tenant count that a process before this one has begun after that time; zero where
-// there are none. [Share.Load] comes before it.
+// Recalled returns when the last of the tenant's exchanges stops counting that an earlier process began after the given time; zero where
+// there is none. [Share.Load] comes before it.
 func (s *Share) Recalled(tenant string, after time.Time) (until time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -301,15 +301,15 @@ func (s *Share) StorePause(ctx context.Context) error {
 	return nil
 }
 
-// pause permits no call before that time, or for a day. It says whether that is less.
+// pause permits no call before that time, a day ahead at most. cut: the time lay further ahead.
 func (s *Share) pause(until time.Time) (cut bool) {
 	end := bounded(until, longestPause)
 	s.paused = latest(s.paused, end)
 	return end.Before(until)
 }
 
-// bounded returns a time that is no further in the future than it can be. It is measured by the process's monotonic clock, which a
-// change of the host's clock does not affect.
+// bounded returns t, but no time further ahead than that. The result goes by the process's monotonic clock, which a change of the host's
+// clock does not affect.
 func bounded(t time.Time, ahead time.Duration) time.Time {
 	now := time.Now()
 	return now.Add(min(t.Sub(now), ahead))
@@ -331,7 +331,7 @@ func (s *Share) put(ctx context.Context, place string, e entry) error {
 	ctx, cancel := context.WithTimeout(ctx, storeWithin)
 	defer cancel()
 	err = s.storage.Put(ctx, raw)
-	if s.isRemoved() { // also where the write has failed: it may have arrived
+	if s.isRemoved() { // also if the write has failed: storage may have done it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		return errors.Join(ErrRemoved, s.storage.Delete(ctx, raw.Key))
@@ -412,13 +412,13 @@ func (s *Share) read(ctx context.Context) error {
 	s.loaded = s.version == version
 	s.mu.Unlock()
 	if cut {
-		// Otherwise the day would begin again with each restart. A standby, which cannot write, does without.
+		// Otherwise the day would begin again with each restart. On a standby, which cannot write, it does.
 		_ = s.StorePause(ctx)
 	}
 	return nil
 }
 
-// recall counts what storage holds at each place; nil stands for nothing. It says whether the pause lay too far ahead.
+// recall counts the calls that storage has, entries[i] at the place at[i]; nil stands for no entry. cut: the pause lay too far ahead.
 func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 	now := time.Now()
 	var calls []*Call
@@ -438,11 +438,11 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			cut = s.pause(e.Until)
 		}
 		if err != nil || !e.Until.After(s.noted[place]) {
-			continue // memory has the calls that this process has stored
+			continue // this process has stored it: memory has the calls
 		}
 		n := &note{place: place}
 		for _, noted := range append(e.With, e.notedCall) {
-			// What lies further ahead was noted under a wrong clock, and cannot be compared with what has been stored since.
+			// A time further ahead was noted while a clock was wrong, and cannot be compared with what has been stored since.
 			if !noted.At.IsZero() && !noted.At.After(now.Add(Window)) {
 				s.unsettled[noted.Tenant] = latest(s.unsettled[noted.Tenant], noted.At)
 			}

@@ -15,7 +15,7 @@ import (
 // Window is the time over which calls are counted. No Window sees more calls than the limit.
 const Window = time.Minute
 
-// glance is how soon a waiter looks again for a place that is left to work that has begun.
+// glance is how soon a waiter looks again whether work that has begun still needs the places that are left to it: see [Want.Ahead].
 const glance = time.Second
 
 // Class is the kind of work that a call is for. A lower class goes first.
@@ -26,13 +26,12 @@ const (
 	Reader Class = iota
 	// RevocationWait: a revocation waits for the call.
 	RevocationWait
-	// Background: an exchange that no reader waits for; or a code or a PIN, since a client that may start a grant may start one
-	// after another. It leaves a fifth of the limit free, rounded down.
+	// Background: an exchange that no reader waits for; or a code or a PIN, because a client that may start a grant can start any number of
+	// them. It leaves a fifth of the limit free, rounded down.
 	Background
-	// Revocation: a revocation that no request waits for. It leaves free what Background does.
+	// Revocation: a revocation that no request waits for. It leaves as much free as Background does.
 	Revocation
-	// Housekeeping: polls. It leaves free what Background does, and takes no more than a fifth of the limit (but at least one
-	// call).
+	// Housekeeping: polls. It leaves as much free as Background does, and takes no more than a fifth of the limit (but at least one call).
 	Housekeeping
 )
 
@@ -42,14 +41,14 @@ type Want struct {
 	// limit (but at least one). It is "" for all other calls: revocations, polls, codes, PINs.
 	Tenant string
 	Class  Class
-	// Unstored: the exchange is of a refresh token that storage does not have, so that no process after this one has to ask what
-	// became of it. See [Share.Unsettled].
+	// Unstored: the exchange is of a refresh token that storage does not have, so the next process need not ask what became of it. See
+	// [Share.Unsettled].
 	Unstored bool
 	// Hop: the call is a further request of work that has begun, such as a redirect that is followed. It counts against the
 	// limit alone, not against the tenant's fifth, and goes before the calls of its class that begin work.
 	Hop bool
-	// Ahead is how many further calls the same work is likely to need. While this call runs, no other work begins in their
-	// places.
+	// Ahead is how many further calls the same work is likely to need. While this call runs, their places are left free: no other work
+	// begins in them.
 	Ahead int
 	// Wait is how long the caller waits at most; less than a [Window].
 	Wait time.Duration
@@ -109,12 +108,11 @@ type Share struct {
 	writes    int    // of notes, that are under way
 	// noted is, for each place, the latest time that this process has stored.
 	noted   map[int]time.Time
-	stored  time.Time // the pause in storage that this process has stored
+	stored  time.Time // the pause that this process has stored
 	loaded  bool      // the calls in storage are counted
-	version uint64    // counts what makes a load out of date
-	removed bool      // storage has to stay without entries
-	// unsettled is when the exchange of a tenant was noted last by a process before this one, where that process has not
-	// said that it was answered.
+	version uint64    // counts changes of storage by another node: a load that began before the last one is out of date
+	removed bool      // the connector has been deleted: nothing is stored
+	// unsettled is, by tenant, when an earlier process last noted an exchange without noting that it was answered.
 	unsettled map[string]time.Time
 }
 
@@ -133,8 +131,8 @@ func New(storage logical.Storage, connector string) *Share {
 	}
 }
 
-// Configure sets how many calls a [Window] may see, 1 or more, and how long one request to the service takes at most. It
-// also applies to calls that wait already, and ends the effect of [Share.Remove].
+// Configure sets how many calls a [Window] may see, 1 or more, and how long one request to the service takes at most. Both also apply to
+// calls that wait already. It ends the effect of [Share.Remove].
 func (s *Share) Configure(limit int, requestTimeout time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -169,8 +167,8 @@ type waiter struct {
 
 func (w *waiter) settled() bool { return w.call != nil || w.err != nil }
 
-// Take permits one call, and waits for that up to want.Wait. It touches memory alone. Its error is a [*LimitError], as
-// soon as it is known that the wait is too long, or the context's.
+// Take permits one call, and waits up to want.Wait until it can. It uses no storage. Its error is the context's, or a [*LimitError] as soon
+// as it is known that the wait would be longer.
 func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -223,7 +221,8 @@ func (s *Share) position(want Want) int {
 	return i
 }
 
-// FreeAt says when such a call would be permitted, as far as is known now: not after [time.Now] where it would be at once.
+// FreeAt says when a call would be permitted that is wanted now, as far as is known. The time has passed where it would be permitted at
+// once.
 func (s *Share) FreeAt(want Want) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -357,12 +356,12 @@ func (s *Share) tallies(c *Call, f func(*tally)) {
 type plan struct {
 	share *Share
 	now   time.Time
-	// next is the call in all.ended whose end frees the next place; below 0, a place is free.
+	// next is the index in all.ended of the call whose place the next call takes, once that stops counting; below 0, a place is free.
 	next     int
-	reserved bool // next leaves the readers' fifth free
+	reserved bool // next includes the fifth that is left to readers
 	// own is next among the calls of each tenant that has been looked at.
 	own map[string]int
-	// used are calls whose end frees a place for their own tenant.
+	// used are ended calls whose places a call of the same tenant takes.
 	used         map[*Call]bool
 	housekeeping int // next among the calls of that class
 	ahead        int // places that are left to further calls of work that has begun
@@ -373,8 +372,8 @@ type slot struct {
 	Want
 	at  time.Time
 	own int // next among the calls of the tenant that begins an exchange
-	// byTenant: the call waits for one of its own tenant to stop counting, freed (nil: one that still runs), and takes its
-	// place.
+	// byTenant: the call waits until a call of its own tenant, freed, stops counting, and takes the place of that. freed is nil if that
+	// call still runs.
 	byTenant bool
 	freed    *Call
 }
@@ -408,7 +407,7 @@ func Fifth(limit int) int { return max(1, limit/5) }
 func (p *plan) slot(want Want) slot {
 	s := p.share
 	if want.Class >= Background && !p.reserved {
-		p.reserved = true // nor does any call behind it go before
+		p.reserved = true // also for the calls behind this one, which do not go before it
 		p.next += s.limit / 5
 	}
 	for p.next >= 0 && p.next < len(s.all.ended) && p.used[s.all.ended[p.next]] {
@@ -418,7 +417,7 @@ func (p *plan) slot(want Want) slot {
 	if !want.Hop {
 		left, soon := p.frees(&s.all, p.next+p.ahead), p.now.Add(glance)
 		if left.After(soon) {
-			left = soon // the work may turn out not to need the places that are left to it
+			left = soon // the work may not need the places that are left to it
 		}
 		found.at = latest(found.at, left)
 	}
@@ -443,7 +442,7 @@ func (p *plan) slot(want Want) slot {
 	return found
 }
 
-// hold leaves a slot to the call that it was found for.
+// hold takes a slot for the call that it was found for, so that the calls behind that do not get it.
 func (p *plan) hold(taken slot) {
 	if tenant := taken.beginner(); tenant != "" {
 		p.own[tenant] = taken.own + 1
@@ -459,8 +458,8 @@ func (p *plan) hold(taken slot) {
 	}
 }
 
-// frees says when the end of the k-th call, counted from 0, frees a place. The end of a call that runs is not known, nor
-// that of one that waits: they count for a [Window] at least.
+// frees says when the k-th call of a tally, counted from 0, stops counting. Of a call that still runs, or waits, that is not known; it
+// counts for a [Window] at least.
 func (p *plan) frees(t *tally, k int) time.Time {
 	if k < 0 {
 		return p.now
@@ -474,8 +473,8 @@ func (p *plan) frees(t *tally, k int) time.Time {
 // places numbers the calls that count. A number is used again, so that storage holds few entries.
 type places struct {
 	taken map[int]bool
-	free  []int // given back; one that is taken again since is left out
-	next  int   // all below were taken once
+	free  []int // given back; take skips one that recall has taken since
+	next  int   // every number below has been taken at least once
 }
 
 func (p *places) take() int {
