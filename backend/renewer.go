@@ -18,12 +18,12 @@ import (
 const (
 	day = 24 * time.Hour
 
-	// An access token is renewed ahead of its end by a part of its life of 2 to 5 %, each tenant by its own: by more than
-	// what a few failures take, and little enough for about one exchange a day.
+	// An access token is renewed ahead of its end by 2 to 5 % of its life; each tenant has its own part, see ownPart. That is longer than a
+	// few failures take, and still little enough for about one exchange a day.
 	leadLeast, leadMost = 0.02, 0.05
 
-	// plannedRetryLeast is the least time between a failed exchange and the next, if exchanges end older access tokens:
-	// the leases that are given in between must be long enough to be useful.
+	// plannedRetryLeast is the least time between a failed exchange and the next if exchanges end older access tokens: leases that are
+	// given in between end before the next, and must be long enough to be useful.
 	plannedRetryLeast = 15 * time.Second
 
 	// hopPatience is how long background work that has begun waits for a further call.
@@ -46,7 +46,7 @@ func (b *backend) schedule(t *tenant, rest ...time.Time) {
 		b.index.at(t.name, v.trouble.until)
 	case v.kept != nil:
 		b.index.at(t.name, now.Add(time.Second))
-	case v.entry == nil && v.summary.stored, v.knows == doubted:
+	case v.entry == nil && v.summary.stored, v.knows == doubted: // storage has to be read first
 		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
 		b.index.at(t.name, time.Time{})
@@ -72,7 +72,7 @@ func (b *backend) rescheduleTroubled(connector string) {
 func (b *backend) due(t *tenant, v *tenantView, now time.Time) time.Time {
 	due := earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
 	if !due.IsZero() && b.connectors.present(v.entry.Connector) == nil {
-		due = earliest(due, now.Add(time.Minute)) // the connector says how often, and is read then
+		due = earliest(due, now.Add(time.Minute)) // memory does not have the connector, which is read then and says more
 	}
 	return due
 }
@@ -107,7 +107,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 			return now
 		}
 	case !a.Planned.IsZero():
-		// While leases may live on the token, the exchange that ends it comes at its planned time.
+		// If the token has been read or may have leases, the exchange that ends it comes at its planned time.
 		if x := v.bound; a.wanted() && now.Before(a.Expires) {
 			if a.use.Load() == read || !due.After(x) || v.trouble != nil && v.trouble.lost {
 				return x
@@ -126,8 +126,8 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	return due
 }
 
-// refreshDue says when a refresh token asks for an exchange by itself: near its end, until a later end is known, and as
-// often as its service says. Zero: never.
+// refreshDue says when a refresh token has to be exchanged for its own sake: in the last tenth of its life, until the service sends one
+// with a later end; and as often as the service's keepAlive says. Zero: never.
 func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.Time) {
 	now := time.Now()
 	if rotates := e.Facts.RotatesFrom; !rotates.IsZero() {
@@ -137,7 +137,7 @@ func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.
 			due = rotates.Add(ownPart(name, last, 0, 0.2))
 		case e.LastExchange.Before(rotates):
 			due = rotates
-		default: // it was exchanged, and no later end came
+		default: // it was exchanged since, and its end is the same
 			again := min(max(last/30, time.Second), day)
 			due = e.LastExchange.Add(again - ownPart(name, again, 0, 0.25))
 		}
@@ -153,12 +153,12 @@ func (b *backend) warnDue(t *tenant, v *tenantView, now time.Time) time.Time {
 	if b.danger(t, v, now) == "" {
 		return time.Time{}
 	}
-	// A rejection has had a line of its own.
+	// The log had a line about a rejection already.
 	return latest(t.lastWarned(), v.entry.Rejected).Add(day)
 }
 
-// ownPart is the tenant's own part of a time, between two fractions of it: that keeps tenants that were written together from
-// coming due together, and stays the same after a restart.
+// ownPart is a part of a duration, between two fractions of it, that differs from tenant to tenant and stays the same after a restart:
+// tenants that were written together do not come due together.
 func ownPart(tenant string, of time.Duration, least, most float64) time.Duration {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(tenant))
@@ -174,7 +174,7 @@ func (b *backend) tick() {
 	}
 	b.goWork(func() {
 		if !b.node.WriteSafeReplicationState() {
-			// Another node calls the service; look again when this one may have become it.
+			// Another node calls the service. Look again in a minute, when this one may be the one that does.
 			for _, name := range names {
 				b.index.at(name, time.Now().Add(time.Minute))
 			}
@@ -242,7 +242,7 @@ func (b *backend) serveLine(connector string) {
 	}
 }
 
-// attend does what a tenant is due for, if it still is.
+// attend does what a tenant is due for, if it is still due.
 func (b *backend) attend(name string) {
 	t := b.tenants.named(name)
 	if t == nil || b.ctx.Err() != nil {
@@ -292,8 +292,8 @@ func (b *backend) attend(name string) {
 	b.exchangeUnasked(t)
 }
 
-// exchangeUnasked starts a tenant's exchange without a reader. It waits until that has its place in the share, and not for its
-// end, which schedules the tenant.
+// exchangeUnasked starts a tenant's exchange without a reader. It waits until the exchange has its place in the share, but not for its end,
+// which schedules the tenant.
 func (b *backend) exchangeUnasked(t *tenant) {
 	v := t.view.Load()
 	if v.entry == nil {
@@ -312,8 +312,8 @@ func (b *backend) exchangeUnasked(t *tenant) {
 	b.landed(t, err)
 }
 
-// landed schedules a tenant after its flight, or after one that could not begin. One that the share did not permit needs no rest of its
-// own: serveLine begins the next when the share permits it.
+// landed schedules a tenant after its flight, or after one that could not begin. A flight that the share did not permit needs no backoff:
+// serveLine begins the next one when the share permits it.
 func (b *backend) landed(t *tenant, err error) {
 	if errors.Is(err, logical.ErrReadOnly) {
 		b.schedule(t, time.Now().Add(time.Minute)) // no failure to back off from, and no reason to try at once
@@ -322,9 +322,9 @@ func (b *backend) landed(t *tenant, err error) {
 	b.schedule(t)
 }
 
-// index is one index, by due time, of all tenants: when each needs attention next without a reader. Those that are due wait
-// there for a place in their connector's share, the one whose refresh token ends first at the head. A timer serves it in time;
-// Vault's periodic function serves it too, for the case that the timer has ended with its process.
+// index says when each tenant needs attention next without a reader. Tenants that are due wait there, in a line for each connector, for a
+// place in the connector's share; at the head is the tenant whose refresh token ends first. A timer serves the index in time. Vault's
+// periodic function serves it too, because the timer ends with its process.
 type index struct {
 	mu      sync.Mutex
 	queue   *queue.PriorityQueue // tenants' names by due time, in nanoseconds since 1970
@@ -338,7 +338,7 @@ type index struct {
 // line is the tenants that wait for a place in a connector's share.
 type line struct {
 	queue  *queue.PriorityQueue // by the end of the refresh token, in seconds since 1970
-	served bool                 // a goroutine serves the line
+	served bool                 // a goroutine is serving the line
 	from   time.Time            // when the line is served next; zero: at once
 }
 
@@ -356,7 +356,7 @@ func (x *index) at(name string, due time.Time) {
 	if due.IsZero() || x.stopped {
 		return
 	}
-	// Push fails on a name that is empty or there already.
+	// Push fails on a name that is empty or in the queue already, which this one is not.
 	_ = x.queue.Push(&queue.Item{Key: name, Priority: due.UnixNano()})
 	x.arm(due)
 }
@@ -441,7 +441,7 @@ func (x *index) wait(connector, name string, end int64) {
 	x.waitsAt[name] = connector
 }
 
-// serve claims the line of a connector. It fails where another goroutine has it.
+// serve claims the line of a connector for the caller. It returns false where there is none, or another goroutine serves it.
 func (x *index) serve(connector string) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -453,8 +453,8 @@ func (x *index) serve(connector string) bool {
 	return true
 }
 
-// next takes the tenant out of the connector's line whose refresh token ends first. Where there is none it lets go of the
-// line.
+// next takes the tenant whose refresh token ends first out of the connector's line. If the line is empty, it drops the line and returns
+// false.
 func (x *index) next(connector string) (name string, ok bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -468,7 +468,7 @@ func (x *index) next(connector string) (name string, ok bool) {
 	return item.Key, true
 }
 
-// pause lets go of a connector's line until then.
+// pause ends the serving of a connector's line, which is served again then.
 func (x *index) pause(connector string, until time.Time) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -479,7 +479,7 @@ func (x *index) pause(connector string, until time.Time) {
 	}
 }
 
-// resume has a connector's line served now: the connector has been written.
+// resume has a connector's line served now, because the connector has been written.
 func (x *index) resume(connector string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
