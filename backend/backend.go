@@ -29,7 +29,7 @@ const (
 	// or step down while requests run.
 	answerWithin = 9 * time.Second
 
-	// storeWithin bounds a write that no caller may cancel.
+	// storeWithin bounds each write to storage that goes on when its caller goes away, and each read.
 	storeWithin = 30 * time.Second
 
 	// stopWithin is how long Clean waits for what is under way.
@@ -63,8 +63,8 @@ type backend struct {
 	mu       sync.Mutex
 	stopping bool
 	work     sync.WaitGroup // goroutines; none is added once stopping
-	indexing chan struct{}  // closed when the index of tenants has been built; nil: nothing builds it
-	indexed  bool           // it is complete, but for unread
+	indexing chan struct{}  // closed when the building of the index of tenants has ended; nil: it has not begun, or is to begin again
+	indexed  bool           // the index is complete, but for unread
 	unread   map[string]int // tenants to be read again, because another node has written them or storage has failed, and how often that was
 }
 
@@ -139,8 +139,8 @@ type node struct {
 	defaultTTL, maxTTL atomic.Int64
 
 	mu     sync.Mutex
-	next   *look         // asks once latest has its answer; an exchange that comes until then shares it. nil: there is none
-	latest chan struct{} // done of the last look
+	next   *look         // the one that begins when latest is closed; exchanges that come until then share it. nil: there is none
+	latest chan struct{} // done of the look that was begun last, or is to begin next
 }
 
 // look is one set of questions to Vault.
@@ -149,8 +149,8 @@ type look struct {
 	mayWrite bool // to be read once done is closed
 }
 
-// ready says whether an exchange may begin on this node, and notes the lease TTLs for the access token that the exchange brings.
-// Exchanges that come while Vault is being asked share the next answer, which is asked for after each of them has come.
+// ready says whether an exchange may begin on this node, and notes the lease TTLs for the access token that the exchange brings. Exchanges
+// that come while Vault is being asked wait for that, and share the next question.
 func (n *node) ready() bool {
 	n.mu.Lock()
 	l, before := n.next, n.latest
@@ -176,8 +176,7 @@ func (n *node) ready() bool {
 	return l.mayWrite
 }
 
-// askTTLs notes the mount's lease TTLs, which decide whether a lease that lasts as long as the mount's default leaves room for a
-// renewal.
+// askTTLs notes the mount's lease TTLs: see leaseTTL.
 func (n *node) askTTLs() {
 	n.defaultTTL.Store(int64(n.system.DefaultLeaseTTL()))
 	n.maxTTL.Store(int64(n.system.MaxLeaseTTL()))
@@ -242,7 +241,7 @@ func (b *backend) checkFields(req *logical.Request) error {
 				return badValue("%s %s", name, err)
 			}
 		case one.Validate() != nil, schema.Type == framework.TypeString && !isString:
-			// Of a number, the framework would make a string, but it has lost digits on its way.
+			// The framework would make a string of a number, but a number may have lost digits on its way.
 			return badValue("%s does not fit: it has to be %s", name, fieldForm[schema.Type])
 		}
 	}
@@ -329,8 +328,8 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	b.grants.invalidate(key)
 }
 
-// connectorWritten handles the write of a connector by another node. Its tenants stay in memory if the write changes no planned end of
-// an access token: the active node also writes a connector to note that the service refuses it.
+// connectorWritten follows the write of a connector by another node. The connector's tenants stay in memory if the planned ends of their
+// access tokens stay the same, as when the active node notes that the service refuses the connector.
 func (b *backend) connectorWritten(name string, before *loadedConnector) {
 	if before != nil {
 		if now, err := b.connectors.get(b.ctx, name); err == nil && now != nil && before.plansAs(now.about) {
@@ -393,8 +392,8 @@ func (b *backend) clean(context.Context) {
 	}
 }
 
-// saveKept tries once more to store what services have sent and storage has not taken: each tenant's for itself, once its flight
-// has ended, so that none waits for another's.
+// saveKept tries once more to store what services have sent and storage has not taken. It waits for each tenant's flight to end, for all
+// tenants at once.
 func (b *backend) saveKept(ctx context.Context) {
 	var saves sync.WaitGroup
 	b.tenants.each(func(t *tenant) {

@@ -12,26 +12,26 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// A lease ends leaseMargin before its access token, or before the exchange that ends the token, by whole seconds, and lasts
-// one at the least. An access token that cannot carry such a lease is not leased.
+// A lease ends leaseMargin before its access token, or before the exchange that ends the token. It lasts whole seconds, one at the least:
+// an access token with less left than leaseLeast is not leased.
 const (
 	leaseMargin = 2 * time.Second
 	leaseLeast  = leaseMargin + time.Second
 
-	// leaseRegistered is what Vault has to register a lease: it counts a lease from then on, and not from the engine's answer.
+	// leaseRegistered is how long Vault may take to register a lease: it counts the TTL from then on, not from the engine's answer.
 	leaseRegistered = time.Second
 )
 
 // accessTokenType names the engine's leases. Vault revokes a lease by this name, so it never changes.
 const accessTokenType = "kaizala_access_token"
 
-// What a lease knows: enough to renew and revoke it with everything else gone, and no token. Values are strings, for
-// numbers lose digits on their way through Vault.
+// The internal data of a lease: enough to renew or revoke it with everything else gone, and no token. Values are strings, because numbers
+// lose digits on their way through Vault.
 const (
 	leaseTenant     = "tenant"
 	leaseGeneration = "generation"
 	leaseExpires    = "expires" // the access token's end, RFC 3339
-	leaseBound      = "bound"   // when leases on it must be over, where that is before its end
+	leaseBound      = "bound"   // when leases on the access token must be over, if that is before its end
 	leaseOwn        = "own"     // "true": the access token is this lease's alone
 	leaseRenewed    = "renewed" // the last renewal, nanoseconds since 1970
 )
@@ -45,7 +45,7 @@ func (b *backend) accessTokenSecret() *framework.Secret {
 	}
 }
 
-// newLease makes the lease that goes with an access token. It ends before the token does, and so does any renewal of it.
+// newLease returns an access token with a lease, which ends before the token does. So does each renewal.
 func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical.Response {
 	now := time.Now()
 	bound := token.Expires
@@ -80,12 +80,12 @@ func (b *backend) newLease(v *tenantView, token *accessToken, own bool) *logical
 	}
 }
 
-// leaseTTL is the TTL of a lease that ends within most: the tenant's or the mount's. 0 leaves the mount's to Vault, which
-// knows it best; but where that is beyond most, Vault would warn each reader that it had to be cut. renewable says whether the
-// lease can be renewed before it has lasted for most, or for as long as the mount allows.
+// leaseTTL is the TTL of a lease that may last for most: the tenant's ttl or the mount's, or most if that is less. 0 stands for the
+// mount's, which Vault itself knows best; it is not returned where that is longer than most, because Vault would warn each reader that it
+// has cut the TTL. renewable says whether the lease leaves room for a renewal.
 func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) (ttl time.Duration, renewable bool) {
 	if b.node.defaultTTL.Load() == 0 {
-		b.node.askTTLs() // a reader has come before the start has asked
+		b.node.askTTLs() // this reader has come before buildIndex has asked
 	}
 	lasts, longest := e.TTL, most
 	if lasts == 0 {
@@ -101,9 +101,9 @@ func (b *backend) leaseTTL(e *tenantEntry, most time.Duration) (ttl time.Duratio
 	return ttl, lasts > 0 && lasts < longest
 }
 
-// renew prolongs a lease, never past its access token, the exchange that ends that, the tenant's max_ttl or the mount's:
-// Vault cuts what the client asks for to MaxTTL, counted from the lease's beginning. Vault compares whole seconds, and so
-// does this: a TTL that is computed from fractions would ask for a second too many and earn a warning.
+// renew prolongs a lease, but not past its access token, the exchange that ends the token, the tenant's max_ttl or the mount's: Vault cuts
+// what the client asks for to MaxTTL, counted from the beginning of the lease. Vault compares whole seconds, and so does this: with
+// fractions, the TTL could be a second too long, of which Vault would warn.
 func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	secret := req.Secret
 	name, _ := secret.InternalData[leaseTenant].(string)
@@ -135,8 +135,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 		bound, planned = v.bound, true // exchange_invalidates was written since the lease was given
 	}
 	if planned {
-		// Vault adds the part of a second that it has cut off to what a client asks for; in front of an access token's own end
-		// the margin covers that.
+		// What Vault grants may be longer than MaxTTL by the part of a second that it has cut off. leaseMargin covers that only before the
+		// access token's own end.
 		bound = bound.Add(-time.Second)
 	}
 	now := time.Now()
@@ -160,15 +160,15 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 	return &logical.Response{Secret: secret}, nil
 }
 
-// hasEnded says whether a lease's access token has ended at the service before the lease, as the tenant's connector is now: it was given
-// up where that ends it, or where an exchange does.
+// hasEnded says whether the access token of a lease has ended at the service before the lease: because it was given up and the service
+// revokes such tokens, or because an exchange has ended it. It goes by the tenant's connector as it is now.
 func (b *backend) hasEnded(ctx context.Context, secret *logical.Secret, tenant string, v *tenantView) (bool, error) {
 	if v.access.isOf(secret) && v.access.current() {
 		return !v.access.Planned.IsZero() && (v.isEnded() || v.access.use.Load() == ending), nil
 	}
 	generation, _ := secret.InternalData[leaseGeneration].(string)
 	if v.kept != nil && v.kept.isIn(v.entry) && v.kept.access.current() && v.entry.Access.Generation == generation {
-		return false, nil // another node has handed it out
+		return false, nil // what is kept was stored after all, and another node has handed it out
 	}
 	if secret.InternalData[leaseOwn] != "true" {
 		via, err := b.connectors.get(ctx, v.entry.Connector)
@@ -191,9 +191,9 @@ func leaseTime(secret *logical.Secret, name string) (time.Time, error) {
 	return time.Parse(time.RFC3339Nano, text)
 }
 
-// revoke takes a lease off its access token. When the last lease has ended early, the engine gives the token up, in memory
-// at once and then in storage, and has it revoked where the service can do that. It fails only where storage does, so that
-// Vault tries again: nothing else may leave a lease that cannot be revoked.
+// revoke ends a lease on an access token. If it is the last lease and ends early, the engine gives the token up, in memory at once and then
+// in storage, and has it revoked if the service can do that. revoke fails only if storage does, so that Vault tries again: any other
+// failure would leave a lease that can never be revoked.
 func (b *backend) revoke(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	name, _ := req.Secret.InternalData[leaseTenant].(string)
 	generation, _ := req.Secret.InternalData[leaseGeneration].(string)
@@ -208,7 +208,7 @@ func (b *backend) revoke(ctx context.Context, req *logical.Request, _ *framework
 		err = b.endShared(ctx, name, generation, endsEarly(req.Secret, now))
 	}
 	if errors.Is(err, errUnreadable) || errors.Is(err, logical.ErrReadOnly) && !b.revokesAtService(ctx, req.Secret, name) {
-		return nil, nil // what cannot be read is not handed out; the node that may write gives the token up too
+		return nil, nil // an entry that cannot be read is not handed out; and the node that may write gives the token up as well
 	}
 	return nil, err
 }
@@ -228,7 +228,7 @@ func (b *backend) revokesAtService(ctx context.Context, secret *logical.Secret, 
 	return b.revocations.mayRevoke(summary) && (via != nil || ignoreUnusable(err) != nil)
 }
 
-// endHeld has the access token revoked that a lease alone stands for.
+// endHeld has an access token revoked that has a record under heldPrefix: the one of one lease alone, or one that a newer has replaced.
 func (b *backend) endHeld(ctx context.Context, name, generation string) error {
 	connector, err := b.revocations.giveUpHeld(ctx, name, generation)
 	if connector != "" {
@@ -313,8 +313,8 @@ func (b *backend) afterGivingUp(ctx context.Context, t *tenant, connector, gener
 	}
 }
 
-// retires says whether the early end of the last lease gives an access token up: always where that ends the token at the
-// service.
+// retires says whether the early end of the last lease gives an access token up: by the tenant's retire_on_revoke, and always if that ends
+// the token at the service.
 func (b *backend) retires(ctx context.Context, e *tenantEntry) (bool, error) {
 	if !e.KeepOnRevoke {
 		return true, nil
