@@ -16,15 +16,15 @@ type accessEntry struct {
 	Scope       string    `json:"scope,omitempty"`
 	Obtained    time.Time `json:"obtained"` // when its exchange was sent
 	Expires     time.Time `json:"expires"`
-	// Planned is when the exchange that ends this token is planned, fixed when the token arrives; zero where an exchange
-	// does not end older access tokens.
+	// Planned is when the exchange is planned that ends this token. It is fixed when the token arrives; zero where exchanges do not end
+	// older access tokens.
 	Planned time.Time `json:"planned,omitzero"`
 }
 
 // life is how long the token lived when it was obtained, by Vault's clock.
 func (a *accessEntry) life() time.Duration { return a.Expires.Sub(a.Obtained) }
 
-// margin is how much life the token must have left to be handed out.
+// margin is how much life the token must have left to be handed out to readers who ask for no more than the tenant's min_ttl.
 func (a *accessEntry) margin(minTTL time.Duration) time.Duration { return min(minTTL, a.life()/2) }
 
 // guard is how long before a planned exchange's own margin a reader waits for the next token instead of taking this one.
@@ -33,26 +33,25 @@ func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time
 // accessToken is an access token in memory, with the parts of its responses and what is known of its use.
 type accessToken struct {
 	*accessEntry
-	// shown has the strings of responses as interface values: making these for each answer would be half of a read's
-	// allocations.
+	// shown has the strings of responses as values of type any: to convert them for each answer would be half of a read's allocations.
 	shown struct{ token, endpointURL, scope, kind, expires, obtained, tenant, generation any }
-	// leases is the number of live leases, or one of the two states below.
+	// leases is the number of live leases, or leasesUnknown or givenUp.
 	leases atomic.Int64
-	// use says whether the token has been read.
+	// use is unread, read or ending.
 	use atomic.Int32
-	// leasedTo is the latest end of a lease on the token, and of the life that token/ has told, in nanoseconds since 1970.
+	// leasedTo is the latest end of a lease on the token, or of the ttl that a read of token/ was told, in nanoseconds since 1970.
 	leasedTo atomic.Int64
 }
 
 const (
-	leasesUnknown = -1 // the count is not known: the first early revocation of a lease gives the token up
+	leasesUnknown = -1 // the count is not known: the first lease that is revoked early gives the token up
 	givenUp       = -2 // the token is not handed out any more
 )
 
 const (
 	unread = iota
 	read
-	ending // an exchange that ends the token has begun, before a reader had it; or the exchange has ended it
+	ending // no reader gets it: an exchange that ends it has begun before any reader had it, or has ended it
 )
 
 func newAccessToken(tenant string, e *accessEntry) *accessToken {
@@ -128,8 +127,8 @@ func (a *accessToken) doubt() {
 	}
 }
 
-// end subtracts a lease from the count, and returns whether the token is given up, now or before. The early end of the
-// last lease gives the token up; if a newer token has replaced it, any end of the last lease does.
+// end takes a lease off the count, and returns whether the token is given up, now or before. The early end of the last lease gives it up;
+// if a newer token has replaced it, so does the last lease's own end.
 func (a *accessToken) end(early, replaced bool) bool {
 	for {
 		n := a.leases.Load()
@@ -148,7 +147,7 @@ func (a *accessToken) end(early, replaced bool) bool {
 	}
 }
 
-// isOf says whether the access token is the one of a lease. A nil access token is none's.
+// isOf says whether the access token is the one of a lease. It is false for nil.
 func (a *accessToken) isOf(lease *logical.Secret) bool {
 	return a != nil && a.Generation == lease.InternalData[leaseGeneration]
 }
@@ -159,8 +158,8 @@ func (a *accessToken) leased() bool {
 	return n > 0 || n == leasesUnknown
 }
 
-// markRead notes that a reader gets the token. ok is false if an exchange that ends the token has begun; news is true for
-// the first reader.
+// markRead notes that a reader gets the token. ok: the reader may have it, because no exchange that ends it has begun. news: it is the
+// first reader.
 func (a *accessToken) markRead() (ok, news bool) {
 	if a.use.Load() == read {
 		return true, false
@@ -174,8 +173,8 @@ func (a *accessToken) markRead() (ok, news bool) {
 // wanted says whether the token has been read, or may have been before this process started.
 func (a *accessToken) wanted() bool { return a.use.Load() == read || a.leased() }
 
-// leasedUntil notes that a lease lasts until then, or that a reader without a lease was told so: the exchange that ends the token
-// waits for that.
+// leasedUntil notes when a lease on the token ends, or when a reader without a lease is to read again: the exchange that ends the token
+// comes after that.
 func (a *accessToken) leasedUntil(end time.Time) {
 	if a.Planned.IsZero() {
 		return // no exchange ends the token

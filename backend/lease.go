@@ -135,8 +135,8 @@ func (b *backend) renew(ctx context.Context, req *logical.Request, _ *framework.
 		bound, planned = v.bound, true // exchange_invalidates was written since the lease was given
 	}
 	if planned {
-		// What Vault grants may be longer than MaxTTL by the part of a second that it has cut off. leaseMargin covers that only before the
-		// access token's own end.
+		// Vault adds the part of a second that it has cut off to the increment that a client asks for. leaseMargin covers that only if
+		// bound is the access token's own end.
 		bound = bound.Add(-time.Second)
 	}
 	now := time.Now()

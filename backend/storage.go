@@ -10,12 +10,10 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// entryFormat is the format of what storage holds. A change that an older
-// engine could not read raises it.
+// entryFormat is the format of what storage holds. A change that an older engine could not read raises it.
 const entryFormat = 2
 
-// errUnreadable is the error of an entry that storage has and this engine cannot
-// make anything of.
+// errUnreadable is the error of an entry that storage has and that this engine cannot use.
 var errUnreadable = errors.New("cannot be read")
 
 // getEntry reads an entry, or nil where there is none.
@@ -33,7 +31,7 @@ func getEntry[T any](ctx context.Context, s logical.Storage, key string) (*T, er
 		Format int `json:"format"`
 	}
 	entry := new(T)
-	_ = raw.DecodeJSON(&format) // where this fails, so does the next
+	_ = raw.DecodeJSON(&format) // if this fails, so does the next
 	switch {
 	case format.Format > entryFormat:
 		return nil, fmt.Errorf("the stored entry %q %w: a newer version of this plugin has written it in format %d; upgrade the plugin", key, errUnreadable, format.Format)
@@ -52,9 +50,8 @@ func putEntry(ctx context.Context, s logical.Storage, key string, entry any) err
 	return storageError(s.Put(ctx, raw))
 }
 
-// storageError gives read-only errors back their identity, which they lose on
-// their way from Vault's process: Vault sends a request that ends in
-// logical.ErrReadOnly to the node that may write.
+// storageError returns logical.ErrReadOnly or logical.ErrSetupReadOnly for an error with that text, because errors come from Vault's
+// process as texts. Vault sends a request that ends in logical.ErrReadOnly to the node that may write.
 func storageError(err error) error {
 	switch {
 	case err == nil:
@@ -67,11 +64,11 @@ func storageError(err error) error {
 	return err
 }
 
-// lock is a mutual exclusion that a context can give up, so that it may be held while storage is read and written.
-// Waiters get it in the order in which they came. Its channel is allocated on first use and dropped when idle.
+// lock is a mutex that may be held while storage is read and written: a waiter gives up when its context ends. Waiters get it in the order
+// in which they came. Its channel is allocated on first use and dropped when idle, because each tenant has a lock.
 type lock struct {
 	mu    sync.Mutex
-	users int32 // who hold the lock or wait for it
+	users int32 // how many hold the lock or wait for it
 	held  chan struct{}
 }
 
@@ -91,7 +88,7 @@ func (l *lock) acquire(ctx context.Context) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.users--; l.users == 0 { // its holder has released it at the same moment
+	if l.users--; l.users == 0 { // the holder has released the lock at the same moment
 		l.held = nil
 	}
 	return ctx.Err()
