@@ -62,7 +62,7 @@ func (b *backend) readCreds(ctx context.Context, _ *logical.Request, d *framewor
 	}
 	resp := b.newLease(v, token, r.own)
 	b.warn(resp, t, v)
-	// Where the reader has gone, Vault may or may not register the lease.
+	// If the reader has gone, Vault may have registered the lease or not.
 	switch err := ctx.Err(); {
 	case err == nil:
 	case r.own:
@@ -102,7 +102,7 @@ type reader struct {
 	tenant string
 	minTTL time.Duration // the request's own; 0: none
 	leases bool          // the request is for a lease
-	own    bool          // the access token is for this lease alone
+	own    bool          // the access token is to be for this lease alone
 	waited bool          // the reader has waited for an exchange, or for its planned time
 	failed bool          // the reader's exchange has failed, or has not ended in time
 	// exchanges counts the exchanges that have succeeded while the reader waited.
@@ -192,7 +192,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	if r.leases && v.entry.TokenPerLease {
 		return nil, nil
 	}
-	r.own = false // the tenant may have had token_per_lease when the reader began to wait
+	r.own = false // it was true if the tenant had token_per_lease when the reader began to wait
 	token := v.access
 	if token == nil {
 		return nil, nil
@@ -203,7 +203,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	}
 	until := earliest(v.until, token.Expires.Add(-least))
 	if !r.leases && !r.waited && !r.failed {
-		until = until.Add(-time.Second) // the answer's ttl is in whole seconds, and a read after that gets a newer token
+		until = until.Add(-time.Second) // the answer's ttl is cut to whole seconds, and a read after that has to get a newer token
 	}
 	if !token.Planned.IsZero() {
 		if v.isEnded() {
@@ -216,7 +216,7 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 		case !r.waited && !r.failed: // a reader who has waited gets the token also in the moments before its planned exchange
 			until = earliest(until, v.until.Add(-token.guard()))
 		}
-		until = until.Add(-1) // from then on a read exchanges
+		until = until.Add(-1) // a read at that moment makes the exchange
 	}
 	if now.After(until) {
 		return nil, nil
@@ -246,7 +246,7 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 			defer timer.Stop()
 			select {
 			case <-timer.C:
-				r.waited = true // another reader's exchange may have replaced it before this one looks
+				r.waited = true // also where the exchange of another reader has replaced the token by then
 				return nil, nil
 			case <-ctx.Done():
 				return nil, ctx.Err()
@@ -261,7 +261,7 @@ func (b *backend) nextToken(ctx context.Context, t *tenant, v *tenantView, r *re
 	return own, err
 }
 
-// minTTLFits refuses what no access token of the tenant can give, as soon as the life of one is known.
+// minTTLFits refuses a min_ttl that no access token of the tenant can have left, once the life of one is known.
 func (v *tenantView) minTTLFits(minTTL time.Duration, now time.Time) error {
 	if half := v.entry.AccessTokenLife / 2; half > 0 && minTTL > half {
 		return badValue("min_ttl is more than half of an access token's life: %s at most", half.Truncate(time.Second))
@@ -308,7 +308,7 @@ func (b *backend) danger(t *tenant, v *tenantView, now time.Time) string {
 	case !e.Rejected.IsZero():
 		return rejectedText(b.connectors.about(e.Connector), t.name) + "."
 	case v.trouble == nil && e.LastExchange.Before(e.Facts.RotatesFrom):
-		return "" // nothing has been tried yet
+		return "" // no exchange has been due yet that could replace the refresh token
 	}
 	about := b.connectors.about(e.Connector)
 	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s.",
