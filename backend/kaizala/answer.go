@@ -10,10 +10,10 @@ import (
 )
 
 const (
-	// maxAccessTokenLife bounds an access token's expiry, which is 24 hours ahead (doc): beyond a refresh token's
-	// life a number is likelier to be in another unit.
+	// maxAccessTokenLife is the longest life of an access token that is believed. It lives 24 hours (doc), and a number that means more
+	// than a refresh token's life is probably in another unit.
 	maxAccessTokenLife = 400 * 24 * time.Hour
-	// clockSkew is how far in the past an expiry may lie and still be blamed on two clocks that differ.
+	// clockSkew is how far in the past an expiry may lie so that clocks which differ are named as the likely cause.
 	clockSkew = 24 * time.Hour
 )
 
@@ -30,9 +30,9 @@ const (
 	redeemingPIN
 )
 
-// interpret says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The
-// result lacks Endpoint and Sent. An endpointUrl or a scope that is too long is left out; what apps cannot do without must
-// be there.
+// interpret says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The result lacks Endpoint
+// and Sent. An endpointUrl or a scope that is too long is left out. An answer without accessToken, endpointUrl or accessTokenExpiry is an
+// error, because apps cannot do without these.
 func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
 	o := tokenservice.ReadObject(a.Body)
 	r := withRefreshToken(a, o, sent)
@@ -73,8 +73,9 @@ func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.R
 	return r
 }
 
-// withRefreshToken returns a result that holds the new refresh token of an answer alone, if there is one. An answer that is
-// broken off may hold one, but only a success can: what an error page shows in such a field must not replace a good one.
+// withRefreshToken returns a result that has the new refresh token of an answer, if there is one, and nothing else. An answer that breaks
+// off may have one too. An answer with an error status has none: what an error page shows in such a field must not replace a good refresh
+// token.
 func withRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string) (r tokenservice.Result) {
 	if a.Status/100 != 2 {
 		return r
@@ -99,7 +100,7 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now tim
 			Text: "Kaizala's limit of calls is used up. Try again " + again + ".",
 		}
 	}
-	// A refusal has consequences, so half of one is not believed.
+	// A refusal has consequences, so it counts only if the whole answer has arrived.
 	if o.Whole && a.Broken == "" {
 		if f := refusal(op, a.Status, o); f != nil {
 			f.RetryAfter = retry
@@ -139,7 +140,7 @@ func senseless(a tokenservice.Answer, why string) *tokenservice.Failure {
 func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Failure {
 	code := o.Text("errorCode")
 	if v := string(o.Value("errorCode")); code == "" && !strings.HasPrefix(v, `"`) {
-		code = v // which is no string, and so no documented code
+		code = v // a number or another value that is no string: no documented code
 	}
 	if code == "0" || code == "false" {
 		code = ""

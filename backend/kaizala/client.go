@@ -163,7 +163,7 @@ func (c *Client) Exchange(ctx context.Context, e tokenservice.Exchange) tokenser
 	r.Sent, r.Endpoint = x.sent, x.Endpoint
 	gone := []int{http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone}
 	if f, ok := r.Err.(*tokenservice.Failure); ok && (f.Kind == tokenservice.Unavailable || slices.Contains(gone, f.Status)) {
-		r.Endpoint = "" // it may be at fault, and one that is given up without need costs one hop
+		r.Endpoint = "" // the remembered URL may be the cause, and to forget it without need costs one redirect
 	}
 	return r
 }

@@ -30,8 +30,8 @@ const (
 	maxRetryAfter = 24 * time.Hour
 )
 
-// NewTransport returns a transport that makes one request of one, whatever happens: with connections kept open, HTTP/1
-// repeats a GET whose connection broke, and HTTP/2 any request whose stream was refused; the first may have rotated the
+// NewTransport returns a transport that sends each request once, whatever happens. With connections kept open, Go's transport would send a
+// GET again whose connection broke (HTTP/1), and any request whose stream was refused (HTTP/2), though the first may have rotated the
 // refresh token. roots are the only certificates that are trusted; nil means the system's.
 //
 // https goes through the proxy of the environment. Plain http never does, for it is meant for this machine alone, and
@@ -56,9 +56,8 @@ func httpsOnly(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) 
 	}
 }
 
-// ParseCA returns the certificates of a PEM text, nil for "". All of it must be good: a certificate that is left out in
-// silence is found much later. The second result says what is wrong otherwise, as the end of a sentence that begins with
-// the field's name.
+// ParseCA returns the certificates of a PEM text, nil for "". All of the text must be certificates: one that is left out without an error
+// is noticed much later. Otherwise the second result says what is wrong, as the end of a sentence that begins with the field's name.
 func ParseCA(text string) (*x509.CertPool, string) {
 	if text == "" {
 		return nil, ""
@@ -83,7 +82,7 @@ func ParseCA(text string) (*x509.CertPool, string) {
 	return pool, ""
 }
 
-// Call is one HTTP request for one permission.
+// Call is one HTTP request. It asks for one permission.
 type Call struct {
 	// Transport makes the request; redirects are not followed.
 	Transport http.RoundTripper
@@ -220,7 +219,7 @@ func (c Call) networkText(attempt context.Context, err error) string {
 func RetryAfter(h http.Header, now time.Time) time.Duration {
 	value := strings.TrimSpace(h.Get("Retry-After"))
 	if strings.Trim(value, "0123456789") == "" {
-		seconds, _ := strconv.ParseInt(value, 10, 64) // of nothing this is 0, and the largest number where it is out of range
+		seconds, _ := strconv.ParseInt(value, 10, 64) // 0 for an empty value, and the largest number for one out of range
 		return time.Duration(min(seconds, int64(maxRetryAfter/time.Second))) * time.Second
 	}
 	if at, err := http.ParseTime(value); err == nil {

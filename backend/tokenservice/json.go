@@ -21,14 +21,14 @@ const (
 	maxDigits, maxExponent = 1000, 2000
 )
 
-// Object is the top level of a JSON object, as far as it can be read. It is read more tolerantly than encoding/json does:
-// what comes before an error counts, a byte-order mark, a missing or superfluous comma and a value that is none cost
-// nothing else. A service's answer may hold the only good refresh token, and must not be lost to a slip in another field.
+// Object is the top level of a JSON object, as far as it can be read. It is read more tolerantly than by encoding/json: the fields before
+// an error count, and a byte-order mark, a missing or superfluous comma, or a value that is not JSON do not spoil the other fields. A
+// service's answer may hold the only good refresh token, which must not be lost to a mistake in another field.
 //
 // Names are compared without case. Where one occurs more than once, the last value that is usable counts.
 type Object struct {
 	fields []field
-	// Whole: the text is one JSON object by the letter of RFC 8259, but for a byte-order mark, and nothing comes after it.
+	// Whole: the text is one JSON object as RFC 8259 defines it, after a byte-order mark if there is one, and nothing else.
 	Whole bool
 }
 
@@ -64,15 +64,15 @@ func ReadObject(text []byte) (o Object) {
 		if f.value, rest, ok = cutValue(bytes.TrimLeft(rest, space)); !ok {
 			return o
 		}
-		_ = json.Unmarshal(name, &f.name)    // one that cannot be read is empty
-		_ = json.Unmarshal(f.value, &f.text) // what is no string is none
+		_ = json.Unmarshal(name, &f.name)    // "" if it cannot be read
+		_ = json.Unmarshal(f.value, &f.text) // "" if it is no string
 		f.text = strings.TrimSpace(f.text)
 		o.fields = append(o.fields, f)
 	}
 }
 
-// cutValue cuts off the value at the beginning of b: a string, an object or a list with all that is in it, and anything else
-// up to the next sign of JSON or white space. It is not ok where the value has no end.
+// cutValue cuts off the value at the beginning of b: a string, an object or a list with all that is in it; anything else up to white space
+// or the next character that has a meaning in JSON. ok is false if the value has no end.
 func cutValue(b []byte) (v, rest []byte, ok bool) {
 	end := bytes.IndexAny(b, space+`,:"{}[]`)
 	if end == -1 {
@@ -170,9 +170,9 @@ func (o Object) Millis(name string, unit time.Duration) (millis int64, ok bool) 
 	if number == "" {
 		return 0, false
 	}
-	// With exponents of that size every number is too large or rounds to nothing, and with larger ones it fills the memory.
+	// With an exponent of maxExponent any number is too large or rounds to 0 already. A larger one would fill the memory.
 	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
-	e, _ := strconv.Atoi(exponent) // of a number out of range this is the largest or smallest
+	e, _ := strconv.Atoi(exponent) // for a number out of range, the largest or smallest int
 	n, _ := new(big.Rat).SetString(fmt.Sprintf("%se%d", mantissa, min(max(e, -maxExponent), maxExponent)))
 	n.Mul(n, big.NewRat(int64(unit/time.Millisecond), 1))
 	whole := new(big.Int).Div(n.Num(), n.Denom()) // which rounds down

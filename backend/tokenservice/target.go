@@ -17,9 +17,8 @@ type Host struct {
 	ip   netip.Addr
 }
 
-// ParseHost reads the host of a URL, as [url.URL.Hostname] returns it. It refuses whatever different parts of a system may
-// read differently: non-ASCII names, IPv6 zones, and names that some resolvers take for an address, such as 127.1 or
-// 0x7f000001.
+// ParseHost reads the host of a URL, as [url.URL.Hostname] returns it. It refuses hosts that two parts of a system may read differently:
+// non-ASCII names, IPv6 zones, and names that some resolvers take for an address, such as 127.1 or 0x7f000001.
 func ParseHost(raw string) (Host, bool) {
 	if ip, err := netip.ParseAddr(raw); err == nil {
 		if ip.Zone() != "" {
