@@ -315,7 +315,7 @@ func (x *exchanger) call(f *flight) error {
 		if lost != nil && result.Sent.IsZero() {
 			result = *lost // there was no second request, and the service may have carried out the first
 		}
-		if lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
+		if result.Err != nil && lostAnswer(result) && via.about.RetryLost && lost == nil && x.ctx.Err() == nil {
 			lost, f.lost = &result, true
 			storeVerdict(x.ctx)
 			continue
@@ -420,7 +420,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 		facts:        r.Facts,
 		subject:      r.Subject,
 		move:         entry.Move,
-		rejected:     isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
+		rejected:     r.Err != nil && isRejection(r.Err) && f.want.change == nil && r.RefreshToken == "",
 		retires:      f.retires(),
 		ownToken:     f.want.ownToken,
 	}
