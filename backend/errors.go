@@ -49,7 +49,8 @@ func configPath(connector string) string {
 	return "config/" + connector
 }
 
-// badStored is the error of a stored connector that no client can be made of. It is as good as unreadable: another try meets the same.
+// badStored is the error of a stored connector that no client can be made of. It wraps errUnreadable, because another try fails in the same
+// way.
 func badStored(name string, err error) error {
 	return fmt.Errorf("the stored configuration of connector %q %w by this version of the plugin: %w; write %s again", name, errUnreadable, err, configPath(name))
 }
@@ -57,11 +58,11 @@ func badStored(name string, err error) error {
 // errStopping is the answer of an engine that Vault is shutting down.
 var errStopping = tryAgain("the engine is stopping: try again in a moment; nothing was lost")
 
-// errStorage stands for storage's own error where that was seen before.
+// errStorage says that storage has failed, where its own error is not passed on.
 var errStorage = errors.New("storage failed")
 
-// answer turns an error into what Vault makes the right status of. Coded and read-only errors must be bare, and a 400 reads
-// best as an error response.
+// answer turns an error into what a handler returns, so that Vault answers with the right status. Vault finds the status of coded and
+// read-only errors only if nothing wraps them. A 400 becomes an error response, because its text reads best that way.
 func answer(err error) (*logical.Response, error) {
 	var coded logical.HTTPCodedError
 	switch {
@@ -115,8 +116,8 @@ func tooMany(until time.Time, format string, args ...any) error {
 		fmt.Sprintf("%s: try again in %s, at %s", fmt.Sprintf(format, args...), max(wait, time.Second), until.UTC().Format(time.RFC3339)))
 }
 
-// storageTrouble says that Vault's storage failed a tenant. Read-only storage stays what it is, so that Vault asks the node
-// that may write.
+// storageTrouble says that Vault's storage has not taken what a tenant needs stored. logical.ErrReadOnly stays as it is, so that Vault asks
+// the node that may write.
 func storageTrouble(tenant string, err error) error {
 	if errors.Is(err, logical.ErrReadOnly) {
 		return err
@@ -124,8 +125,8 @@ func storageTrouble(tenant string, err error) error {
 	return tryAgain("Vault's storage did not take what tenant %q needs stored: nothing was lost; try again later", tenant)
 }
 
-// keptTrouble says that what the service has sent is in memory alone. It is not read-only storage's error: another node would
-// exchange the refresh token that the service has replaced.
+// keptTrouble says that only memory has what the service has sent. It is never logical.ErrReadOnly: the node that Vault would ask then
+// would exchange the refresh token that the service has replaced.
 func keptTrouble(tenant string) error {
 	return tryAgain("Vault's storage has not taken the new tokens of tenant %q yet: they are kept in memory, and storing them is tried again; nothing was lost", tenant)
 }

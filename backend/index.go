@@ -48,8 +48,8 @@ func (b *backend) buildIndex() {
 	})
 }
 
-// indexTenants puts every tenant into the index. One that storage cannot give is left out and named in the log: it costs
-// neither the others their place nor each tick another try of all. A request for it reads it again.
+// indexTenants puts every tenant into the index. A tenant that storage cannot give is left out, so that the others get their place, and is
+// read again later: see readUnread. One whose entry cannot be used is named in the log.
 func (b *backend) indexTenants() error {
 	names, err := b.storage.List(b.ctx, tenantPrefix)
 	if err != nil {
