@@ -173,27 +173,27 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 		return nil, errSuperseded // the exchange under way was for another request
 	}
 	if w.force && f.err == nil && !f.retires() {
-		return nil, x.retire(ctx, t, v.entry)
+		return nil, x.retire(ctx, t, v)
 	}
 	return f.token, f.err
 }
 
-// retire gives up an entry's access token after an exchange has replaced it that was begun for another reason, and so has left the older
-// token to its leases.
-func (x *exchanger) retire(ctx context.Context, t *tenant, e *tenantEntry) error {
+// retire gives up the access token that readers had at v, after an exchange has replaced it that was begun for another reason, and so has
+// left the older token to its leases.
+func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error {
 	_, now, err := x.tenants.load(ctx, t.name)
-	if err != nil || now == nil || e.Access == nil || now.entry.Access != nil && now.entry.Access.Token == e.Access.Token {
+	if err != nil || now == nil || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
 		return err
 	}
-	connector, err := x.revocations.giveUpHeld(ctx, t.name, e.Access.Generation)
+	connector, err := x.revocations.giveUpHeld(ctx, t.name, v.access.Generation)
 	if err != nil {
 		return err
 	}
-	t.forgetReplaced(e.Access.Generation)
+	t.forgetReplaced(v.access.Generation)
 	if connector != "" {
 		return nil
 	}
-	return x.revocations.giveUp(ctx, e.Connector, t.name, e.Access)
+	return x.revocations.giveUp(ctx, v.entry.Connector, t.name, v.access.accessEntry)
 }
 
 // start begins the tenant's flight, or returns the one under way. own says that it is a new one, for this request.

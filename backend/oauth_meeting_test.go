@@ -680,9 +680,10 @@ func TestRefreshFindsTheNewTokenGivenUp(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("acme", nil)
 		old := e.lease("acme")
-		before := e.stored("acme")
+		acme := e.tenants.named("acme")
+		before := acme.view.Load()
 		retire := func() {
-			require.NoError(t, e.exchanger.retire(t.Context(), e.tenants.named("acme"), before))
+			require.NoError(t, e.exchanger.retire(t.Context(), acme, before))
 			e.backend.revocations.wakeAll()
 			synctest.Wait()
 		}

@@ -578,9 +578,9 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		case t == nil:
 			return answer(notFound("there is no tenant %q", name))
 		}
-		generation := ""
-		if v.entry.Access != nil {
-			generation = v.entry.Access.Generation
+		generation := "" // of the access token that readers get: the entry may have one that memory keeps for another try to store it
+		if v.access != nil {
+			generation = v.access.Generation
 		}
 		if retired == nil {
 			retired = &generation

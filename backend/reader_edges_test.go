@@ -107,6 +107,62 @@ func TestRefreshBesideAVerification(t *testing.T) {
 	})
 }
 
+// Storage takes the result of an exchange and reports an error, so readers get the older access token until the result is stored again. A
+// refresh that has waited for that exchange, or comes after it, succeeds only once readers get another access token, and has the older one
+// given up.
+func TestRefreshAfterAResultThatStorageTookUnheard(t *testing.T) {
+	classes := map[string]func(t *testing.T) *oauthEngine{
+		"A": func(t *testing.T) *oauthEngine { return newOAuthEngine(t, oauth2test.ClassA, classA) },
+		"B": func(t *testing.T) *oauthEngine { return newOAuthEngine(t, oauth2test.ClassB, classB) },
+	}
+	exchanges := map[string]func(e *oauthEngine){
+		"a write that is verified": func(e *oauthEngine) {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
+			assert.Equal(e.t, 503, status)
+		},
+		"an exchange that no reader asked for": func(e *oauthEngine) { e.exchangeUnasked(e.tenants.named("acme")) },
+	}
+	for class, newEngine := range classes {
+		for name, exchange := range exchanges {
+			for when, pause := range map[string]time.Duration{"joins": time.Second, "comes after": 3500 * time.Millisecond} {
+				t.Run(class+", "+name+", "+when, func(t *testing.T) {
+					bubble(t, func(t *testing.T) {
+						e := newEngine(t)
+						e.add("acme", nil)
+						old := accessTokenOf(e.lease("acme"))
+						e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Delay: 3 * time.Second, Times: 1})
+						failed := false
+						e.storage.surround(func(op, key string, do func() error) error {
+							err := do()
+							if op == "put" && key == tenantPrefix+"acme" && !failed {
+								failed = true
+								return errStorage
+							}
+							return err
+						})
+						go exchange(e)
+						time.Sleep(pause)
+						_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+						if status == 503 { // it has joined the exchange whose result was not stored
+							_, status, text = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+						}
+						require.Equal(t, 200, status, text)
+						assert.True(t, failed)
+						next := accessTokenOf(e.lease("acme"))
+						assert.NotEqual(t, old, next)
+						assert.Equal(t, next, e.read("token/acme")["access_token"])
+						if class == "A" { // which revokes access tokens
+							e.pass(time.Minute)
+							assert.False(t, e.server.Alive(old))
+							assert.True(t, e.server.Alive(next))
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
 // The status names the time of the next try that the connector's pause permits, whatever kind of answer has asked for the pause.
 func TestNextTryIsAfterThePause(t *testing.T) {
 	for name, c := range map[string]struct {
