@@ -1,0 +1,342 @@
+package backend
+
+import (
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// The entry of a tenant's attempts names its format, so that an older plugin does not misread what a newer one has written.
+func TestAttemptsNameTheirFormat(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byCode, nil)
+		assert.Contains(t, e.get(attemptKeys+"acme"), `"format":2`)
+	})
+}
+
+// Storage cannot read the entry of a state whose attempt ends: the request that ends the attempt succeeds all the same.
+func TestAttemptEndsThoughItsStateCannotBeRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		older := e.authorize(nil)
+		e.storage.refuse("get", stateKeys)
+		e.start(byCode, nil)
+		e.storage.heal()
+		assert.Contains(t, e.open(older).text(), "out of date")
+	})
+}
+
+// A process has not read yet which attempts there are. The delete of a tenant that does not exist ends the attempt that the process
+// before has begun for it.
+func TestDeleteEndsAnAttemptThatWasNotReadYet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		next := &storage{InmemStorage: e.storage.InmemStorage}
+		next.refuse("list", attemptKeys)
+		synctest.Wait()
+		e.crashOnto(next)
+		synctest.Wait()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		assert.Equal(t, attemptSuperseded, e.attemptStatus(byCode))
+		assert.Contains(t, e.open(back).text(), "out of date")
+		e.storage.heal()
+		e.pass(time.Minute)
+		assert.Nil(t, e.stored("acme"))
+	})
+}
+
+// The time of an attempt is over while memory keeps an operator's write that storage does not take: the attempt has expired.
+func TestAttemptExpiresBesideAKeptWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access")})
+		e.start(byCode, nil)
+		e.failPuts()
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "eve", "offline_access")})
+		require.Equal(t, 503, status)
+		require.NotNil(t, e.tenants.named("acme").view.Load().kept.change)
+		time.Sleep(attemptLife)
+		assert.Equal(t, attemptExpired, e.attemptStatus(byCode))
+	})
+}
+
+// Storage cannot be read when the service has refused a code: the page says that storage failed.
+func TestPageSaysThatStorageFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Answer: oauth2test.InvalidGrant, Times: 1})
+		go func() {
+			time.Sleep(time.Second)
+			e.storage.refuse("get", attemptKeys)
+		}()
+		assert.Contains(t, e.confirm(back).text(), "Vault's storage failed: start again.")
+	})
+}
+
+// A tenant is deleted while a code is at the service, and no refresh token comes for the code: there is none to revoke.
+func TestDeleteWhileACodeBringsNoRefreshToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) {
+			o.Edit = func(_ oauth2test.Endpoint, fields map[string]any) { delete(fields, "refresh_token") }
+		})
+		e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
+		done := e.codeAtTheService()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.server.ClearFaults()
+		<-done
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.server.Calls(oauth2test.EndpointRevocation))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
+}
+
+// A tenant is written while a code is at the service, and storage cannot say whether the tenant exists when the refresh token comes for the
+// code: nothing is revoked, which at some services would end the tenant's own grant.
+func TestGrantIsNotRevokedWhereTheTenantMayExist(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
+		done := e.codeAtTheService()
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "jane"), "verify": false})
+		e.storage.refuse("get", tenantPrefix)
+		e.InvalidateKey(t.Context(), tenantPrefix+"acme")
+		e.server.ClearFaults()
+		assert.Contains(t, (<-done).text(), "out of date")
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.server.Calls(oauth2test.EndpointRevocation))
+	})
+}
+
+// An operator writes the tenant while a code is at the service, and storage does not take the end of the attempt: the person reads at once
+// that the attempt is out of date.
+func TestPageOfAGrantThatAWriteHasOvertaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		done := e.codeAtTheService()
+		e.storage.refuse("put", attemptKeys)
+		token := e.server.Grant(e.clientID, "bob")
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": token, "verify": false})
+		e.storage.heal()
+		begun := time.Now()
+		e.server.ClearFaults()
+		assert.Contains(t, (<-done).text(), "out of date")
+		assert.Less(t, time.Since(begun), time.Second)
+		assert.Equal(t, token, e.stored("acme").RefreshToken)
+	})
+}
+
+// Storage takes no write for some seconds after a PIN has come to the service: the refresh token that comes for the PIN is stored when
+// storage works.
+func TestPINWhoseRefreshTokenIsStoredLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		pin := e.sentPIN()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Process: true, Times: 1})
+		go func() {
+			time.Sleep(500 * time.Millisecond)
+			e.storage.failWith(func(op, _ string) error {
+				if op == "put" {
+					return errStorage
+				}
+				return nil
+			})
+			time.Sleep(5 * time.Second)
+			e.storage.heal()
+		}()
+		resp, status, text := e.pin(map[string]any{"pin": pin})
+		require.Equal(t, 200, status, text)
+		assert.Equal(t, attemptGranted, resp.Data["status"])
+		require.NotNil(t, e.stored("acme"))
+		assert.Equal(t, "token-ada", e.stored("acme").GrantedBy)
+	})
+}
+
+// Memory keeps an operator's write that storage does not take, and storage cannot be read when the tokens come for a code: the grant is
+// tried again, and is stored when storage works.
+func TestGrantBesideAKeptWriteIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false, "confirm": false})
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access")})
+		e.failPuts()
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "eve", "offline_access")})
+		require.Equal(t, 503, status)
+		require.NotNil(t, e.tenants.named("acme").view.Load().kept.change)
+		done := e.codeAtTheService()
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, tenantPrefix) || op == "list" && key == intentPrefix {
+				return errStorage
+			}
+			return nil
+		})
+		e.InvalidateKey(t.Context(), intentPrefix+"as/x")
+		e.server.ClearFaults()
+		time.Sleep(2500 * time.Millisecond)
+		e.storage.heal()
+		assert.Contains(t, (<-done).text(), "The tenant is connected")
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+		assert.Equal(t, "token-ada", e.stored("acme").GrantedBy)
+		e.pass(2 * time.Minute)
+		assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
+		assert.Empty(t, e.server.AccessTokens("eve"), "the access token of the kept write is given up")
+	})
+}
+
+// A config write is being stored when the tokens come for a code, and an exchange of the tenant ends meanwhile: the grant is stored after
+// that.
+func TestGrantWaitsForAConfigWriteAndAnExchange(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		back := e.authorize(nil)
+		e.server.Inject(oauth2test.Fault{User: "bob", Delay: 3 * time.Second, Times: 1})
+		go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
+		synctest.Wait()
+		reached, release := e.storage.hold("put", connectorPrefix)
+		go e.write("config/as", map[string]any{"request_timeout": "14s"})
+		<-reached
+		page := make(chan shown, 1)
+		go func() { page <- e.open(back) }()
+		time.Sleep(4 * time.Second)
+		require.Equal(t, 1, e.sent(codeGrant))
+		release()
+		assert.Contains(t, (<-page).text(), "The tenant is connected")
+		assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
+	})
+}
+
+// The engine stops while the tokens of a code wait for a config write: both end.
+func TestStopWhileAGrantWaitsForAConfigWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		back := e.authorize(nil)
+		reached, release := e.storage.hold("put", connectorPrefix)
+		written := make(chan struct{})
+		go func() {
+			defer close(written)
+			_, _, _ = e.try(logical.UpdateOperation, "config/as", map[string]any{"request_timeout": "14s"})
+		}()
+		<-reached
+		page := make(chan shown, 1)
+		go func() { page <- e.open(back) }()
+		time.Sleep(time.Second)
+		require.Equal(t, 1, e.sent(codeGrant))
+		begun := time.Now()
+		e.stop()
+		assert.LessOrEqual(t, time.Since(begun), stopWithin)
+		release()
+		<-written
+		assert.Equal(t, 400, (<-page).status)
+		e.engine.start() // for the end of the test
+	})
+}
+
+// The connector is deleted while a PIN is at the service: the answer says that the connector is missing, and no tenant is there.
+func TestConnectorIsDeletedWhileAPINIsAtTheService(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		pin := e.sentPIN()
+		e.kaizala.Inject(kaizalatest.Fault{Delay: time.Second, Process: true, Times: 1})
+		go func() {
+			time.Sleep(500 * time.Millisecond)
+			e.ok(logical.DeleteOperation, "config", nil)
+		}()
+		_, status, text := e.pin(map[string]any{"pin": pin})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, `could not be stored: connector "default" is not configured`)
+		assert.Nil(t, e.stored("acme"))
+	})
+}
+
+// Storage does not answer when the engine reads which attempts there are: it is not asked again each minute.
+func TestAttemptsAreReadOnceAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byCode, nil)
+		e.pass(time.Minute)
+		e.InvalidateKey(t.Context(), attemptKeys+"acme")
+		var lists atomic.Int64
+		held := make(chan struct{})
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "list" && key == attemptKeys {
+				lists.Add(1)
+				<-held
+			}
+			return do()
+		})
+		e.pass(5 * time.Minute)
+		synctest.Wait()
+		assert.EqualValues(t, 1, lists.Load())
+		close(held)
+	})
+}
+
+// An attempt that a newer one has ended would have expired while the newer one is pending. The secrets of the newer one leave storage when
+// its own time is over.
+func TestSecretsOfANewerAttemptLeaveStorage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byCode, nil)
+		e.pass(5 * time.Minute)
+		e.start(byCode, nil)
+		e.pass(6 * time.Minute)
+		synctest.Wait()
+		require.Contains(t, e.storedText(), `"verifier"`, "the newer one is pending")
+		e.pass(6 * time.Minute)
+		synctest.Wait()
+		assert.NotContains(t, e.storedText(), `"verifier"`)
+		assert.Equal(t, attemptExpired, e.attemptStatus(byCode))
+	})
+}
+
+// Storage forgets the attempts of a tenant that does not exist a day after the last of them has ended.
+func TestAttemptsAreForgottenADayAfterTheLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		names := []string{"a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"} // the order in which a tenant's attempts are looked at is by chance
+		start := func(path string, data map[string]any) {
+			for _, name := range names {
+				_, status, text := e.ask(logical.UpdateOperation, "tenants/"+name+"/"+path, data)
+				require.Equal(t, 200, status, text)
+			}
+		}
+		start(byCode, map[string]any{"connector": "as"})
+		time.Sleep(12 * time.Hour)
+		start(byPIN, map[string]any{"connector": "default", "mobile_number": e.kaizala.PhoneNumber("acme")})
+		time.Sleep(13 * time.Hour)
+		forgotten := func() (n int) {
+			for _, name := range names {
+				e.ok(logical.DeleteOperation, "tenants/"+name, nil)
+			}
+			e.pass(2 * time.Minute)
+			synctest.Wait()
+			for _, name := range names {
+				if e.get(attemptKeys+name) == "" {
+					n++
+				}
+			}
+			return n
+		}
+		assert.Zero(t, forgotten())
+		time.Sleep(12 * time.Hour)
+		assert.Equal(t, len(names), forgotten())
+	})
+}
