@@ -167,7 +167,7 @@ func TestPINWhoseRefreshTokenIsStoredLater(t *testing.T) {
 }
 
 // Memory keeps an operator's write that storage does not take, and storage cannot be read when the tokens come for a code: the grant is
-// tried again, and is stored when storage works.
+// tried again, takes the place of that write in memory, and is stored when storage works.
 func TestGrantBesideAKeptWriteIsTriedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -187,11 +187,12 @@ func TestGrantBesideAKeptWriteIsTriedAgain(t *testing.T) {
 		e.InvalidateKey(t.Context(), intentPrefix+"as/x")
 		e.server.ClearFaults()
 		time.Sleep(2500 * time.Millisecond)
+		e.failPuts()
+		assert.Contains(t, (<-done).text(), "Not finished yet")
 		e.storage.heal()
-		assert.Contains(t, (<-done).text(), "The tenant is connected")
+		e.pass(2 * time.Minute)
 		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
 		assert.Equal(t, "token-ada", e.stored("acme").GrantedBy)
-		e.pass(2 * time.Minute)
 		assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
 		assert.Empty(t, e.server.AccessTokens("eve"), "the access token of the kept write is given up")
 	})
@@ -338,5 +339,136 @@ func TestAttemptsAreForgottenADayAfterTheLast(t *testing.T) {
 		assert.Zero(t, forgotten())
 		time.Sleep(12 * time.Hour)
 		assert.Equal(t, len(names), forgotten())
+	})
+}
+
+// Storage cannot say, when a device code has come, whether the tenant was created meanwhile: nothing is begun.
+func TestStartWhoseTenantCannotBeRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.storage.once("put", callPrefix, func() { e.storage.refuse("get", tenantPrefix) })
+		_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		assert.Equal(t, 500, status)
+		e.storage.heal()
+		_, status, _ = e.ask(logical.ReadOperation, "tenants/acme/device", nil)
+		assert.Equal(t, 404, status)
+	})
+}
+
+// An attempt can begin while memory keeps a refresh token that an exchange has brought. It cannot while memory keeps a grant, which will end
+// it, also where that grant comes while the service is asked for a device code.
+func TestStartBesideWhatMemoryKeeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access")})
+		e.failPuts()
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, 503, status)
+		require.NotNil(t, e.tenants.named("acme").view.Load().kept)
+		address := e.start(byCode, nil)["authorization_url"].(string)
+		e.storage.heal()
+		e.pass(time.Minute)
+
+		back := e.allowed(address)
+		e.failPuts()
+		e.server.Inject(oauth2test.Fault{Delay: time.Second, Times: 1})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Delay: 3 * time.Second, Times: 1})
+		go e.open(back)
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", nil)
+		require.NotNil(t, e.tenants.named("acme").view.Load().kept)
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "has not taken the new tokens")
+		e.storage.heal()
+		e.pass(time.Minute)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
+	})
+}
+
+// A delete ends the pending attempt of a tenant that does not exist, whatever other attempts there were.
+func TestDeleteEndsThePendingAttemptAmongOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		for _, name := range []string{"a", "b", "c", "d", "e", "f", "g", "h", "i", "j"} { // the order in which a tenant's attempts are looked at is by chance
+			for path, data := range map[string]map[string]any{
+				byPIN:  {"connector": "default", "mobile_number": e.kaizala.PhoneNumber("acme")},
+				byCode: {"connector": "as"},
+			} {
+				_, status, text := e.ask(logical.UpdateOperation, "tenants/"+name+"/"+path, data)
+				require.Equal(t, 200, status, text)
+			}
+			e.ok(logical.DeleteOperation, "tenants/"+name, nil)
+			resp, _, _ := e.ask(logical.ReadOperation, "tenants/"+name+"/authorize", nil)
+			assert.Equal(t, attemptSuperseded, resp.Data["status"], name)
+			_, status, _ := e.ask(logical.UpdateOperation, "tenants/"+name+"/pin", map[string]any{"pin": "123456"})
+			assert.Equal(t, 400, status)
+		}
+		assert.Zero(t, e.pinCalls(redeemPINPath))
+	})
+}
+
+// A tenant is written again while it is being deleted, after its removal: the delete leaves what the write has stored, also if there was an
+// attempt before.
+func TestDeleteLeavesWhatAWriteHasStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.start(byCode, nil)
+		e.addTenant("acme")
+		time.Sleep(time.Minute)
+		reached, release := e.storage.hold("delete", tenantPrefix)
+		deleted := make(chan struct{})
+		go func() {
+			defer close(deleted)
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		}()
+		<-reached
+		token := e.newToken("acme")
+		written := make(chan struct{})
+		go func() {
+			defer close(written)
+			e.write("tenants/acme", map[string]any{"refresh_token": token, "verify": false})
+		}()
+		synctest.Wait()
+		release()
+		<-written
+		<-deleted
+		require.NotNil(t, e.stored("acme"))
+		assert.Equal(t, token, e.stored("acme").RefreshToken)
+	})
+}
+
+// The entry of a tenant's attempts is damaged when the tokens come for a code: the person reads at once that storage failed.
+func TestPageOfAGrantWhoseAttemptIsDamaged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		done := e.codeAtTheService()
+		e.put(attemptKeys+"acme", []byte("{"))
+		begun := time.Now()
+		e.server.ClearFaults()
+		assert.Contains(t, (<-done).text(), "Vault's storage failed: start again.")
+		assert.Less(t, time.Since(begun), time.Second)
+	})
+}
+
+// A tenant is deleted while a code is at the service, and storage does not take the end of the attempt: with revoke_on_delete the refresh
+// token that comes for the code is revoked all the same.
+func TestGrantOfADeletedTenantIsRevokedThoughItsEndIsNotNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"revoke_on_delete": true, "confirm": false})
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob"), "verify": false})
+		done := e.codeAtTheService()
+		brought := e.server.CurrentRefreshToken("jane")
+		require.True(t, e.server.RefreshTokenAlive(brought))
+		e.storage.refuse("put", attemptKeys)
+		_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+		require.Equal(t, 500, status)
+		e.storage.heal()
+		e.server.ClearFaults()
+		assert.Contains(t, (<-done).text(), "out of date")
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(brought))
+		assert.Nil(t, e.stored("acme"))
 	})
 }
