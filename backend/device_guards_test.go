@@ -1,0 +1,144 @@
+package backend
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// An operator writes the tenant while a poll is at the service, and the service answers that the person has not decided, or fails: there is
+// no further poll, and the engine goes on.
+func TestWriteWhileAPollIsAtTheService(t *testing.T) {
+	for name, answer := range map[string]oauth2test.Answer{
+		"pending": {}, "outage": oauth2test.BadGateway, "slow down": {Status: 400, Body: `{"error":"slow_down"}`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				e.start(byDevice, nil)
+				e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Answer: answer, Times: 1})
+				time.Sleep(6 * time.Second)
+				require.Len(t, e.polls(), 1)
+				e.addTenant("acme")
+				time.Sleep(2 * time.Minute)
+				assert.Len(t, e.polls(), 1)
+				assert.Equal(t, attemptSuperseded, e.attemptStatus(byDevice))
+			})
+		})
+	}
+}
+
+// The answer to a poll holds a refresh token beside an access token that cannot be used: the refresh token is stored, because the service
+// gives it once.
+func TestRefreshTokenBesideAnUnusableAccessTokenOfAPoll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		unusable := true
+		e := newGrantEngine(t, func(o *oauth2test.Options) {
+			o.Edit = func(at oauth2test.Endpoint, fields map[string]any) {
+				if at == oauth2test.EndpointToken && unusable {
+					fields["expires_in"] = 0
+				}
+			}
+		})
+		code := e.start(byDevice, nil)["user_code"].(string)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		time.Sleep(6 * time.Second)
+		unusable = false
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+		assert.Len(t, e.polls(), 1)
+		require.NotNil(t, e.stored("acme"))
+		assert.Equal(t, e.server.CurrentRefreshToken("jane"), e.stored("acme").RefreshToken)
+		e.pass(2 * time.Minute)
+		e.read("creds/acme")
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
+
+// The answer to a poll refuses the connector: that outlives the process, which makes no call for other tenants.
+func TestRefusalOfAConnectorByAPollIsStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		e.start(byDevice, nil)
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
+		time.Sleep(6 * time.Second)
+		require.Len(t, e.polls(), 1)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.crash()
+		synctest.Wait()
+		calls := len(e.server.Calls())
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		assert.Equal(t, 400, status)
+		assert.Len(t, e.server.Calls(), calls)
+	})
+}
+
+// The service does not begin a device authorization because of what it was asked: the answer is a 400 that says so, and blames neither the
+// refresh token nor the connector's secret.
+func TestDeviceStartThatTheServiceRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.InvalidScope, Times: 1})
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "invalid_scope")
+		assert.NotContains(t, text, `tenant "acme"`, "there is no such tenant yet")
+	})
+}
+
+// A start that cannot lead to a grant asks nothing of the service: storage cannot say whether there is a tenant, or memory keeps a grant that
+// will end the attempt.
+func TestStartsThatAskNothingOfTheService(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.storage.refuse("get", tenantPrefix)
+		_, status, _ := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		assert.Equal(t, 500, status)
+		assert.Empty(t, e.server.Calls())
+		e.storage.heal()
+
+		e.write("config/as", map[string]any{"confirm": false})
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		back := e.authorize(nil)
+		e.failPuts()
+		e.open(back)
+		require.NotNil(t, e.tenants.named("acme").view.Load().kept)
+		calls := len(e.server.Calls())
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", nil)
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "has not taken the new tokens")
+		assert.Len(t, e.server.Calls(), calls)
+	})
+}
+
+// Requests with a name that nothing can have do not ask storage, which in Vault refuses such keys.
+func TestNamesThatAreNoneAskNoStorage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.pass(time.Minute)
+		e.storage.failWith(func(op, key string) error {
+			if strings.Contains(key, "..") {
+				t.Error(op, key)
+			}
+			return nil
+		})
+		for _, path := range []string{"tenants/a..b", "tenants/a..b/authorize", "tenants/a..b/device", "config/a..b"} {
+			_, status, _ := e.ask(logical.ReadOperation, path, nil)
+			assert.Equal(t, 404, status, path)
+		}
+		for _, path := range []string{"tenants/a..b", "config/a..b"} {
+			_, status, _ := e.try(logical.DeleteOperation, path, nil)
+			assert.Equal(t, 204, status, path)
+		}
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "x", "connector": "a..b"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "the name of a connector has")
+	})
+}
