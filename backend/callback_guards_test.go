@@ -66,6 +66,29 @@ func TestErrorAfterAGrantChangesNothing(t *testing.T) {
 	}
 }
 
+// Access was denied, and storage has not noted that the state is used: a code that comes with the same state is not sent.
+func TestCodeAfterADenialIsNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"confirm": false})
+		back := e.authorize(nil)
+		e.storage.refuse("put", stateKeys)
+		e.open(map[string]any{"state": back["state"], "error": "access_denied"})
+		e.storage.heal()
+		assert.Contains(t, e.open(back).text(), "This link has been used")
+		assert.Zero(t, e.sent(codeGrant))
+		assert.Equal(t, attemptDenied, e.attemptStatus(byCode))
+	})
+	synctest.Test(t, func(t *testing.T) { // with a page that confirms, too
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		e.storage.refuse("put", stateKeys)
+		e.open(map[string]any{"state": back["state"], "error": "access_denied"})
+		e.storage.heal()
+		assert.Contains(t, e.open(back).text(), "This link has been used")
+	})
+}
+
 // Memory keeps a grant that storage does not take: the link cannot be used again meanwhile, because at some services a code that is sent
 // twice ends what it has granted.
 func TestLinkOfAKeptGrantIsUsed(t *testing.T) {

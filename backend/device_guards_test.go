@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -124,9 +123,7 @@ func TestNamesThatAreNoneAskNoStorage(t *testing.T) {
 		e := newGrantEngine(t)
 		e.pass(time.Minute)
 		e.storage.failWith(func(op, key string) error {
-			if strings.Contains(key, "..") {
-				t.Error(op, key)
-			}
+			t.Error(op, key)
 			return nil
 		})
 		for _, path := range []string{"tenants/a..b", "tenants/a..b/authorize", "tenants/a..b/device", "config/a..b"} {
@@ -137,6 +134,7 @@ func TestNamesThatAreNoneAskNoStorage(t *testing.T) {
 			_, status, _ := e.try(logical.DeleteOperation, path, nil)
 			assert.Equal(t, 204, status, path)
 		}
+		e.storage.heal()
 		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "x", "connector": "a..b"})
 		assert.Equal(t, 400, status)
 		assert.Contains(t, text, "the name of a connector has")
