@@ -134,6 +134,10 @@ func TestNamesThatAreNoneAskNoStorage(t *testing.T) {
 			_, status, _ := e.try(logical.DeleteOperation, path, nil)
 			assert.Equal(t, 204, status, path)
 		}
+		for _, path := range []string{"tenants/a..b", "config/a..b"} {
+			_, status, _ := e.try(logical.UpdateOperation, path, map[string]any{"refresh_token": "x", "connector_id": "i"})
+			assert.Equal(t, 400, status, path)
+		}
 		e.storage.heal()
 		_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "x", "connector": "a..b"})
 		assert.Equal(t, 400, status)

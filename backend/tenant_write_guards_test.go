@@ -45,16 +45,23 @@ func TestWriteEndsAnExchangeThatIsOwed(t *testing.T) {
 	})
 }
 
-// A write of a refresh token that is not verified has the older access token revoked at once, not with the next tick.
+// A write that is not verified has the older access token revoked at once, not with the next tick.
 func TestUnverifiedWriteRevokesAtOnce(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e := newOAuthEngine(t, oauth2test.ClassA, classA)
-		e.add("acme", nil)
-		token := e.read("token/acme")["access_token"].(string)
-		e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "eve"), "verify": false})
-		synctest.Wait()
-		assert.False(t, e.server.Alive(token))
-	})
+	for _, field := range []string{"refresh_token", "connector"} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret})
+			e.add("acme", nil)
+			token := e.read("token/acme")["access_token"].(string)
+			value := "other"
+			if field == "refresh_token" {
+				value = e.server.Grant(e.clientID, "eve")
+			}
+			e.write("tenants/acme", map[string]any{field: value, "verify": false})
+			synctest.Wait()
+			assert.False(t, e.server.Alive(token), field)
+		})
+	}
 }
 
 // The service has replaced the refresh token of a verified write, and its access token cannot be used: the write is stored, and its answer
