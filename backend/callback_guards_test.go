@@ -165,3 +165,13 @@ func TestOtherReadsGetNoPage(t *testing.T) {
 		}
 	})
 }
+
+// A connector's own callback answers a browser with a page, too, for what is wrong in its address.
+func TestPageOfAConnectorsCallbackForWhatIsGivenTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		p := e.visit(logical.ReadOperation, "callback/as", map[string]any{"state": []any{"a", "b"}, "code": "c"})
+		assert.Equal(t, 400, p.status)
+		assert.Contains(t, p.text(), "Something is missing")
+	})
+}

@@ -225,3 +225,20 @@ func TestConfigChangeBehindAHangingConfigWrite(t *testing.T) {
 		})
 	}
 }
+
+// The entry of a tenant is in doubt and damaged: that does not prevent the delete of a connector.
+func TestDamagedTenantInDoubtKeepsNoConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassB, classB)
+		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": "i", "connector_secret": "s"})
+		e.waitForIndex()
+		e.add("acme", nil)
+		e.storage.refuse("put", tenantPrefix)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "other", "verify": false})
+		require.Equal(t, 500, status)
+		e.storage.heal()
+		e.put(tenantPrefix+"acme", []byte("{"))
+		_, status, text := e.try(logical.DeleteOperation, "config/other", nil)
+		assert.Equal(t, 204, status, text)
+	})
+}

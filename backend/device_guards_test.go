@@ -144,3 +144,14 @@ func TestNamesThatAreNoneAskNoStorage(t *testing.T) {
 		assert.Contains(t, text, "the name of a connector has")
 	})
 }
+
+// The service does not answer the start of a device authorization: the answer is a 503 that says so.
+func TestDeviceStartThatTheServiceDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Hang: true})
+		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "has not answered in time: try again")
+	})
+}
