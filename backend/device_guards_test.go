@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -38,10 +39,11 @@ func TestWriteWhileAPollIsAtTheService(t *testing.T) {
 // gives it once.
 func TestRefreshTokenBesideAnUnusableAccessTokenOfAPoll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		unusable := true
+		var unusable atomic.Bool
+		unusable.Store(true)
 		e := newGrantEngine(t, func(o *oauth2test.Options) {
 			o.Edit = func(at oauth2test.Endpoint, fields map[string]any) {
-				if at == oauth2test.EndpointToken && unusable {
+				if at == oauth2test.EndpointToken && unusable.Load() {
 					fields["expires_in"] = 0
 				}
 			}
@@ -49,7 +51,7 @@ func TestRefreshTokenBesideAnUnusableAccessTokenOfAPoll(t *testing.T) {
 		code := e.start(byDevice, nil)["user_code"].(string)
 		require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		time.Sleep(6 * time.Second)
-		unusable = false
+		unusable.Store(false)
 		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
 		assert.Len(t, e.polls(), 1)
 		require.NotNil(t, e.stored("acme"))
