@@ -488,6 +488,25 @@ func TestOAuthTokenEndsWhileTheConnectorIsRefused(t *testing.T) {
 	})
 }
 
+// The service wants no call for ten hours, and a token ends meanwhile: its revocation is not pending any more, and its connector can be
+// deleted.
+func TestOAuthTokenEndsDuringAPause(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.AccessTokenLife = 5 * time.Minute }, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Times: 1, Answer: oauth2test.TooManyRequests(10 * time.Hour)})
+		e.revoke(lease)
+		e.pass(2 * time.Minute)
+		assert.EqualValues(t, 1, e.pending("acme"))
+		e.pass(4 * time.Minute)
+		assert.Nil(t, e.pending("acme"))
+		assert.Len(t, e.revocations(), 1)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.ok(logical.DeleteOperation, "config", nil)
+	})
+}
+
 // A write of a refresh token whose revocation is pending fails if it cannot delete the intent: the tenant is not written, and the
 // refresh token is revoked.
 func TestOAuthRefreshTokenThatCannotBeSpared(t *testing.T) {

@@ -600,7 +600,7 @@ func (r *revocations) call(i *intent, class share.Class) {
 	switch {
 	case err == nil, errors.Is(err, errBeingWritten):
 	case errors.As(err, &limit):
-		i.next = limit.Until
+		i.next = earliest(limit.Until, i.Expires) // once its token has ended, it waits for nothing
 	default:
 		i.rest = min(max(2*i.rest, time.Second), longestRevocationRest)
 		i.next = time.Now().Add(i.rest)
