@@ -513,6 +513,52 @@ func TestOAuthLastMoments(t *testing.T) {
 	}
 }
 
+// slowConnection makes the connections to one URL take a while. Nothing of a request is sent before.
+type slowConnection struct {
+	http.RoundTripper
+	to    string
+	takes time.Duration
+}
+
+func (s *slowConnection) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.String() == s.to {
+		select {
+		case <-r.Context().Done():
+			return nil, r.Context().Err()
+		case <-time.After(s.takes):
+		}
+	}
+	return s.RoundTripper.RoundTrip(r)
+}
+
+// slowRevocations starts the engine anew, with slow connections to the revocation endpoint.
+func (e *oauthEngine) slowRevocations(takes time.Duration) {
+	e.stop()
+	e.wire = func() http.RoundTripper {
+		return &slowConnection{e.server.Transport(), e.server.RevocationURL(), takes}
+	}
+	e.start()
+}
+
+// A token whose last 5 seconds begin while its revocation is being connected is not sent. Its revocation is not pending any more.
+func TestOAuthTokenEndsWhileItsRevocationConnects(t *testing.T) {
+	for left, calls := range map[time.Duration]int{12 * time.Second: 0, 14 * time.Second: 1} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.RevokeExpiredEndsGrant = true }, classA)
+			e.slowRevocations(8 * time.Second)
+			e.add("acme", map[string]any{"token_per_lease": true})
+			lease := e.lease("acme")
+			time.Sleep(time.Hour - left)
+			e.revoke(lease)
+			e.pass(time.Minute)
+			assert.Len(t, e.revocations(), calls)
+			assert.Nil(t, e.pending("acme"))
+			e.write("tenants/acme/refresh", nil)
+			e.kept()
+		})
+	}
+}
+
 // A write gives a tenant token_per_lease while a config write takes from its connector the revocation that token_per_lease needs: the
 // config write is refused.
 func TestTokenPerLeaseMeetsAConfigWrite(t *testing.T) {

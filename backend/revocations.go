@@ -635,7 +635,10 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	if class == share.Revocation {
 		p.want.Wait = hopPatience
 	}
-	err = revoker.Revoke(r.ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
+	// The connection may take a while: a request that cannot be sent before the token's last moments is not sent.
+	ctx, cancel := context.WithDeadline(r.ctx, i.Expires)
+	defer cancel()
+	err = revoker.Revoke(ctx, i.Token, i.Type, func(ctx context.Context) (func(), error) {
 		done, err := p.permit(ctx)
 		if err != nil {
 			return nil, err
