@@ -353,9 +353,12 @@ func (b *backend) changeSettings(ctx context.Context, name string, change *tenan
 // replaceTokens writes a refresh token or a connector, once what can be known beforehand speaks for it, and the service does.
 func (b *backend) replaceTokens(ctx context.Context, name string, change *tenantChange) error {
 	if change.refreshToken != nil {
-		end := b.revocations.beginWrite(*change.refreshToken)
+		end, err := b.revocations.beginWrite(ctx, *change.refreshToken)
 		defer func() { b.endWrite(change, end) }()
-		if err := b.revocations.load(ctx); err != nil { // which the write needs when it is stored
+		if err == nil {
+			err = b.revocations.load(ctx) // which the write needs when it is stored
+		}
+		if err != nil {
 			return err
 		}
 	}

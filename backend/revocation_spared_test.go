@@ -289,6 +289,51 @@ func TestOAuthRevocationThatWaitsBesideAWrite(t *testing.T) {
 	}
 }
 
+// A refresh token is written while the call that revokes it is under way: the write waits for the end of that. So the verification shows
+// whether the service has revoked the token. Where the call has failed, the token is not revoked any more.
+func TestOAuthWriteWhileItsRefreshTokenIsBeingRevoked(t *testing.T) {
+	for name, c := range map[string]struct {
+		takes   time.Duration
+		fails   bool
+		verify  bool
+		status  int
+		waits   time.Duration
+		revoked bool
+	}{
+		"the service revokes it":                   {300 * time.Millisecond, false, true, 400, 200 * time.Millisecond, true},
+		"the call fails":                           {300 * time.Millisecond, true, true, 204, 200 * time.Millisecond, false},
+		"the service revokes it; no verification":  {300 * time.Millisecond, false, false, 204, 200 * time.Millisecond, true},
+		"the call fails; no verification":          {300 * time.Millisecond, true, false, 204, 200 * time.Millisecond, false},
+		"the call outlasts the writer":             {9500 * time.Millisecond, false, true, 503, 9 * time.Second, true},
+		"the call fails and outlasts the writer":   {9500 * time.Millisecond, true, true, 503, 9 * time.Second, true},
+		"the call outlasts the writer; unverified": {9500 * time.Millisecond, false, false, 503, 9 * time.Second, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, revokeAll)
+				e.server.Set(func(o *oauth2test.Options) { o.Rotation = oauth2test.RotateNever })
+				e.slowRevocations(c.takes)
+				e.add("z", nil)
+				token := e.held("z")
+				e.ok(logical.DeleteOperation, "tenants/z", nil)
+				if c.fails {
+					e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointRevocation, Answer: oauth2test.BadGateway, Times: 1})
+				}
+				time.Sleep(100 * time.Millisecond)
+				begun := time.Now()
+				assert.Equal(t, c.status, e.rewrite("z", token, c.verify))
+				assert.Equal(t, c.waits, time.Since(begun))
+				assert.Equal(t, c.status == http.StatusNoContent, e.stored("z") != nil)
+				assert.Equal(t, !c.revoked, e.livesOn(token))
+				assert.Nil(t, e.read("config")["pending_revocations"])
+				e.backend.revocations.mu.Lock()
+				assert.Empty(t, e.backend.revocations.writes)
+				e.backend.revocations.mu.Unlock()
+			})
+		})
+	}
+}
+
 // Storage does not list what waits for its revocation: the service is not asked, because the result could not be stored.
 func TestOAuthWriteWhileRevocationsCannotBeRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {

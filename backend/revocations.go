@@ -260,11 +260,25 @@ func (r *revocations) add(i *intent) {
 }
 
 // beginWrite notes that a refresh token is being written. Until the caller calls end, no call to revoke it begins: the service may be
-// verifying it.
-func (r *revocations) beginWrite(token string) (end func()) {
+// verifying it. beginWrite waits for the end of a call that has begun, so that the service does not accept a token which is revoked a
+// moment later.
+func (r *revocations) beginWrite(ctx context.Context, token string) (end func(), err error) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.writes[token]++
+	var calls []<-chan struct{}
+	for i := range r.calls {
+		if i.isToRevoke(token) {
+			calls = append(calls, i.under)
+		}
+	}
+	r.mu.Unlock()
+	for _, call := range calls {
+		select {
+		case <-call:
+		case <-ctx.Done():
+			err = tryAgain("the refresh token is being revoked at its service, because a tenant that had it was deleted: nothing of this write was stored; write again in a minute")
+		}
+	}
 	return func() {
 		r.mu.Lock()
 		if r.writes[token]--; r.writes[token] == 0 {
@@ -272,7 +286,12 @@ func (r *revocations) beginWrite(token string) (end func()) {
 		}
 		r.mu.Unlock()
 		r.wakeAll()
-	}
+	}, err
+}
+
+// isToRevoke says whether the intent is to revoke this refresh token.
+func (i *intent) isToRevoke(token string) bool {
+	return i.Type == tokenservice.TypeRefreshToken && i.Token == token
 }
 
 // spare deletes the intents of a refresh token, because a write of the token is about to be stored.
@@ -301,7 +320,7 @@ func (r *revocations) disarm(token string) (found []*intent) {
 	defer r.mu.Unlock()
 	for _, of := range r.intents {
 		for _, i := range of {
-			if i.Type == tokenservice.TypeRefreshToken && i.Token == token {
+			if i.isToRevoke(token) {
 				i.spared = true
 				found = append(found, i)
 			}
