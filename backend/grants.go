@@ -502,6 +502,8 @@ const grantTries = 6
 // it, or else by an exchange.
 func (b *backend) storeGrant(a *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
 	token := r.RefreshToken
+	end, _ := b.revocations.beginWrite(b.ctx, token) // where the engine stops, the grant is stored without a wait
+	defer end()
 	change := &tenantChange{
 		refreshToken: &token, connector: &a.Connector, verify: true, lineage: a.Next,
 		grant: &grantOf{by: a.By, at: time.Now().UTC().Truncate(time.Millisecond), subject: r.Subject, from: a.Lineage, to: via.entry.ConnectorID, facts: r.Facts},

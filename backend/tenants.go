@@ -632,8 +632,8 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():
 		t.keep(o)
-		if o.refreshToken != "" {
-			ts.revocations.disarm(o.sent) // a revocation of the token that the service has replaced ends the grant
+		if o.refreshToken != "" || o.granted() {
+			ts.revocations.disarm(o.sent) // a revocation of the token that was sent or granted would end the grant
 		}
 		return keptTrouble(t.name)
 	case next != nil:
