@@ -479,7 +479,9 @@ func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Re
 		return
 	}
 	// Where storage fails, the token lives to its end.
-	_ = b.revocations.giveUp(b.ctx, via.name, tenant, &accessEntry{Token: r.AccessToken.Token, Generation: rand.Text(), Expires: r.AccessToken.Expires})
+	_ = b.revocations.giveUp(b.ctx, via.name, tenant, &accessEntry{
+		Token: r.AccessToken.Token, Generation: rand.Text(), Obtained: r.Sent, Expires: r.AccessToken.Expires,
+	})
 	b.revocations.wake(via.name)
 }
 

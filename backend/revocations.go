@@ -48,6 +48,8 @@ type intent struct {
 	Token   string                 `json:"token"`
 	Type    tokenservice.TokenType `json:"type"`
 	Expires time.Time              `json:"expires"` // no call after
+	// Obtained is when the exchange was sent that has brought an access token. It is zero in older entries.
+	Obtained time.Time `json:"obtained,omitzero"`
 	// Lineage is of the tenant that was to be deleted with its refresh token; "": none was, or it comes from version 0.1.0.
 	Lineage string `json:"lineage,omitempty"`
 
@@ -72,6 +74,7 @@ type held struct {
 	Connector string    `json:"connector"`
 	Token     string    `json:"token"`
 	Expires   time.Time `json:"expires"`
+	Obtained  time.Time `json:"obtained,omitzero"` // as the intent's
 }
 
 // revocations owns the tokens that are to be revoked at services, and those that may have to be.
@@ -141,7 +144,7 @@ func (r *revocations) giveUp(ctx context.Context, connector, tenant string, a *a
 }
 
 func intentOf(tenant string, a *accessEntry) *intent {
-	return &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments)}
+	return &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments), Obtained: a.Obtained}
 }
 
 // remember has an access token revoked that storage has not taken an intent for: this process does it, or the next one finds
@@ -366,12 +369,30 @@ func (r *revocations) hold(ctx context.Context, connector, tenant string, a *acc
 	r.mu.Lock()
 	r.records[key] = held{Connector: connector, Expires: a.Expires} // before the write: storage may take the record and report an error
 	r.mu.Unlock()
-	return putEntry(ctx, r.storage, heldPrefix+key, &held{Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires})
+	return putEntry(ctx, r.storage, heldPrefix+key, &held{
+		Format: entryFormat, Own: own, Connector: connector, Token: a.Token, Expires: a.Expires, Obtained: a.Obtained,
+	})
+}
+
+// record reads the record of a token, nil where there is none.
+func (r *revocations) record(ctx context.Context, key string) (*held, error) {
+	h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
+	if h != nil {
+		correctLife(&h.Obtained, &h.Expires)
+	}
+	return h, err
+}
+
+// correctLife makes the life of a token begin now which begins in the future by what storage has: the host's clock was wrong then.
+func correctLife(obtained, expires *time.Time) {
+	if ahead := time.Until(*obtained); ahead > 0 {
+		*obtained, *expires = obtained.Add(-ahead), expires.Add(-ahead)
+	}
 }
 
 // holds says whether the record of a token is in storage.
 func (r *revocations) holds(ctx context.Context, tenant, generation string) (bool, error) {
-	h, err := getEntry[held](ctx, r.storage, heldPrefix+tenant+"/"+generation)
+	h, err := r.record(ctx, tenant+"/"+generation)
 	return h != nil, err
 }
 
@@ -379,11 +400,12 @@ func (r *revocations) holds(ctx context.Context, tenant, generation string) (boo
 // there is nothing to revoke.
 func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string) (connector string, err error) {
 	key := tenant + "/" + generation
-	h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
+	h, err := r.record(ctx, key)
 	if h == nil {
 		return "", err
 	}
-	if err := r.giveUp(ctx, h.Connector, tenant, &accessEntry{Token: h.Token, Generation: generation, Expires: h.Expires}); err != nil {
+	a := &accessEntry{Token: h.Token, Generation: generation, Obtained: h.Obtained, Expires: h.Expires}
+	if err := r.giveUp(ctx, h.Connector, tenant, a); err != nil {
 		return "", err
 	}
 	return h.Connector, r.release(ctx, key)
@@ -397,7 +419,7 @@ func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
 		return storageError(err)
 	}
 	for _, generation := range generations {
-		h, err := getEntry[held](ctx, r.storage, heldPrefix+tenant+"/"+generation)
+		h, err := r.record(ctx, tenant+"/"+generation)
 		if err != nil && !errors.Is(err, errUnreadable) {
 			return err
 		}
@@ -795,6 +817,10 @@ func (r *revocations) load(ctx context.Context) error {
 		}
 		i.connector, i.id, _ = strings.Cut(key, "/")
 		i.isDeleted = r.isGone(i)
+		correctLife(&i.Obtained, &i.Expires)
+		if i.Type == tokenservice.TypeRefreshToken {
+			i.Expires = earliest(i.Expires, time.Now().Add(refreshTokenTries))
+		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again. One that was
@@ -811,7 +837,7 @@ func (r *revocations) load(ctx context.Context) error {
 		return err
 	}
 	err = forEach(keys, func(key string) error {
-		h, err := getEntry[held](ctx, r.storage, heldPrefix+key)
+		h, err := r.record(ctx, key)
 		if h == nil {
 			return ignoreUnusable(err)
 		}

@@ -1,0 +1,121 @@
+package backend
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// restartAfterAWrongClock starts the engine anew, as if the host's clock had been ten years ahead when storage took the entries below a
+// prefix.
+func (e *oauthEngine) restartAfterAWrongClock(prefix string) {
+	e.t.Helper()
+	e.stop()
+	keys, err := logical.CollectKeys(e.t.Context(), logical.NewStorageView(e.storage.InmemStorage, prefix))
+	require.NoError(e.t, err)
+	require.Len(e.t, keys, 1)
+	ahead := strings.ReplaceAll(e.get(prefix+keys[0]), `"2000-`, `"2010-`)
+	e.put(prefix+keys[0], []byte(ahead))
+	e.start()
+}
+
+// connectorIsFree says whether nothing needs the connector any more, by deleting it.
+func (e *oauthEngine) connectorIsFree() bool {
+	_, status, _ := e.try(logical.DeleteOperation, "config", nil)
+	return status == 204
+}
+
+// An access token that was given up while the clock was wrong is tried to be revoked for as long as it lives, and a refresh token for a day.
+func TestIntentOfAWrongClock(t *testing.T) {
+	for name, c := range map[string]struct {
+		giveUp func(*oauthEngine)
+		until  time.Duration
+	}{
+		"an access token": {func(e *oauthEngine) {
+			e.revoke(e.lease("acme"))
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		}, time.Hour},
+		"an access token for one lease": {func(e *oauthEngine) {
+			e.write("tenants/acme", map[string]any{"token_per_lease": true})
+			e.revoke(e.lease("acme"))
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		}, time.Hour},
+		"a refresh token": {func(e *oauthEngine) {
+			e.write("config", map[string]any{"revoke_on_delete": true})
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		}, day},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.write("tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
+				e.waitForIndex()
+				e.revocationFails()
+				c.giveUp(e)
+				e.restartAfterAWrongClock(intentPrefix)
+				e.pass(c.until - 5*time.Minute)
+				assert.Equal(t, 1, e.read("config")["pending_revocations"])
+				e.pass(10 * time.Minute)
+				assert.Nil(t, e.read("config")["pending_revocations"])
+				assert.True(t, e.connectorIsFree())
+			})
+		})
+	}
+}
+
+// The record of an access token that came while the clock was wrong is kept for as long as the token lives. So is the intent that the end of
+// its lease makes of the record, after a restart too.
+func TestRecordOfAWrongClock(t *testing.T) {
+	for _, revoked := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassA, classA)
+			e.add("acme", map[string]any{"token_per_lease": true})
+			e.waitForIndex()
+			e.revocationFails()
+			lease := e.lease("acme")
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.restartAfterAWrongClock(heldPrefix)
+			if revoked {
+				e.revoke(lease)
+			}
+			e.pass(50 * time.Minute)
+			if revoked {
+				e.restart()
+				e.pass(5 * time.Minute)
+			}
+			assert.False(t, e.connectorIsFree())
+			e.pass(20 * time.Minute)
+			assert.NotContains(t, e.storedText(), accessTokenOf(lease))
+			assert.True(t, e.connectorIsFree())
+		})
+	}
+}
+
+// The intent of an access token that a grant has brought too late says when the token's life began, too.
+func TestIntentOfAGrantSaysWhenItsTokenCame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("config/as", map[string]any{"revocation": "access_token", "exchange_invalidates": false})
+		back := e.authorize(nil)
+		e.server.Inject(oauth2test.Fault{Delay: 3 * time.Second, Times: 1})
+		go func() {
+			time.Sleep(time.Second)
+			e.ok(logical.DeleteOperation, "tenants/acme", nil)
+			e.storage.refuse("delete", intentPrefix)
+		}()
+		e.confirm(back)
+		keys, err := e.storage.List(t.Context(), intentPrefix+"as/")
+		require.NoError(t, err)
+		require.Len(t, keys, 1)
+		i, err := getEntry[intent](t.Context(), e.storage, intentPrefix+"as/"+keys[0])
+		require.NoError(t, err)
+		assert.Equal(t, time.Hour, i.Expires.Add(lastMoments).Sub(i.Obtained))
+	})
+}
