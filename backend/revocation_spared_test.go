@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -332,6 +333,33 @@ func TestOAuthWriteWhileItsRefreshTokenIsBeingRevoked(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The revocation's call waits to be noted when a write of its refresh token begins, and is noted while storage is deleting the intent for the
+// write. Storage refuses that, so nothing is written: the token is revoked.
+func TestOAuthRevocationBesideAWriteThatCannotSpareItsToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e, token := newEngineWithDeletedTenant(t)
+		e.server.ClearFaults()
+		noting, noted := make(chan struct{}), make(chan struct{})
+		e.storage.surround(func(op, key string, do func() error) error {
+			switch {
+			case op == "put" && strings.HasPrefix(key, callPrefix):
+				close(noting)
+				<-noted
+			case op == "delete" && strings.HasPrefix(key, intentPrefix):
+				e.storage.heal()
+				close(noted)
+				time.Sleep(time.Second)
+				return errStorage
+			}
+			return do()
+		})
+		<-noting
+		assert.Equal(t, http.StatusInternalServerError, e.rewrite("z", token, false))
+		assert.False(t, e.livesOn(token))
+		assert.NotContains(t, e.storedText(), intentPrefix)
+	})
 }
 
 // Storage does not list what waits for its revocation: the service is not asked, because the result could not be stored.

@@ -710,10 +710,10 @@ func (r *revocations) begin(i *intent) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
+	case r.isBeingWritten(i): // it is spared if the write is stored
+		return errBeingWritten
 	case i.spared || !time.Now().Before(i.Expires):
 		return errNotWanted
-	case r.isBeingWritten(i):
-		return errBeingWritten
 	}
 	r.calls[i] = time.Now()
 	return nil
