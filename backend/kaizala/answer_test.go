@@ -335,7 +335,7 @@ func TestRefusals(t *testing.T) {
 		{"InvalidToken and junk", invalidToken + bodyCanary, []int{200, 401}, tokenservice.Unavailable, ""},
 		{"InvalidToken in a list", "[" + invalidToken + "]", []int{200, 401}, tokenservice.Unavailable, ""},
 		{"a proxy's HTML", "<html>" + bodyCanary, []int{200, 301, 302, 303, 304, 400, 401, 403, 404, 407, 500, 502, 503}, tokenservice.Unavailable, ""},
-		{"nothing", "", []int{200, 204, 400, 401, 500}, tokenservice.Unavailable, ""},
+		{"nothing", "", []int{101, 200, 204, 400, 401, 500}, tokenservice.Unavailable, ""},
 		{"null", "null", []int{200, 400}, tokenservice.Unavailable, ""},
 	} {
 		for _, status := range c.status {

@@ -362,6 +362,7 @@ func TestExchangeFailures(t *testing.T) {
 		{"a redirect that keeps the method", 307, "", unavailable, "", false, "redirects"},
 		{"HTML", 404, "<html>" + bodyCanary, unavailable, "", false, "neither JSON nor a form"},
 		{"nothing", 401, "", unavailable, "", false, "neither JSON nor a form"},
+		{"nothing", 101, "", unavailable, "", false, "HTTP status 101 and neither JSON nor a form"},
 
 		{"", 400, code("invalid_scope"), refused, "invalid_scope", false,
 			"The authorization server as.example.com refuses the request (HTTP status 400, invalid_scope) and says neither that the refresh token nor that the connector is wrong. The operator has to check the connector's settings there and here."},

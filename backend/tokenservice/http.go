@@ -107,7 +107,7 @@ type Answer struct {
 	// Status is 0 where nothing arrived.
 	Status int
 	Header http.Header
-	// Body holds at most MaxAnswerBytes and a byte. It is not read with a 307 or 308.
+	// Body holds at most MaxAnswerBytes and a byte. It is not read with a 101, 307 or 308.
 	Body []byte
 	// Broken says in a whole sentence why Body is not all that was sent; "" when it is.
 	Broken string
@@ -158,7 +158,9 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	a.Status, a.Header = resp.StatusCode, resp.Header
-	if a.Status == http.StatusPermanentRedirect || a.Status == http.StatusTemporaryRedirect {
+	switch a.Status {
+	case http.StatusPermanentRedirect, http.StatusTemporaryRedirect,
+		http.StatusSwitchingProtocols: // Go's body of a 101 is the connection itself, whose reads do not end with the context
 		return a, nil
 	}
 	a.Body, err = io.ReadAll(io.LimitReader(resp.Body, MaxAnswerBytes+1))

@@ -134,6 +134,28 @@ func TestNoRedirectIsFollowed(t *testing.T) {
 	}
 }
 
+// A service that switches protocols, though nobody has asked for that, and then says no more: its answer has no body, and the connection
+// is closed.
+func TestSwitchedProtocols(t *testing.T) {
+	held := make(chan error, 1)
+	a, err := served(t, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		conn, _, err := http.NewResponseController(w).Hijack()
+		assert.NoError(t, err)
+		defer conn.Close()
+		assert.NoError(t, conn.SetReadDeadline(time.Now().Add(3*time.Second)))
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+		_, err = conn.Read(make([]byte, 1))
+		held <- err
+	}).Do(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, http.StatusSwitchingProtocols, a.Status)
+	assert.Empty(t, a.Body)
+	assert.Empty(t, a.Broken)
+	assert.False(t, a.Lost)
+	assert.Equal(t, io.EOF, <-held, "the client closes the connection")
+}
+
 // A request on a connection that breaks must not be sent again without a permit.
 func TestOneRequestForOnePermit(t *testing.T) {
 	var requests atomic.Int32
