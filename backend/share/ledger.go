@@ -94,7 +94,8 @@ func (c *Call) Note(ctx context.Context) error {
 	}
 	n := s.gathering
 	if n == nil {
-		n = &note{place: s.places.take()}
+		n = &note{}
+		s.places.take(n)
 		s.gathering = n
 		if s.writes > 0 {
 			time.AfterFunc(gather, s.writeGathered) // even if the write that is under way hangs
@@ -133,9 +134,9 @@ func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
 	n := c.note
-	if c.at.IsZero() || n.counted == 0 {
+	if c.at.IsZero() || s.places.taken[n.place] != n {
 		s.mu.Unlock()
-		return // the note does not have the next process ask about the call, or its place may be another note's by now
+		return // the note does not have the next process ask about the call, or its place is not the note's any more
 	}
 	c.at = time.Time{}
 	w := n.join()
@@ -228,7 +229,7 @@ func (s *Share) write(n *note) {
 // vacate gives the note's place back, unless a call of it counts, or a write of it is under way or to come. The caller holds s.mu.
 func (s *Share) vacate(n *note) {
 	if n.counted == 0 && n.writing == nil && n.next == nil {
-		s.places.give(n.place)
+		s.places.give(n)
 	}
 }
 
@@ -449,7 +450,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			if !e.Until.After(now) {
 				continue
 			}
-			s.places.taken[place] = true
+			s.places.taken[place] = n
 			n.counted++
 			calls = append(calls, &Call{
 				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,

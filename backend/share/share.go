@@ -124,7 +124,7 @@ func New(storage logical.Storage, connector string) *Share {
 		pausing: make(chan struct{}, 1),
 		limit:   1,
 		tenants: map[string]*tally{},
-		places:  places{taken: map[int]bool{}},
+		places:  places{taken: map[int]*note{}},
 		noted:   map[int]time.Time{},
 
 		unsettled: map[string]time.Time{},
@@ -470,33 +470,37 @@ func (p *plan) frees(t *tally, k int) time.Time {
 	return p.now.Add(Window)
 }
 
-// places numbers the calls that count. A number is used again, so that storage holds few entries.
+// places numbers the notes of calls that count. A number is used again, so that storage holds few entries.
 type places struct {
-	taken map[int]bool
+	// taken is the note at each place. Where another node has written one at the place of a note of this node, recall gives the place to that.
+	taken map[int]*note
 	free  []int // given back; take skips one that recall has taken since
 	next  int   // every number below has been taken at least once
 }
 
-func (p *places) take() int {
+func (p *places) take(n *note) {
 	for len(p.free) > 0 {
-		n := p.free[len(p.free)-1]
+		n.place = p.free[len(p.free)-1]
 		p.free = p.free[:len(p.free)-1]
-		if !p.taken[n] {
-			p.taken[n] = true
-			return n
+		if p.taken[n.place] == nil {
+			p.taken[n.place] = n
+			return
 		}
 	}
-	for p.taken[p.next] {
+	for p.taken[p.next] != nil {
 		p.next++
 	}
-	p.taken[p.next] = true
+	n.place = p.next
+	p.taken[n.place] = n
 	p.next++
-	return p.next - 1
 }
 
-func (p *places) give(n int) {
-	delete(p.taken, n)
-	p.free = append(p.free, n)
+// give gives a note's place back, if it is still that note's.
+func (p *places) give(n *note) {
+	if p.taken[n.place] == n {
+		delete(p.taken, n.place)
+		p.free = append(p.free, n.place)
+	}
 }
 
 func latest(a, b time.Time) time.Time {
