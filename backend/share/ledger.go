@@ -102,7 +102,7 @@ func (c *Call) Note(ctx context.Context) error {
 		}
 	}
 	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
-	n.until = now.Add(s.timeout + Window)
+	n.until = now.Add(s.span())
 	s.noted[n.place] = n.until
 	w := n.join()
 	if s.writes == 0 || len(n.calls) == mostCalls {
@@ -119,6 +119,12 @@ func (c *Call) Note(ctx context.Context) error {
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
 	return err
+}
+
+// span is how long a call counts in the next process, from when its caller began to note it. The request begins once storage has the note,
+// and takes s.timeout at most.
+func (s *Share) span() time.Duration {
+	return gather + storeWithin + s.timeout + Window
 }
 
 // Cancel is Withdraw for a call that was noted and is not made after all. It notes, too, that the next process need not ask what became of
@@ -454,7 +460,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			n.counted++
 			calls = append(calls, &Call{
 				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
-				at:    e.Until.Add(-Window - s.timeout).Truncate(time.Millisecond),
+				at:    e.Until.Add(-s.span()).Truncate(time.Millisecond),
 				frees: bounded(e.Until, Window), // the process that made it has ended by now
 			})
 		}

@@ -111,6 +111,10 @@ func noted(t *testing.T, s *Share, want Want) *Call {
 	return c
 }
 
+// counts is how long a call counts in the next process, from when it was noted: its request may begin as late as storage may take its note,
+// and take as long as it may.
+const counts = gather + storeWithin + timeout + Window
+
 func ahead(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.RFC3339Nano) }
 
 // The stored form is that of version 0.1.0: each version reads what the other has written.
@@ -118,7 +122,7 @@ func TestStoredForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
 		s := from(t, &storage, 10)
-		until, at := ahead(timeout+Window), ahead(0)
+		until, at := ahead(counts), ahead(0)
 		noted(t, s, Want{Tenant: "acme"})
 		noted(t, s, Want{Tenant: "acme", Hop: true})
 		noted(t, s, Want{Tenant: "acme", Class: Background})
@@ -185,9 +189,9 @@ func TestRecalled(t *testing.T) {
 		assert.Zero(t, s.Recalled("acme", first.Add(time.Second)))
 		assert.Zero(t, s.Recalled("other", time.Time{}))
 
-		time.Sleep(timeout + 20*time.Second)
+		time.Sleep(counts - Window + 10*time.Second)
 		s = from(t, &storage, 100)
-		assert.Equal(t, first.Add(time.Second+timeout+Window).UTC(), s.Recalled("acme", first).UTC())
+		assert.Equal(t, first.Add(time.Second+counts).UTC(), s.Recalled("acme", first).UTC())
 	})
 }
 
@@ -227,18 +231,19 @@ func TestRestart(t *testing.T) {
 		noted(t, s, Want{Tenant: "acme", Hop: true}).End()
 		noted(t, s, Want{Class: Housekeeping}).End()
 		noted(t, s, Want{Class: Housekeeping}).End()
-		time.Sleep(2 * timeout)
+		const left = 49 * time.Second
+		time.Sleep(counts - left - time.Second)
 		noted(t, s, Want{Tenant: "acme"}) // it runs when the process dies
 		time.Sleep(time.Second)
 
 		// In the next process all these calls count until the time in their notes, also those that ended earlier.
 		s = from(t, &storage, 10)
-		refused(t, s, Want{Tenant: "acme"}, Window+timeout-21*time.Second)
-		refused(t, s, Want{Class: Housekeeping}, Window+timeout-21*time.Second)
+		refused(t, s, Want{Tenant: "acme"}, left)
+		refused(t, s, Want{Class: Housekeeping}, left)
 		spend(t, s, 5)
-		refused(t, s, Want{}, Window+timeout-21*time.Second)
+		refused(t, s, Want{}, left)
 		assert.Equal(t, map[int]bool{0: true, 1: true, 2: true, 3: true, 4: true}, held(s))
-		time.Sleep(Window + timeout - 21*time.Second)
+		time.Sleep(left)
 		take(t, s, Want{Class: Housekeeping})
 		take(t, s, Want{Class: Housekeeping})
 		take(t, s, Want{Tenant: "acme"})
@@ -249,12 +254,28 @@ func TestRestart(t *testing.T) {
 	})
 }
 
+// Storage takes half a minute to take the note of a call, whose request begins after that and takes as long as it may: the next process
+// counts the call until a Window after its end.
+func TestCallThatIsNotedSlowly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 1)
+		storage.slow(storeWithin - 1)
+		call := noted(t, s, Want{})
+		time.Sleep(timeout - time.Millisecond)
+		call.End()
+		time.Sleep(Window - time.Second)
+		_, err := from(t, &storage, 1).Take(t.Context(), Want{})
+		assert.Error(t, err)
+	})
+}
+
 func TestCallThatNoLongerMattersIsNotCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var storage store
 		c := noted(t, from(t, &storage, 1), Want{})
 		c.End()
-		time.Sleep(Window + timeout)
+		time.Sleep(counts)
 		spend(t, from(t, &storage, 1), 1)
 	})
 }

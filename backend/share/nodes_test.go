@@ -17,7 +17,7 @@ func TestPlaceOfAnotherNodesNote(t *testing.T) {
 		var storage store
 		one, other := from(t, &storage, 2), from(t, &storage, 2)
 		noted(t, one, Want{}).End()
-		time.Sleep(Window + timeout) // the first note does not count any more
+		time.Sleep(counts) // the first note does not count any more
 		other.Invalidate()
 		require.NoError(t, other.Load(t.Context()))
 		noted(t, other, Want{}).End()
@@ -68,7 +68,7 @@ func TestNodesAtRandom(t *testing.T) {
 				case n < 12:
 					time.Sleep(time.Duration(r.IntN(8000)) * time.Millisecond)
 				case n < 14:
-					time.Sleep(time.Duration(r.IntN(40000)) * time.Millisecond)
+					time.Sleep(time.Duration(r.IntN(70000)) * time.Millisecond)
 				case n < 24:
 					end(func(*request) bool { return r.IntN(2) == 0 })
 				}
