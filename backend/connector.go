@@ -30,9 +30,6 @@ const (
 	// mistake of the service heals by itself.
 	probeEvery = 10 * time.Minute
 
-	// longestRest bounds the pause after an answer with Retry-After that is not about a limit.
-	longestRest = 10 * time.Minute
-
 	// exclusive is the weight of the right to delete a connector, or to change what tenants rely on.
 	exclusive = 1 << 30
 )
@@ -454,7 +451,7 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 	case isLimit(failure):
 		storePause = pause(via, restOf(failure))
 	case asksForRest(failure):
-		storePause = pause(via, min(failure.RetryAfter, longestRest))
+		storePause = pause(via, min(failure.RetryAfter, tokenservice.LongestRest))
 	}
 	if failure == nil || failure.Kind != tokenservice.RefusedConnector {
 		return storePause

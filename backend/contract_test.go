@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,6 +65,28 @@ func TestRetryAfterHoldsWhateverTheAnswerSays(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A 503 asks for a rest of a day: the connector rests for ten minutes, and each text names that time.
+func TestTextsNameTheRestThatIsTaken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, nil)
+		e.add("acme", nil)
+		e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{Status: 503, Header: http.Header{"Retry-After": {"86400"}}}})
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		warnings := strings.Join(e.lease("acme").Warnings, "\n")
+		for _, text := range []string{text, warnings, e.read("tenants/acme")["last_error"].(string)} {
+			assert.Contains(t, text, "Try again in 10m0s.")
+			assert.NotContains(t, text, "24h")
+		}
+		time.Sleep(10*time.Minute - time.Second)
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusTooManyRequests, status)
+		time.Sleep(time.Second)
+		e.write("tenants/acme/refresh", nil)
+	})
 }
 
 const refusedConnector = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`

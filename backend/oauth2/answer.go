@@ -275,7 +275,7 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 		}
 		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. Try again %s.", later(e.RetryAfter))
 	case slices.Contains(saysItFails, e.Code), a.Status/100 == 5, a.Status == http.StatusConflict:
-		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(e.RetryAfter))
+		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(min(e.RetryAfter, tokenservice.LongestRest)))
 	case a.Status/100 == 3:
 		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field())

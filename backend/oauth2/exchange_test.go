@@ -426,6 +426,7 @@ func TestRetryAfter(t *testing.T) {
 		{"Okta's in the past", 429, map[string]string{"X-Rate-Limit-Reset": "946684000"}, 0, "Try again later."},
 		{"junk", 429, map[string]string{"Retry-After": bodyCanary}, 0, "Try again later."},
 		{"an outage", 503, map[string]string{"Retry-After": "17"}, 17 * time.Second, "Try again in 17s."},
+		{"an outage, ten minutes at most", 503, map[string]string{"Retry-After": "86400"}, 24 * time.Hour, "Try again in 10m0s."},
 		{"an outage, Okta's", 503, map[string]string{"X-Rate-Limit-Reset": "946684890"}, 0, "Try again later."},
 		{"forbidden", 403, map[string]string{"Retry-After": "17"}, 17 * time.Second, ""},
 	} {

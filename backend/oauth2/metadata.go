@@ -106,7 +106,7 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 		failure.Kind = tokenservice.Limited
 		failure.Text = fmt.Sprintf("%s permits no further calls for now. Try again %s.", name, later(failure.RetryAfter))
 	case a.Status/100 == 5:
-		failure.Text = fmt.Sprintf("%s is failing (HTTP status %d). Try again %s.", name, a.Status, later(failure.RetryAfter))
+		failure.Text = fmt.Sprintf("%s is failing (HTTP status %d). Try again %s.", name, a.Status, later(min(failure.RetryAfter, tokenservice.LongestRest)))
 	case a.Status == http.StatusOK && a.Broken != "":
 		failure.Text = a.Broken
 	case a.Status == http.StatusOK:

@@ -28,6 +28,8 @@ const (
 	maxHeaderBytes = 64 << 10
 	// maxRetryAfter bounds how long an answer can silence a connector.
 	maxRetryAfter = 24 * time.Hour
+	// LongestRest bounds how long one can that is not about a limit.
+	LongestRest = 10 * time.Minute
 )
 
 // NewTransport returns a transport that sends each request once, whatever happens. With connections kept open, Go's transport would send a
