@@ -111,8 +111,9 @@ type connectors struct {
 	byName map[string]*connector
 }
 
-// errReplaced ends a request whose connector has been written or deleted since the request began to wait.
-var errReplaced = errors.New("the connector has been replaced")
+// errReplaced ends a request whose connector has been written or deleted since the request began to wait: for its permission, or for its
+// connection to the service.
+var errReplaced = tokenservice.ErrClosed
 
 // of returns the connector of that name. Its error is storage's, or says what is missing.
 func (cs *connectors) of(ctx context.Context, name string) (*loadedConnector, error) {

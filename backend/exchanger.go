@@ -309,6 +309,9 @@ func (x *exchanger) call(f *flight) error {
 			result = via.service.Exchange(x.ctx, request)
 		}
 		if errors.Is(result.Err, errReplaced) && result.RefreshToken == "" {
+			if c := f.way.call; c != nil {
+				c.Settle(x.ctx) // it was noted, and not sent
+			}
 			continue // the connector was written meanwhile: begin again with the present one
 		}
 		storeVerdict := x.connectors.judge(via, result.Err)

@@ -321,7 +321,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 			},
 		}
 		result := flow.RedeemCode(b.ctx, tokenservice.CodeRedemption{Code: code, RedirectURI: a.RedirectURI, Verifier: a.Verifier, Permit: p.permit})
-		sent := p.call != nil
+		sent := p.call != nil && !errors.Is(result.Err, errReplaced)
 		if used && !sent {
 			b.giveBack(a)
 		}

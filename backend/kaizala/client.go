@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
@@ -64,6 +65,7 @@ type Client struct {
 	timeout                      time.Duration
 	transport                    http.RoundTripper
 	own                          *http.Transport
+	closed                       atomic.Bool
 }
 
 // Format prints no secret, whatever the verb.
@@ -119,8 +121,9 @@ func New(c Config) (*Client, error) {
 
 func fieldError(field, text string) error { return &tokenservice.FieldError{Field: field, Text: text} }
 
-// Close closes idle connections. Exchanges in flight go on.
+// Close implements [tokenservice.Service].
 func (c *Client) Close() {
+	c.closed.Store(true)
 	if c.own != nil {
 		c.own.CloseIdleConnections()
 	}
@@ -251,6 +254,7 @@ func (c *Client) do(ctx context.Context, permit tokenservice.Permit, left time.D
 		Transport: c.transport,
 		Request:   r,
 		Permit:    permit,
+		Closed:    c.closed.Load,
 		Left:      left,
 		Service:   "Kaizala's token service at " + host,
 		Field:     "api_root",

@@ -107,6 +107,7 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 			Proto:         "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		},
 		Permit:  permit,
+		Closed:  c.closed.Load,
 		Left:    c.config.RequestTimeout,
 		Service: "The authorization server " + strings.ToLower(u.Host),
 		Field:   p.field(),

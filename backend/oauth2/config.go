@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 
@@ -105,6 +106,7 @@ type Client struct {
 	host      string              // of the issuer, or else of the token endpoint
 	transport http.RoundTripper
 	own       *http.Transport
+	closed    atomic.Bool
 }
 
 // Format prints no secret, whatever the verb.
@@ -375,8 +377,9 @@ func (c *Client) Missing() *tokenservice.FieldError {
 	return nil
 }
 
-// Close closes idle connections. Requests that are under way go on.
+// Close implements [tokenservice.Service].
 func (c *Client) Close() {
+	c.closed.Store(true)
 	if c.own != nil {
 		c.own.CloseIdleConnections()
 	}

@@ -91,6 +91,8 @@ type Call struct {
 	// Request is sent with the context of Do.
 	Request *http.Request
 	Permit  Permit
+	// Closed says whether the client has been closed; nil: it is not closed.
+	Closed func() bool
 	// Left is what the request may take, waiting for Permit not counted.
 	Left time.Duration
 	// Service begins the sentences about the network, and is nowhere else: "Kaizala's token service at api.kaiza.la".
@@ -122,7 +124,7 @@ type Answer struct {
 // Format prints no secret, whatever the verb.
 func (Answer) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Answer{…}") }
 
-// Do makes the request. Its error is Permit's as it is, or one that wraps ctx's, or a [*Failure] of the kind Unavailable
+// Do makes the request. Its error is Permit's as it is, or [ErrClosed], or one that wraps ctx's, or a [*Failure] of the kind Unavailable
 // whose Lost is the answer's. With an error the answer holds what had arrived. An answer that breaks off in its body is no
 // error, but has Broken and Lost set.
 func (c Call) Do(ctx context.Context) (a Answer, err error) {
@@ -145,9 +147,16 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 	// Go's transport tells when it begins to look for a connection, and when it has one, TLS included. Of a transport that
 	// tells nothing it is assumed that all is sent at once.
 	var connecting atomic.Bool
+	closed := func() bool { return c.Closed != nil && c.Closed() }
 	traced := httptrace.WithClientTrace(attempt, &httptrace.ClientTrace{
 		GetConn: func(string) { connecting.Store(true) },
-		GotConn: func(httptrace.GotConnInfo) { connecting.Store(false) },
+		GotConn: func(got httptrace.GotConnInfo) {
+			if closed() {
+				_ = got.Conn.Close() // nothing of the request can be written then
+				return
+			}
+			connecting.Store(false)
+		},
 	})
 	// http.Client is not used: it would follow redirects, headers and all.
 	resp, err := c.Transport.RoundTrip(c.Request.WithContext(traced))
@@ -155,6 +164,9 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 		a.Lost = !connecting.Load()
 		if ctx.Err() != nil {
 			return a, givenUp(ctx)
+		}
+		if !a.Lost && closed() {
+			return Answer{}, ErrClosed
 		}
 		return a, &Failure{Kind: Unavailable, Lost: a.Lost, Text: c.networkText(attempt, err)}
 	}

@@ -387,6 +387,46 @@ func TestContext(t *testing.T) {
 	assert.True(t, a.Lost)
 }
 
+// A client is closed while the connection for its request is being made: the request is not sent. One that has begun goes on.
+func TestClosed(t *testing.T) {
+	for name, start := range map[string]func(*httptest.Server){"http": (*httptest.Server).Start, "https": (*httptest.Server).StartTLS} {
+		var closed atomic.Bool
+		var requests atomic.Int32
+		server := listen(t, start, func(w http.ResponseWriter, _ *http.Request) {
+			requests.Add(1)
+			closed.Store(true)
+			_, _ = io.WriteString(w, "body")
+		})
+		transport := NewTransport(nil)
+		if server.TLS != nil {
+			transport = NewTransport(pool(t, pemOf(server.Certificate().Raw)))
+		}
+		c := call(t, transport, server.URL)
+		c.Closed = closed.Load
+		a, err := c.Do(t.Context())
+		require.NoError(t, err, name)
+		assert.Equal(t, "body", string(a.Body), name)
+
+		closed.Store(false)
+		dial := transport.DialContext
+		transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dial(ctx, network, address)
+			closed.Store(true)
+			return conn, err
+		}
+		a, err = c.Do(t.Context())
+		assert.Equal(t, ErrClosed, err, name)
+		assert.Equal(t, Answer{}, a, name)
+		server.Close() // which waits for the requests that have come
+		assert.EqualValues(t, 1, requests.Load(), name)
+
+		closed.Store(false)
+		a, err = c.Do(t.Context())
+		assert.Equal(t, ErrClosed, err, "%s: nobody listens any more", name)
+		assert.Equal(t, Answer{}, a, name)
+	}
+}
+
 func TestLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := call(t, transportFunc(func(r *http.Request) (*http.Response, error) {

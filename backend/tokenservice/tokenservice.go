@@ -9,6 +9,7 @@ package tokenservice
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -31,9 +32,13 @@ type Service interface {
 	// Exchange turns a refresh token into an access token. It does not retry.
 	Exchange(context.Context, Exchange) Result
 
-	// Close closes idle connections. Requests that are under way go on.
+	// Close closes idle connections. A request that has begun goes on. One whose connection is still being made is not sent, and its error
+	// is [ErrClosed].
 	Close()
 }
+
+// ErrClosed is the error of a request that had not begun when its client was closed.
+var ErrClosed = errors.New("the client was closed before the request began")
 
 // About is what a service states about itself as its connector is configured.
 type About struct {
@@ -110,7 +115,7 @@ type Result struct {
 	// Sent is when the last request began, zero where none did.
 	Sent time.Time
 
-	// Err is nil, a [*Failure], the error of a Permit, or an error that wraps the context's.
+	// Err is nil, a [*Failure], the error of a Permit, [ErrClosed], or an error that wraps the context's.
 	Err error
 }
 
@@ -222,7 +227,7 @@ const (
 // Revoker is a service that can revoke tokens. The configuration decides whether it does: see [About].
 type Revoker interface {
 	// Revoke ends a token. It returns nil where the token is not valid any more, whatever the reason; or a [*Failure], whose
-	// kind is Unsupported where no later try can succeed; or the error of permit; or an error that wraps the context's.
+	// kind is Unsupported where no later try can succeed; or the error of permit; or [ErrClosed]; or an error that wraps the context's.
 	Revoke(ctx context.Context, token string, t TokenType, permit Permit) error
 }
 
@@ -265,7 +270,7 @@ func (CodeRedemption) Format(f fmt.State, _ rune) {
 
 // DeviceFlow is a service with the device authorization grant (RFC 8628).
 type DeviceFlow interface {
-	// StartDevice begins an attempt. Its error is a [*FieldError], a [*Failure], the error of a Permit, or one that wraps the
+	// StartDevice begins an attempt. Its error is a [*FieldError], a [*Failure], the error of a Permit, [ErrClosed], or one that wraps the
 	// context's.
 	StartDevice(context.Context, DeviceRequest) (*DeviceStart, error)
 
