@@ -295,13 +295,12 @@ func (x *exchanger) call(f *flight) error {
 		if err != nil {
 			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
 		}
+		if f.want.result != nil {
+			// A grant has brought an access token already, by a connector that may have been written since: it says nothing of the present one.
+			return x.settle(f, entry, via, f.want.result.result)
+		}
 		var result tokenservice.Result
-		switch {
-		case f.want.result != nil: // a grant has brought an access token already
-			result = f.want.result.result
-		case via.incomplete != nil:
-			result.Err = via.incomplete
-		default:
+		if result.Err = via.incomplete; result.Err == nil {
 			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
 			if m := entry.Move; m != nil && m.From == via.entry.address() {
 				request.Endpoint = m.To // the service has moved this tenant
