@@ -171,9 +171,12 @@ func (b *backend) pollDevice(tenant, id string) {
 	case err != nil:
 		b.pollAfter(tenant, id, longestInterval)
 		return
-	case a == nil || a.ID != id:
+	case a == nil:
 		b.stopPolling(tenant, id)
 		b.sweep(tenant)
+		return
+	case a.ID != id:
+		b.pollAfter(tenant, a.ID, a.Interval) // another node has begun a newer one since
 		return
 	}
 	via, err := b.connectors.of(b.ctx, a.Connector)
