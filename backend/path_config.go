@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -183,13 +184,14 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 		return nil, err
 	}
 	asked := false
+	var via *loadedConnector
 	permit := func(ctx context.Context) (func(), error) {
 		if !b.node.WriteSafeReplicationState() {
 			return nil, logical.ErrReadOnly
 		}
 		asked = true
-		via, err := b.connectors.get(ctx, name)
-		if err != nil || via == nil {
+		var err error
+		if via, err = b.connectors.get(ctx, name); err != nil || via == nil {
 			return func() {}, ignoreUnusable(err) // one that is not there yet, or that this write is to mend, has no share
 		}
 		p := passage{via: via, want: share.Want{Wait: patience}, discovery: true}
@@ -198,8 +200,13 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 	err = next.Settings.discover(ctx, next, d, b.connectors.transport, permit)
 	failure := (*tokenservice.Failure)(nil)
 	limit := (*share.LimitError)(nil)
+	if errors.As(err, &failure) && via != nil {
+		b.connectors.judge(via, failure)(ctx)
+	}
 	switch {
-	case errors.As(err, &failure):
+	case failure != nil && isLimit(failure):
+		return nil, tooMany(time.Now().Add(restOf(failure)), "nothing was stored: the issuer permits no further calls")
+	case failure != nil:
 		return nil, tryAgain("nothing was stored: %s", failure.Text)
 	case errors.As(err, &limit):
 		return nil, limitReached(b.connectors.about(name), name, limit, "the share of calls of the connector is used up")

@@ -63,6 +63,8 @@ func Discover(ctx context.Context, issuer string, o DiscoverOptions) (*Metadata,
 		switch {
 		case err == nil && document.Whole:
 			return readMetadata(issuer, document)
+		case errors.As(err, &failure) && (failure.Kind == tokenservice.Limited || failure.RetryAfter > 0):
+			return nil, failure // the server wants no call for now
 		case errors.As(err, &failure):
 			outage = failure
 		case err != nil:
@@ -103,9 +105,12 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 	failure := &tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, time.Now())}
 	switch {
 	case a.Status == http.StatusTooManyRequests:
+		if failure.RetryAfter == 0 {
+			failure.RetryAfter = tokenservice.RateLimitReset(a.Header, time.Now())
+		}
 		failure.Kind = tokenservice.Limited
 		failure.Text = fmt.Sprintf("%s permits no further calls for now. Try again %s.", name, later(failure.RetryAfter))
-	case a.Status/100 == 5:
+	case a.Status/100 == 5, a.Status == http.StatusForbidden && failure.RetryAfter > 0:
 		failure.Text = fmt.Sprintf("%s is failing (HTTP status %d). Try again %s.", name, a.Status, later(min(failure.RetryAfter, tokenservice.LongestRest)))
 	case a.Status == http.StatusOK && a.Broken != "":
 		failure.Text = a.Broken

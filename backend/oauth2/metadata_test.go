@@ -96,7 +96,6 @@ func TestWhereMetadataIs(t *testing.T) {
 		"another 2xx": {status: 203, body: metadata(nil).body},
 		"a redirect":  {status: 302},
 		"an outage":   {status: 503},
-		"a limit":     {status: 429},
 		"cut off":     {status: 200, body: `{}`, cut: true},
 		"unreachable": {err: errors.New(bodyCanary)},
 	} {
@@ -211,6 +210,28 @@ func TestNoMetadata(t *testing.T) {
 			})
 		}
 	}
+	for name, c := range map[string]struct {
+		s    *server
+		kind tokenservice.Kind
+		rest time.Duration
+	}{
+		"a limit":                         {&server{status: 429}, tokenservice.Limited, 0},
+		"a limit with Retry-After":        {&server{status: 429, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Limited, 17 * time.Second},
+		"an outage with Retry-After":      {&server{status: 503, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Unavailable, 17 * time.Second},
+		"a refusal with Retry-After":      {&server{status: 403, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Unavailable, 17 * time.Second},
+		"a limit with X-Rate-Limit-Reset": {&server{status: 429, header: http.Header{"X-Rate-Limit-Reset": {"4102444800"}}}, tokenservice.Limited, 24 * time.Hour},
+	} {
+		t.Run("nothing is asked after "+name, func(t *testing.T) {
+			d := &documents{found: map[string]*server{oauthPath: c.s, openIDPath: metadata(nil)}}
+			_, err := d.discover(t, issuer)
+			require.Equal(t, c.rest, requireFailure(t, c.kind, err).RetryAfter)
+			require.Len(t, d.asked, 1)
+		})
+	}
+	t.Run("a refusal without Retry-After", func(t *testing.T) {
+		_, err := (&documents{found: map[string]*server{oauthPath: {status: 403}}}).discover(t, issuer)
+		require.Contains(t, requireField(t, "issuer", err).Text, "has no metadata")
+	})
 	t.Run("too slow", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			_, err := (&documents{found: map[string]*server{oauthPath: {delay: time.Minute}, openIDPath: {delay: time.Minute}}}).discover(t, issuer)
