@@ -69,3 +69,36 @@ func TestFailedDiscoverySaysNothingAboutTheSecret(t *testing.T) {
 		assert.Equal(t, exchanges, e.sent("refresh_token"))
 	})
 }
+
+// Another write, or a delete, of the connector comes while a write that names issuer waits for its call: discovery begins again with the
+// connector as it is then, and each write keeps what it names.
+func TestConnectorIsWrittenDuringDiscovery(t *testing.T) {
+	for name, c := range map[string]struct {
+		meanwhile func(*grantEngine)
+		op        logical.Operation
+		status    int
+	}{
+		"a write": {func(e *grantEngine) { e.write("config/as", map[string]any{"request_timeout": "9s"}) }, logical.UpdateOperation, 204},
+		"a write of issuer": {func(e *grantEngine) {
+			e.write("config/as", map[string]any{"request_timeout": "9s", "issuer": e.server.Issuer()})
+		}, logical.UpdateOperation, 204},
+		"a delete": {func(e *grantEngine) { e.ok(logical.DeleteOperation, "config/as", nil) }, logical.PatchOperation, 404},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				over := e.storage.once("put", callPrefix, func() { c.meanwhile(e) })
+				_, status, text := e.ask(c.op, "config/as", map[string]any{"issuer": e.server.Issuer()})
+				require.True(t, over())
+				require.Equal(t, c.status, status, text)
+				if status == 404 {
+					assert.Empty(t, e.server.Calls(oauth2test.EndpointMetadata))
+					return
+				}
+				config := e.read("config/as")
+				assert.EqualValues(t, 9, config["request_timeout"])
+				assert.Equal(t, e.server.Issuer(), config["issuer"])
+			})
+		})
+	}
+}

@@ -204,6 +204,8 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 		b.connectors.judge(via, failure)(ctx)
 	}
 	switch {
+	case errors.Is(err, errReplaced):
+		return b.discovered(ctx, name, d, patch) // the connector was written meanwhile: go by what it is now
 	case failure != nil && isLimit(failure):
 		return nil, tooMany(time.Now().Add(restOf(failure)), "nothing was stored: the issuer permits no further calls")
 	case failure != nil:
