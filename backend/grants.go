@@ -327,16 +327,18 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 	return nil
 }
 
-// supersede ends an attempt that is pending still.
+// supersede ends an attempt that is pending still. An attempt whose answer is unknown is superseded as well: a delete may have dropped a
+// grant that only memory had.
 func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
 	if a.Status != attemptPending {
 		return false
 	}
-	status, text := b.settled(a, v)
-	if status == attemptPending {
-		status = attemptSuperseded
+	switch status, _ := b.settled(a, v); status {
+	case attemptGranted, attemptExpired:
+		a.close(status, "")
+	default:
+		a.close(attemptSuperseded, "")
 	}
-	a.close(status, text)
 	return true
 }
 
