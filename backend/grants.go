@@ -369,6 +369,19 @@ func (b *backend) endAttempts(ctx context.Context, tenant string) error {
 	return ignoreUnusable(err)
 }
 
+// forgetUnreadable deletes the attempts of a deleted tenant if they cannot be read: with them no new attempt could begin.
+func (b *backend) forgetUnreadable(ctx context.Context, tenant string) error {
+	release, err := b.grants.lock(ctx, tenant)
+	if err != nil {
+		return nil // they are being stored, and so were read
+	}
+	defer release()
+	if _, err := b.attemptsOf(ctx, tenant); !errors.Is(err, errUnreadable) {
+		return nil
+	}
+	return storageError(b.storage.Delete(ctx, attemptKeys+tenant))
+}
+
 // grantedMeanwhile says whether a tenant that has been deleted is there again by an attempt that began before the delete: the grant was
 // stored after the tenant was removed and before its attempts were ended.
 func (b *backend) grantedMeanwhile(ctx context.Context, tenant string, begun time.Time) bool {

@@ -560,6 +560,9 @@ func (b *backend) deleteTenant(ctx context.Context, _ *logical.Request, d *frame
 			return answer(err)
 		}
 	}
+	if err := b.forgetUnreadable(ctx, name); err != nil {
+		return answer(err)
+	}
 	b.grants.lookAt(name) // storage forgets what it has of them a day later
 	return done(d), nil
 }
