@@ -403,21 +403,22 @@ func (b *backend) grantedMeanwhile(ctx context.Context, tenant string, begun tim
 
 // finish stores what a service has given for an attempt, if that is still its tenant's pending one, and ends it. An access
 // token that is not kept is given up.
-func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice.Result) (status, text string) {
-	defer b.grants.work(id, false)
+func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
+	tenant := of.Tenant
+	defer b.grants.work(of.ID, false)
 	release, err := b.grants.lock(b.ctx, tenant)
 	if err != nil {
 		return attemptPending, "" // the engine stops
 	}
 	defer release()
 	all, err := b.attemptsOf(b.ctx, tenant)
-	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && r.RefreshToken != "" && pause < 1<<grantTries*time.Second; pause *= 2 {
-		if !b.rest(pause) {
-			break
-		}
-		all, err = b.attemptsOf(b.ctx, tenant)
+	if of.Path == byDevice || r.RefreshToken != "" { // what has come is nowhere else
+		err = b.insist(err, func() error {
+			all, err = b.attemptsOf(b.ctx, tenant)
+			return err
+		})
 	}
-	a := all.byID(id)
+	a := all.byID(of.ID)
 	switch {
 	case err != nil:
 		b.abandon(tenant, via, r)
@@ -436,9 +437,20 @@ func (b *backend) finish(tenant, id string, via *loadedConnector, r tokenservice
 		return status, text
 	}
 	a.close(status, text)
-	// Where storage fails, the tenant's entry still shows the attempt's status.
-	_ = b.putAttempts(b.ctx, tenant, all)
+	err = b.putAttempts(b.ctx, tenant, all)
+	if of.Path == byDevice {
+		_ = b.insist(err, func() error { return b.putAttempts(b.ctx, tenant, all) })
+	}
+	// Where storage fails, the tenant's entry still shows that the attempt was granted, and the attempt's own entry that its code was used.
 	return status, text
+}
+
+// insist repeats what storage has failed to do, for a minute at most.
+func (b *backend) insist(err error, f func() error) error {
+	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && pause < 1<<grantTries*time.Second && b.rest(pause); pause *= 2 {
+		err = f()
+	}
+	return err
 }
 
 func (all *attempts) byID(id string) *attempt {

@@ -328,7 +328,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		switch {
 		case sent:
 			storeVerdict := b.connectors.judge(via, result.Err)
-			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			end.what, end.text = b.finish(a, via, result)
 			storeVerdict(b.ctx)
 			end.subject = result.Subject
 			return nil

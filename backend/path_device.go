@@ -252,6 +252,6 @@ func (b *backend) slowDown(a *attempt) time.Duration {
 
 // endPolling handles the last answer about a device code.
 func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
-	b.finish(a.Tenant, a.ID, via, result)
+	b.finish(a, via, result)
 	b.stopPolling(a.Tenant, a.ID)
 }

@@ -139,7 +139,7 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 		}
 		storeVerdict := b.connectors.judge(via, result.Err)
 		if result.RefreshToken != "" {
-			end.what, end.text = b.finish(a.Tenant, a.ID, via, result)
+			end.what, end.text = b.finish(a, via, result)
 			storeVerdict(b.ctx)
 			return nil
 		}
