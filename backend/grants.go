@@ -62,15 +62,17 @@ type attempts struct {
 
 // attempt is one try of a person to grant access.
 type attempt struct {
-	ID        string    `json:"id"`
-	Path      string    `json:"path"`
-	Tenant    string    `json:"tenant"`
-	Connector string    `json:"connector"`
-	By        string    `json:"by"` // the display name of the Vault token that has started it
-	Begun     time.Time `json:"begun"`
-	Expires   time.Time `json:"expires"`
-	Status    string    `json:"status"`
-	Error     string    `json:"error,omitempty"` // why it failed
+	ID        string `json:"id"`
+	Path      string `json:"path"`
+	Tenant    string `json:"tenant"`
+	Connector string `json:"connector"`
+	// Server is the connector's address at which the attempt began: see [loadedConnector.server]. It is empty in older entries.
+	Server  string    `json:"server,omitempty"`
+	By      string    `json:"by"` // the display name of the Vault token that has started it
+	Begun   time.Time `json:"begun"`
+	Expires time.Time `json:"expires"`
+	Status  string    `json:"status"`
+	Error   string    `json:"error,omitempty"` // why it failed
 	// Lineage is the tenant's when the attempt began, Next the one that the grant gives it.
 	Lineage string `json:"lineage"`
 	Next    string `json:"next"`
@@ -88,6 +90,17 @@ type attempt struct {
 	Interval   time.Duration `json:"interval,omitempty"`
 
 	MobileNumber string `json:"mobile_number,omitempty"`
+}
+
+// comesFrom says whether what an attempt waits for comes from the server that a connector is for now. It is of use to no other server, which
+// could misuse it (RFC 9700, section 4.4).
+func (a *attempt) comesFrom(via *loadedConnector) bool {
+	return a.Server == "" || a.Server == via.server(a.Path)
+}
+
+// connectorHasMoved is the result of an attempt whose connector is for another server now.
+func (a *attempt) connectorHasMoved() tokenservice.Result {
+	return tokenservice.Result{Err: &tokenservice.Failure{Text: "Connector \"" + a.Connector + "\" is for another service now: start again."}}
 }
 
 // close ends an attempt, and forgets what only a pending one needs.

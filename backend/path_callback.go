@@ -223,7 +223,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		end.service = via.about.Name
 		flow, _ = via.service.(tokenservice.CodeFlow)
 	}
-	if flow == nil {
+	if flow == nil || !a.comesFrom(via) {
 		return finish(attemptFailed, "Connector \""+a.Connector+"\" was deleted, or is for another service now: start again.")
 	}
 	code, refusal := textOf(d, "code"), textOf(d, "error")
@@ -309,6 +309,10 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		flow, ok := via.service.(tokenservice.CodeFlow)
 		if !ok {
 			return via.offers(byCode)
+		}
+		if !a.comesFrom(via) {
+			end.what, end.text = b.finish(a, via, a.connectorHasMoved())
+			return nil
 		}
 		used := false
 		p := passage{

@@ -185,8 +185,8 @@ func (b *backend) pollDevice(tenant, id string) {
 		return
 	}
 	flow, ok := via.service.(tokenservice.DeviceFlow)
-	if !ok {
-		b.endPolling(a, via, tokenservice.Result{Err: &tokenservice.Failure{Text: "Connector \"" + a.Connector + "\" is for another service now: start again."}})
+	if !ok || !a.comesFrom(via) {
+		b.endPolling(a, via, a.connectorHasMoved())
 		return
 	}
 	b.grants.work(id, true)

@@ -28,7 +28,8 @@ type consentSettings interface {
 }
 
 type consent struct {
-	scopes, redirectURIs []string
+	scopes, redirectURIs                     []string
+	authorizationURL, deviceAuthorizationURL string
 	// confirm: a person confirms on the page before a grant is stored.
 	confirm bool
 }
@@ -38,6 +39,17 @@ func (l *loadedConnector) consent() consent {
 		return s.consent()
 	}
 	return consent{}
+}
+
+// server is the address of the service at which an attempt by a path begins; "" where it has none of its own.
+func (l *loadedConnector) server(path string) string {
+	switch c := l.consent(); path {
+	case byCode:
+		return c.authorizationURL
+	case byDevice:
+		return c.deviceAuthorizationURL
+	}
+	return ""
 }
 
 func (b *backend) grantPaths() []*framework.Path {
@@ -172,7 +184,7 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	}
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	return &attempt{
-		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, By: req.DisplayName,
+		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, Server: via.server(path), By: req.DisplayName,
 		Begun: now, Expires: now.Add(attemptLife), Status: attemptPending, Lineage: v.storedLineage(), Next: rand.Text(),
 	}, via, nil
 }

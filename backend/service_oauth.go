@@ -274,7 +274,10 @@ func (s *oauthSettings) client(c *connectorEntry, transport http.RoundTripper) (
 func (*oauthSettings) address() string { return "" }
 
 func (s *oauthSettings) consent() consent {
-	return consent{scopes: s.Scopes, redirectURIs: s.RedirectURIs, confirm: s.Confirm}
+	return consent{
+		scopes: s.Scopes, redirectURIs: s.RedirectURIs, confirm: s.Confirm,
+		authorizationURL: s.addressOf("authorization_url"), deviceAuthorizationURL: s.addressOf("device_authorization_url"),
+	}
 }
 
 func (s *oauthSettings) clone() serviceSettings {
