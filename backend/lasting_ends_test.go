@@ -1,0 +1,52 @@
+package backend
+
+import (
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// The service replaces the refresh token at each exchange, and all of them end at the same fixed time. Readers and the tenant's status
+// are warned from 30 days before that end, or from 90 % of the life: an exchange does not move the warning.
+func TestEndThatExchangesDoNotMoveIsWarnedOf(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			oauth2test.ClassA(o)
+			o.RefreshTokenLife, o.RefreshTokenAbsolute, o.RefreshTokenLifeField = 100*day, true, "refresh_expires_in"
+			o.AccessTokenLife = 24 * time.Hour
+		}, classB)
+		e.add("acme", nil)
+		for range 95 {
+			e.read("token/acme")
+			time.Sleep(day)
+		}
+		assert.Greater(t, e.server.Exchanges("acme"), 90)
+		assert.NotEmpty(t, e.ok(logical.ReadOperation, "token/acme", nil).Warnings, "a reader")
+		assert.NotEmpty(t, e.ok(logical.ReadOperation, "tenants/acme", nil).Warnings, "the status")
+	})
+}
+
+// The service repeats the refresh token and prolongs its life: the tenant works on after the first end.
+func TestEndThatExchangesMoveWithoutANewRefreshToken(t *testing.T) {
+	for _, rotation := range []oauth2test.Rotation{oauth2test.RotateSame, oauth2test.RotateNever} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) {
+				oauth2test.ClassA(o)
+				o.Rotation, o.RefreshTokenLife, o.RefreshTokenLifeField = rotation, 10*day, "refresh_expires_in"
+			}, classB)
+			e.add("acme", nil)
+			e.read("token/acme")
+			first := e.stored("acme").Facts.Expires
+			time.Sleep(5 * day)
+			e.read("token/acme")
+			assert.InDelta(t, 5*day, e.stored("acme").Facts.Expires.Sub(first), float64(time.Minute))
+			time.Sleep(30 * day)
+			assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+			assert.Equal(t, statusOK, e.status("acme"))
+		})
+	}
+}
