@@ -54,6 +54,9 @@ func TestKeptWriteClaimsTokenPerLease(t *testing.T) {
 		require.Equal(t, http.StatusServiceUnavailable, status)
 		_, status, _ = e.try(logical.UpdateOperation, "config", map[string]any{"exchange_invalidates": true})
 		assert.Equal(t, http.StatusBadRequest, status)
+		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL()})
+		e.write("config/other", map[string]any{"exchange_invalidates": false})
+		e.write("config/other", map[string]any{"exchange_invalidates": true}) // the tenant does not use it
 		e.storage.heal()
 		e.pass(2 * time.Minute)
 		assert.True(t, e.stored("acme").TokenPerLease)
@@ -71,6 +74,8 @@ func TestKeptRefreshTokenAlone(t *testing.T) {
 			},
 			"delete": func(e *oauthEngine) {
 				e.ok(logical.DeleteOperation, "tenants/acme", nil)
+				_, status, _ := e.try(logical.ReadOperation, "tenants/acme", nil)
+				assert.Equal(e.t, http.StatusNotFound, status)
 				assert.Nil(e.t, e.stored("acme"))
 			},
 			"write": func(e *oauthEngine) {
@@ -147,20 +152,64 @@ func TestConnectorIsWrittenDuringAnExchange(t *testing.T) {
 	}
 }
 
-// Storage takes a verified write with a new refresh token, and reports an error. What it has is right: no further exchange is made, and
-// the access token lives.
-func TestVerifiedWriteThatStorageTookUnheard(t *testing.T) {
+// Storage takes a verified write with a new refresh token, and reports an error, or takes it at the second try. What it has then is right:
+// no further exchange is made, and the access token lives.
+func TestVerifiedWriteThatIsStoredLater(t *testing.T) {
+	for name, fail := range map[string]func(*oauthEngine){
+		"taken":   func(e *oauthEngine) { e.storage.unheard("put", tenantPrefix) },
+		"refused": func(e *oauthEngine) { e.failPuts() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", nil)
+				fail(e)
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
+				require.Equal(t, http.StatusServiceUnavailable, status)
+				e.storage.heal()
+				e.pass(2 * time.Minute)
+				assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+				assert.Len(t, e.server.Calls(), 1)
+				e.kept()
+			})
+		})
+	}
+}
+
+// A renewal is not stored yet when a refresh comes. The refresh retires the access token that readers had.
+func TestRefreshRetiresTheTokenThatAKeptOneReplaces(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("acme", nil)
-		e.storage.unheard("put", tenantPrefix)
-		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme")})
-		require.Equal(t, http.StatusServiceUnavailable, status)
+		lease := e.lease("acme")
+		e.failPuts()
+		time.Sleep(50 * time.Minute)
+		synctest.Wait()
+		require.NotEqual(t, e.held("acme"), e.stored("acme").RefreshToken)
 		e.storage.heal()
-		e.pass(2 * time.Minute)
+		e.write("tenants/acme/refresh", nil)
+		e.pass(time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
 		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
-		assert.Len(t, e.server.Calls(), 1)
 		e.kept()
+	})
+}
+
+// The first access token of a tenant is not stored yet, and storage takes no intent. A delete fails, or it has the token revoked.
+func TestDeleteThatCannotGiveUpAKeptToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.failPuts()
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.refuse("put", intentPrefix)
+		_, status, _ = e.try(logical.DeleteOperation, "tenants/acme", nil)
+		assert.GreaterOrEqual(t, status, 500)
+		e.storage.heal()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
 	})
 }
 

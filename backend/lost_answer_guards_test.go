@@ -141,6 +141,7 @@ func TestRestartAfterARefusedVerification(t *testing.T) {
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
 		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "default"})
 		require.Equal(t, http.StatusServiceUnavailable, status)
+		assert.Equal(t, statusOK, e.status("acme"), "the tenant's own exchange has not failed")
 		e.crash()
 		e.pass(2 * time.Minute)
 		assert.True(t, e.server.Alive(accessTokenOf(lease)))
@@ -185,6 +186,54 @@ func TestLostVerificationOfTheTenantsOwnRefreshToken(t *testing.T) {
 	})
 }
 
+// The same where the service has a grace period, and the second try of the verification gets an error.
+func TestLostVerificationWhoseSecondTryFails(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Hour }, classD)
+		e.add("acme", nil)
+		old := accessTokenOf(e.lease("acme"))
+		e.server.Inject(oauth2test.Fault{Process: true, Reset: true, Times: 1})
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway, Times: 1})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "default"})
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		require.False(t, e.server.Alive(old))
+		assert.Equal(t, statusDegraded, e.status("acme"))
+		e.pass(time.Minute)
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
+
+// The answer to an exchange is lost while leases live. Once the backoff is over a reader's exchange is made: he does not wait for the end
+// of leases on a token that may have ended.
+func TestReaderAfterALostAnswerDoesNotWaitForLeases(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Grace = time.Hour }, classD)
+		e.add("acme", nil)
+		old := accessTokenOf(e.lease("acme"))
+		e.server.Inject(oauth2test.Fault{Process: true, Reset: true, Times: 2})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.index.stop()
+		time.Sleep(time.Minute)
+		assert.NotEqual(t, old, accessTokenOf(e.lease("acme")))
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
+		assert.Empty(t, e.server.LostGrants())
+	})
+}
+
+// The answer to the exchange for one lease's own token has a new refresh token alone: the reader is told, and the next one gets a token.
+func TestOwnExchangeThatBringsNoAccessToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.server.Inject(noAccessToken)
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		assert.Equal(t, "rotated", e.stored("acme").RefreshToken)
+	})
+}
+
 // The process dies during an exchange, and storage fails to say what is to be revoked when the next process reads the tenant. The
 // exchange is tried soon after storage works again, without a reader.
 func TestNextProcessGoesOnOnceStorageWorks(t *testing.T) {
@@ -211,15 +260,20 @@ func TestNextProcessGoesOnOnceStorageWorks(t *testing.T) {
 	})
 }
 
-// The service refuses the refresh token and sends a new one in the same answer. The new one is stored, and the tenant is not rejected.
+// The service refuses the refresh token and sends a new one in the same answer. The new one is stored, and the tenant is not rejected,
+// though it was before.
 func TestRefusalThatBringsANewRefreshToken(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classB)
 		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidGrant})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		require.Equal(t, statusRejected, e.status("acme"))
 		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{
 			Status: 200, Body: `{"error":"invalid_grant","refresh_token":"the-next-one"}`,
 		}})
-		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 		require.GreaterOrEqual(t, status, 400)
 		assert.Equal(t, "the-next-one", e.stored("acme").RefreshToken)
 		assert.NotEqual(t, statusRejected, e.status("acme"))

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // The service refuses the connector. A reader of another tenant is told that, and no exchange of his tenant has failed: its status stays,
@@ -56,6 +57,45 @@ func TestReaderRespectsTheBackoffBesideAnOldToken(t *testing.T) {
 			assert.Equal(t, http.StatusServiceUnavailable, status)
 		}
 		assert.Equal(t, 2, e.kaizala.CallCount())
+	})
+}
+
+// The same where an exchange ends access tokens, and the old one has ended by itself.
+func TestReaderRespectsTheBackoffBesideATokenThatHasEnded(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		e.read("token/acme")
+		e.index.stop()
+		time.Sleep(61 * time.Minute)
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		for range 3 {
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			assert.Equal(t, http.StatusServiceUnavailable, status)
+		}
+		assert.Len(t, e.server.Calls(), 2)
+	})
+}
+
+// The service permits no exchange for longer than the access token lives. Readers get the token, and no lease on it is longer than that.
+func TestLeaseEndsWithItsTokenDuringALongPause(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		e.lease("acme")
+		expires := e.stored("acme").Access.Expires
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.TooManyRequests(3 * time.Hour)})
+		given := 0
+		for time.Now().Before(expires) {
+			time.Sleep(10 * time.Second)
+			resp, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			if status != http.StatusOK {
+				continue
+			}
+			given++
+			assert.False(t, time.Now().Add(resp.Secret.MaxTTL).After(expires), "at %s", time.Now())
+		}
+		assert.Greater(t, given, 260)
 	})
 }
 

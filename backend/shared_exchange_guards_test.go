@@ -294,3 +294,58 @@ func TestReaderWhoGoesAwayIsNoFailure(t *testing.T) {
 		assert.Zero(t, e.log.count("an exchange failed"))
 	})
 }
+
+// A reader of token joins the exchange for another reader's own token, and goes away. The other reader still gets his token.
+func TestReaderWhoGoesAwayTakesNoTokenFromAnother(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.server.Inject(oauth2test.Fault{Delay: 4 * time.Second, Times: 1})
+		own, status := e.ask(logical.ReadOperation, "creds/acme", nil)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, _, _ = e.tryContext(ctx, logical.ReadOperation, "token/acme", nil)
+		resp := <-own
+		require.Equal(t, http.StatusOK, <-status)
+		assert.True(t, e.server.Alive(accessTokenOf(resp)))
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+	})
+}
+
+// Storage hangs when a refresh needs the connector: the refresh says so in time.
+func TestRefreshWhileStorageHangs(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classB)
+		e.add("acme", nil)
+		e.read("token/acme")
+		e.connectors.invalidate(connectorPrefix + defaultConnector)
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "get" && strings.HasPrefix(key, connectorPrefix) {
+				time.Sleep(answerWithin)
+				return context.DeadlineExceeded
+			}
+			return do()
+		})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+	})
+}
+
+// A write of a connector does not wait for storage that is taking a tenant.
+func TestConnectorIsWrittenWhileATenantIsStored(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.lease("acme")
+		reached, release := e.storage.hold("put", tenantPrefix)
+		_, status := e.ask(logical.UpdateOperation, "tenants/acme", map[string]any{"ttl": "1h"})
+		<-reached
+		_, written := e.ask(logical.UpdateOperation, "config", map[string]any{"revocation": "none", "exchange_invalidates": true})
+		time.Sleep(time.Second)
+		assert.Len(t, written, 1)
+		release()
+		assert.Less(t, <-written, 300)
+		assert.Less(t, <-status, 300)
+	})
+}

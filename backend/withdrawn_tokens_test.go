@@ -27,10 +27,15 @@ func TestReaderGetsNoTokenThatIsAboutToBeRevoked(t *testing.T) {
 				return map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false}
 			},
 			func(op, key string) bool { return op == "put" && strings.HasPrefix(key, tenantPrefix) }},
+		"write whose older tokens cannot be listed": {logical.UpdateOperation, "tenants/acme",
+			func(e *oauthEngine) map[string]any {
+				return map[string]any{"refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false}
+			},
+			func(op, key string) bool { return op == "list" && strings.HasPrefix(key, heldPrefix+"acme") }},
 		"delete": {logical.DeleteOperation, "tenants/acme", func(*oauthEngine) map[string]any { return nil },
 			func(op, key string) bool { return op == "delete" && strings.HasPrefix(key, tenantPrefix) }},
 		"delete whose older tokens cannot be listed": {logical.DeleteOperation, "tenants/acme", func(*oauthEngine) map[string]any { return nil },
-			func(op, key string) bool { return op == "list" && strings.HasPrefix(key, heldPrefix) }},
+			func(op, key string) bool { return op == "list" && strings.HasPrefix(key, heldPrefix+"acme") }},
 		"refresh": {logical.UpdateOperation, "tenants/acme/refresh", func(*oauthEngine) map[string]any { return nil },
 			func(op, key string) bool { return op == "put" && strings.HasPrefix(key, tenantPrefix) }},
 	} {
@@ -131,6 +136,7 @@ func TestUnstoredVerificationLeavesAGoodTokenInUse(t *testing.T) {
 				assert.Equal(t, token, accessTokenOf(e.lease("acme")))
 				assert.True(t, e.server.Alive(token))
 				assert.Len(t, e.server.Calls(), calls)
+				assert.NotContains(t, e.read("config"), "pending_revocations", "the connector revokes nothing")
 			})
 		})
 	}
@@ -257,5 +263,55 @@ func TestTokenWithoutLeasesLeavesNoRecord(t *testing.T) {
 		held, err := e.storage.List(t.Context(), heldPrefix)
 		require.NoError(t, err)
 		assert.Empty(t, held)
+	})
+}
+
+// The service rejects the refresh token when an operator refreshes the tenant. The access token is good still: readers get it until its end.
+func TestRejectedRefreshLeavesTheTokenInUse(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		token := accessTokenOf(e.lease("acme"))
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidGrant})
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.pass(time.Minute)
+		assert.Equal(t, statusRejected, e.status("acme"))
+		assert.Equal(t, token, accessTokenOf(e.lease("acme")))
+		assert.True(t, e.server.Alive(token))
+	})
+}
+
+// An exchange for one lease's own token leaves the shared token as it is: no record of that comes into storage.
+func TestOwnTokenLeavesTheSharedOneAlone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		shared := e.lease("acme")
+		e.write("tenants/acme", map[string]any{"token_per_lease": true})
+		own := e.lease("acme")
+		held, err := e.storage.List(t.Context(), heldPrefix+"acme/")
+		require.NoError(t, err)
+		assert.Equal(t, []string{own.Secret.InternalData[leaseGeneration].(string)}, held)
+		e.revoke(own)
+		assert.True(t, e.server.Alive(accessTokenOf(shared)))
+		e.kept()
+	})
+}
+
+// A tenant is deleted during an exchange that brings no new refresh token. What is revoked is the one that it had.
+func TestDeleteDuringAnExchangeWithoutANewRefreshToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Rotation = oauth2test.RotateNever }, revokeAll)
+		e.add("acme", nil)
+		token := e.held("acme")
+		e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Times: 1})
+		e.ask(logical.ReadOperation, "creds/acme", nil)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.RefreshTokenAlive(token))
+		for _, c := range e.revocations() {
+			assert.NotEmpty(t, c.Token)
+		}
 	})
 }
