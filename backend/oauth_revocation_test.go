@@ -513,29 +513,11 @@ func TestOAuthLastMoments(t *testing.T) {
 	}
 }
 
-// slowConnection makes the connections to one URL take a while. Nothing of a request is sent before.
-type slowConnection struct {
-	http.RoundTripper
-	to    string
-	takes time.Duration
-}
-
-func (s *slowConnection) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.URL.String() == s.to {
-		select {
-		case <-r.Context().Done():
-			return nil, r.Context().Err()
-		case <-time.After(s.takes):
-		}
-	}
-	return s.RoundTripper.RoundTrip(r)
-}
-
 // slowRevocations starts the engine anew, with slow connections to the revocation endpoint.
 func (e *oauthEngine) slowRevocations(takes time.Duration) {
 	e.stop()
 	e.wire = func() http.RoundTripper {
-		return &slowConnection{e.server.Transport(), e.server.RevocationURL(), takes}
+		return slowConnection{e.server.Transport(), takes, e.server.RevocationURL()}
 	}
 	e.start()
 }

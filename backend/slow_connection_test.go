@@ -18,11 +18,12 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
-// slowConnection is a network where a connection takes a while, as Go's transport tells of it: nothing of the request is sent before there
+// slowConnection is a network where a connection to a URL takes a while, as Go's transport tells of it: nothing of the request is sent before there
 // is one, or on one that has been closed.
 type slowConnection struct {
 	http.RoundTripper
 	takes time.Duration
+	to    string // "": each URL
 }
 
 type connection struct {
@@ -36,6 +37,9 @@ func (c *connection) Close() error {
 }
 
 func (s slowConnection) RoundTrip(r *http.Request) (*http.Response, error) {
+	if s.to != "" && r.URL.String() != s.to {
+		return s.RoundTripper.RoundTrip(r)
+	}
 	trace := httptrace.ContextClientTrace(r.Context())
 	trace.GetConn(r.URL.Host)
 	select {
@@ -57,7 +61,7 @@ func TestConnectorIsWrittenWhileAnExchangeConnects(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, nil)
 		e.stop()
-		e.wire = func() http.RoundTripper { return slowConnection{e.server.Transport(), 3 * time.Second} }
+		e.wire = func() http.RoundTripper { return slowConnection{e.server.Transport(), 3 * time.Second, ""} }
 		e.start()
 		e.add("acme", nil)
 		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
@@ -85,7 +89,7 @@ func TestKaizalasConnectorIsWrittenWhileAnExchangeConnects(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
-		e.connectors.transport = slowConnection{e.kaizala.Transport(), 3 * time.Second}
+		e.connectors.transport = slowConnection{e.kaizala.Transport(), 3 * time.Second, ""}
 		e.write("config", map[string]any{"connector_secret": e.secret})
 		begun, done := time.Now(), make(chan struct{})
 		go func() {
@@ -104,7 +108,7 @@ func TestKaizalasConnectorIsWrittenWhileAnExchangeConnects(t *testing.T) {
 func TestConnectorIsWrittenWhileACodeConnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
-		e.connectors.transport = slowConnection{e.transport(), 3 * time.Second}
+		e.connectors.transport = slowConnection{e.transport(), 3 * time.Second, ""}
 		e.write("config/as", map[string]any{"connector_secret": e.clientSecret})
 		_, form := e.open(e.authorize(nil)).form()
 		done := make(chan struct{})
