@@ -123,7 +123,11 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 	case o.facts != nil && o.refreshToken == "" && sameEnd(o.facts.Expires, next.Facts.Expires):
 		// The same end as before. RotatesFrom stays, which the answer would count from the rest of the life.
 	case o.facts != nil:
+		before := next.Facts
 		next.Facts = *o.facts
+		if moved := o.facts.Expires.Sub(before.Expires); sameEnd(o.facts.Expires, before.Expires) && moved < o.at.Sub(next.LastExchange)/2 {
+			next.Facts.RotatesFrom = before.RotatesFrom // the new refresh token ends with the former one, and does not prolong the grant
+		}
 	case o.access != nil && next.Facts.Assumed && !o.at.Before(next.Facts.Expires):
 		// The refresh token has outlived what was assumed.
 		next.Facts.Expires, next.Facts.RotatesFrom, next.Facts.Assumed = time.Time{}, time.Time{}, false

@@ -50,3 +50,20 @@ func TestEndThatExchangesMoveWithoutANewRefreshToken(t *testing.T) {
 		})
 	}
 }
+
+// The service counts the life of each new refresh token from its exchange, and exchanges are frequent: the end moves by seconds each time.
+// The tenant is not exchanged more often than its readers need, and nobody is warned.
+func TestEndThatFrequentExchangesMove(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			oauth2test.ClassA(o)
+			o.RefreshTokenLife, o.RefreshTokenLifeField, o.AccessTokenLife = 5*time.Minute, "refresh_expires_in", 20*time.Second
+		}, classB)
+		e.add("acme", nil)
+		for range 600 {
+			assert.Empty(t, e.ok(logical.ReadOperation, "token/acme", nil).Warnings)
+			time.Sleep(time.Second)
+		}
+		assert.Less(t, e.server.Exchanges("acme"), 100)
+	})
+}

@@ -311,6 +311,6 @@ func (b *backend) danger(t *tenant, v *tenantView, now time.Time) string {
 		return "" // no exchange has been due yet that could replace the refresh token
 	}
 	about := b.connectors.about(e.Connector)
-	return fmt.Sprintf("The refresh token of tenant %q ends at %s and %s has not replaced it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s.",
+	return fmt.Sprintf("The refresh token of tenant %q ends at %s, and %s has not prolonged it: if tenants/%s does not show a later refresh_token_expire_time soon, its tenant user has to %s.",
 		t.name, stamp(e.Facts.Expires), about.Name, t.name, remedy(about, t.name))
 }
