@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"net/http"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -155,5 +156,21 @@ func TestDeviceStartThatTheServiceDoesNotAnswer(t *testing.T) {
 		_, status, text := e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
 		assert.Equal(t, 503, status)
 		assert.Contains(t, text, "has not answered in time: try again")
+	})
+}
+
+// The service is failing and asks for a day's rest. The engine rests for ten minutes, as with every call, and then asks again whether the
+// person has decided.
+func TestPollsGoOnAfterAFailureThatAsksForADay(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newGrantEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.DeviceLife = 30 * time.Minute })
+		code := e.start(byDevice, nil)["user_code"].(string)
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Times: 1, Answer: oauth2test.Answer{Status: 503, Header: http.Header{"Retry-After": {"86400"}}}})
+		e.pass(time.Minute)
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		e.pass(8 * time.Minute)
+		assert.Equal(t, attemptPending, e.attemptStatus(byDevice))
+		e.pass(2 * time.Minute)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
 	})
 }

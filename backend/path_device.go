@@ -223,7 +223,7 @@ func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result
 			wait = b.slowDown(a)
 		case tokenservice.Unavailable, tokenservice.Limited, tokenservice.RefusedConnector:
 			// It may pass before the code has expired.
-			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, true), failure.RetryAfter)
+			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, true), time.Until(via.share.PausedUntil()))
 		default:
 			b.endPolling(a, via, result)
 			return
