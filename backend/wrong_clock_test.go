@@ -119,3 +119,28 @@ func TestIntentOfAGrantSaysWhenItsTokenCame(t *testing.T) {
 		assert.Equal(t, time.Hour, i.Expires.Add(lastMoments).Sub(i.Obtained))
 	})
 }
+
+// An access token came while the clock was wrong. It is handed out for no longer than it lives from now on, and the next exchange comes
+// by then.
+func TestAccessTokenOfAWrongClock(t *testing.T) {
+	for class, newEngine := range map[string]func(t *testing.T) *oauthEngine{
+		"A": func(t *testing.T) *oauthEngine { return newOAuthEngine(t, oauth2test.ClassA, classA) },
+		"D": func(t *testing.T) *oauthEngine { return newOAuthEngine(t, oauth2test.ClassD, classD) },
+	} {
+		t.Run(class, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newEngine(t)
+				e.add("acme", nil)
+				e.read("token/acme")
+				e.restartAfterAWrongClock(tenantPrefix)
+				before := e.server.Exchanges("acme")
+				lease := e.lease("acme")
+				assert.Equal(t, before, e.server.Exchanges("acme"))
+				assert.LessOrEqual(t, lease.Secret.MaxTTL, time.Hour)
+				e.pass(61 * time.Minute)
+				assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
+				e.kept()
+			})
+		})
+	}
+}
