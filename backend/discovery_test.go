@@ -102,3 +102,20 @@ func TestConnectorIsWrittenDuringDiscovery(t *testing.T) {
 		})
 	}
 }
+
+// A write names the issuer of another server by mistake, and that server answers with a limit: nothing is stored, and the connector goes on
+// with its own server.
+func TestLimitOfAnotherServersDiscovery(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
+		e.other.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointMetadata, Answer: oauth2test.Answer{Status: 429, Header: http.Header{"Retry-After": {"86400"}}}})
+		_, status, text := e.ask(logical.UpdateOperation, "config/as", map[string]any{"issuer": e.other.Issuer()})
+		require.Equal(t, 429, status, text)
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 200, status, text)
+		e.write("config/as", map[string]any{"request_timeout": "9s"})
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 200, status, text)
+	})
+}

@@ -426,7 +426,11 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 	defer release()
 	all, err := b.attemptsOf(b.ctx, tenant)
 	if of.Path == byDevice || r.RefreshToken != "" { // what has come is nowhere else
-		err = b.insist(err, func() error {
+		tries := endTries
+		if r.RefreshToken != "" {
+			tries = grantTries
+		}
+		err = b.insist(err, tries, func() error {
 			all, err = b.attemptsOf(b.ctx, tenant)
 			return err
 		})
@@ -452,15 +456,15 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 	a.close(status, text)
 	err = b.putAttempts(b.ctx, tenant, all)
 	if of.Path == byDevice {
-		_ = b.insist(err, func() error { return b.putAttempts(b.ctx, tenant, all) })
+		_ = b.insist(err, endTries, func() error { return b.putAttempts(b.ctx, tenant, all) })
 	}
 	// Where storage fails, the tenant's entry still shows that the attempt was granted, and the attempt's own entry that its code was used.
 	return status, text
 }
 
-// insist repeats what storage has failed to do, for a minute at most.
-func (b *backend) insist(err error, f func() error) error {
-	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && pause < 1<<grantTries*time.Second && b.rest(pause); pause *= 2 {
+// insist repeats what storage has failed to do, with longer and longer pauses, and returns the last error.
+func (b *backend) insist(err error, tries int, f func() error) error {
+	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && tries > 0 && b.rest(pause); pause, tries = 2*pause, tries-1 {
 		err = f()
 	}
 	return err
@@ -539,6 +543,10 @@ func (b *backend) abandonDeleted(tenant string, via *loadedConnector, token stri
 // grantTries is how often the engine tries to store a grant. The tokens of a grant cannot be had again, but the person cannot wait for
 // ever.
 const grantTries = 6
+
+// endTries is how often the engine repeats what stores the end of a device login that has brought nothing: 7 seconds. Requests for the
+// tenant's attempts wait meanwhile.
+const endTries = 3
 
 // storeGrant stores a refresh token that a service has given, as a verified write of it: with the access token that came beside
 // it, or else by an exchange.

@@ -407,6 +407,7 @@ func (s *fakeSettings) show(data map[string]any)            { data["greeting"] =
 func (*fakeSettings) check(*connectorEntry) error           { return nil }
 func (*fakeSettings) missing(*connectorEntry, string) error { return nil }
 func (*fakeSettings) address() string                       { return "" }
+func (*fakeSettings) isAt(string) bool                      { return true }
 func (s *fakeSettings) clone() serviceSettings              { next := *s; return &next }
 func (*fakeSettings) take(serviceSettings)                  {}
 func (s *fakeSettings) client(*connectorEntry, http.RoundTripper) (tokenservice.Service, error) {

@@ -200,7 +200,9 @@ func (b *backend) discovered(ctx context.Context, name string, d *framework.Fiel
 	err = next.Settings.discover(ctx, next, d, b.connectors.transport, permit)
 	failure := (*tokenservice.Failure)(nil)
 	limit := (*share.LimitError)(nil)
-	if errors.As(err, &failure) && via != nil {
+	// Another server than the connector's may have been asked, because of a typing error, or before a move: that one's limit is not the
+	// connector's.
+	if errors.As(err, &failure) && via != nil && via.entry.Settings.isAt(textOf(d, "issuer")) {
 		b.connectors.judge(via, failure)(ctx)
 	}
 	switch {

@@ -94,6 +94,8 @@ func (s *kaizalaSettings) client(c *connectorEntry, transport http.RoundTripper)
 	return client, nil
 }
 
+func (*kaizalaSettings) isAt(string) bool { return false }
+
 func (s *kaizalaSettings) address() string { return s.APIRoot }
 
 func (s *kaizalaSettings) clone() serviceSettings {

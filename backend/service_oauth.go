@@ -3,6 +3,8 @@ package backend
 import (
 	"context"
 	"net/http"
+	"net/url"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -232,6 +234,12 @@ func (s *oauthSettings) discover(ctx context.Context, c *connectorEntry, d *fram
 	}
 	s.IssuerPromised = found.IssuerPromised
 	return nil
+}
+
+func (s *oauthSettings) isAt(issuer string) bool {
+	there, err := url.Parse(issuer)
+	own, ownErr := url.Parse(s.addressOf("token_url"))
+	return err == nil && ownErr == nil && strings.EqualFold(there.Host, own.Host)
 }
 
 func (s *oauthSettings) take(others serviceSettings) {

@@ -48,6 +48,8 @@ type serviceSettings interface {
 	missing(c *connectorEntry, name string) error
 	// discover asks the service for what it says about itself, where a write wants that.
 	discover(ctx context.Context, c *connectorEntry, d *framework.FieldData, transport http.RoundTripper, permit tokenservice.Permit) error
+	// isAt says whether exchanges go to the host of an issuer, which discover asks.
+	isAt(issuer string) bool
 	// take takes over what discover has found for others: settings of the same kind.
 	take(others serviceSettings)
 	// client makes the client. Its error is a *tokenservice.FieldError.

@@ -474,10 +474,8 @@ func (v *tenantView) lineage() string {
 // supersedes says whether an operator has written or deleted the tenant since the exchange that o comes from began, or another
 // node has exchanged its refresh token since.
 func (v *tenantView) supersedes(o *outcome) bool {
-	if e := v.entry; e != nil && o.change == nil {
-		if e.LastExchange.After(o.at) || o.refreshToken != "" && e.RefreshToken != o.sent && e.RefreshToken != o.refreshToken {
-			return true
-		}
+	if e := v.entry; e != nil && o.change == nil && o.refreshToken != "" && e.RefreshToken != o.sent && e.RefreshToken != o.refreshToken {
+		return true
 	}
 	lineage := v.lineage()
 	return lineage != o.from && (o.change == nil || lineage != o.change.lineage)

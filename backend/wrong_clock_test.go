@@ -1,7 +1,9 @@
 package backend
 
 import (
+	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -143,4 +145,99 @@ func TestAccessTokenOfAWrongClock(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The host's clock was an hour ahead when the last exchange was stored, and is right now. Storage does not take the next exchange at first,
+// so memory keeps it. Readers get what it has brought once storage works, not the token that it has ended.
+func TestKeptTokenAfterAWrongClock(t *testing.T) {
+	for name, options := range map[string]func(*oauth2test.Options){
+		"rotating": oauth2test.ClassD,
+		"the same": func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Rotation = oauth2test.RotateNever },
+	} {
+		t.Run(name, func(t *testing.T) { keptTokenAfterAWrongClock(t, options) })
+	}
+}
+
+func keptTokenAfterAWrongClock(t *testing.T, options func(*oauth2test.Options)) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, options, classD)
+		e.add("acme", nil)
+		e.read("token/acme")
+		entry := *e.stored("acme")
+		entry.LastExchange = time.Now().Add(time.Hour)
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+		e.restart()
+		e.waitForIndex()
+		time.Sleep(time.Minute)
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status, text)
+		e.storage.heal()
+		time.Sleep(time.Second)
+		token := e.read("token/acme")["access_token"].(string)
+		assert.True(t, e.server.Alive(token), "a reader gets a token that the exchange has ended")
+		e.pass(3 * time.Minute)
+		token = e.read("token/acme")["access_token"].(string)
+		assert.True(t, e.server.Alive(token), "a reader gets a token that the exchange has ended, after three minutes")
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+	})
+}
+
+// As above, and storage works: the tenant's entry is read again while the exchange is under way.
+func TestExchangeAfterAWrongClockIsReadAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Rotation = oauth2test.RotateNever }, classD)
+		e.add("acme", nil)
+		e.read("token/acme")
+		entry := *e.stored("acme")
+		entry.LastExchange = time.Now().Add(time.Hour)
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+		e.restart()
+		e.waitForIndex()
+		e.read("tenants/acme")
+		time.Sleep(time.Minute)
+		var held atomic.Bool
+		e.storage.surround(func(op, key string, do func() error) error {
+			switch {
+			case op == "put" && strings.HasPrefix(key, callPrefix):
+				e.tenants.invalidate("acme")
+			case op == "get" && key == tenantPrefix+"acme" && held.CompareAndSwap(false, true):
+				time.Sleep(time.Second)
+			}
+			return do()
+		})
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Less(t, status, 300, text)
+		assert.True(t, e.server.Alive(e.read("token/acme")["access_token"].(string)))
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+	})
+}
+
+// The host's clock was ten minutes ahead when this process stored the tenant's last exchange, and has been set right since. The next exchange
+// is stored and handed out. (The bubble's clock cannot be set back: memory is made as it is then.)
+func TestClockIsSetBackWhileTheProcessRuns(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.read("token/acme")
+		entry := *e.stored("acme")
+		ahead := time.Now().Add(10 * time.Minute)
+		entry.LastExchange = ahead
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+		record := e.tenants.named("acme")
+		v := record.view.Load()
+		require.NotNil(t, v.entry)
+		v.entry.LastExchange = ahead
+		calls := len(e.server.Calls(oauth2test.EndpointToken))
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Less(t, status, 300, text)
+		assert.Equal(t, 1, len(e.server.Calls(oauth2test.EndpointToken))-calls, "exchanges for one refresh")
+		_, status, text = e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 200, status, text)
+	})
 }
