@@ -425,16 +425,17 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 	}
 	defer release()
 	all, err := b.attemptsOf(b.ctx, tenant)
-	if of.Path == byDevice || r.RefreshToken != "" { // what has come is nowhere else
-		tries := endTries
-		if r.RefreshToken != "" {
-			tries = grantTries
-		}
-		err = b.insist(err, tries, func() error {
-			all, err = b.attemptsOf(b.ctx, tenant)
-			return err
-		})
+	tries := 0
+	switch { // what has come is nowhere else
+	case r.RefreshToken != "":
+		tries = grantTries
+	case of.Path == byDevice:
+		tries = endTries
 	}
+	err = b.insist(err, tries, func() error {
+		all, err = b.attemptsOf(b.ctx, tenant)
+		return err
+	})
 	a := all.byID(of.ID)
 	switch {
 	case err != nil:

@@ -645,6 +645,19 @@ func (s *storage) unheard(op, prefix string) {
 	})
 }
 
+// unheardOnce does so for the first such operation alone. over returns whether that has come.
+func (s *storage) unheardOnce(op, prefix string) (over func() bool) {
+	var done atomic.Bool
+	s.surround(func(asked, key string, do func() error) error {
+		err := do()
+		if asked == op && strings.HasPrefix(key, prefix) && done.CompareAndSwap(false, true) {
+			return errStorage
+		}
+		return err
+	})
+	return done.Load
+}
+
 // once calls f before the first operation of that kind below a prefix. over returns whether f has been called.
 func (s *storage) once(op, prefix string, f func()) (over func() bool) {
 	var done atomic.Bool

@@ -131,15 +131,7 @@ func TestRefreshAfterAResultThatStorageTookUnheard(t *testing.T) {
 						e.add("acme", nil)
 						old := accessTokenOf(e.lease("acme"))
 						e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Delay: 3 * time.Second, Times: 1})
-						failed := false
-						e.storage.surround(func(op, key string, do func() error) error {
-							err := do()
-							if op == "put" && key == tenantPrefix+"acme" && !failed {
-								failed = true
-								return errStorage
-							}
-							return err
-						})
+						failed := e.storage.unheardOnce("put", tenantPrefix+"acme")
 						go exchange(e)
 						time.Sleep(pause)
 						_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
@@ -147,7 +139,7 @@ func TestRefreshAfterAResultThatStorageTookUnheard(t *testing.T) {
 							_, status, text = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
 						}
 						require.Equal(t, 200, status, text)
-						assert.True(t, failed)
+						assert.True(t, failed())
 						next := accessTokenOf(e.lease("acme"))
 						assert.NotEqual(t, old, next)
 						assert.Equal(t, next, e.read("token/acme")["access_token"])

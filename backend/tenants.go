@@ -205,10 +205,9 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 		}
 	}
 	if a := e.Access; a != nil {
-		if a.Obtained.After(now) {
-			a.Obtained = now.Truncate(time.Millisecond)
-			a.Expires = earliest(a.Expires, a.Obtained.Add(e.AccessTokenLife))
-			a.Planned = earliest(a.Planned, a.Expires)
+		correctLife(&a.Obtained, &a.Expires)
+		if a.Planned.After(a.Expires) {
+			a.Planned = a.Expires
 		}
 		ts.plan(ctx, t.name, e)
 		if givenUp, err = ts.revocations.isGivenUp(ctx, e.Connector, a.Generation); err != nil {

@@ -28,6 +28,17 @@ func (e *oauthEngine) restartAfterAWrongClock(prefix string) {
 	e.start()
 }
 
+// restartAfterAnExchangeOfAWrongClock starts the engine anew, as if the host's clock had been an hour ahead when the last exchange of the
+// tenant acme was stored.
+func (e *oauthEngine) restartAfterAnExchangeOfAWrongClock() {
+	e.t.Helper()
+	entry := *e.stored("acme")
+	entry.LastExchange = time.Now().Add(time.Hour)
+	require.NoError(e.t, putEntry(e.t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+	e.restart()
+	e.waitForIndex()
+}
+
 // connectorIsFree says whether nothing needs the connector any more, by deleting it.
 func (e *oauthEngine) connectorIsFree() bool {
 	_, status, _ := e.try(logical.DeleteOperation, "config", nil)
@@ -163,11 +174,7 @@ func keptTokenAfterAWrongClock(t *testing.T, options func(*oauth2test.Options)) 
 		e := newOAuthEngine(t, options, classD)
 		e.add("acme", nil)
 		e.read("token/acme")
-		entry := *e.stored("acme")
-		entry.LastExchange = time.Now().Add(time.Hour)
-		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
-		e.restart()
-		e.waitForIndex()
+		e.restartAfterAnExchangeOfAWrongClock()
 		time.Sleep(time.Minute)
 		e.storage.failWith(func(op, key string) error {
 			if op == "put" && strings.HasPrefix(key, tenantPrefix) {
@@ -194,11 +201,7 @@ func TestExchangeAfterAWrongClockIsReadAgain(t *testing.T) {
 		e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassD(o); o.Rotation = oauth2test.RotateNever }, classD)
 		e.add("acme", nil)
 		e.read("token/acme")
-		entry := *e.stored("acme")
-		entry.LastExchange = time.Now().Add(time.Hour)
-		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
-		e.restart()
-		e.waitForIndex()
+		e.restartAfterAnExchangeOfAWrongClock()
 		e.read("tenants/acme")
 		time.Sleep(time.Minute)
 		var held atomic.Bool
