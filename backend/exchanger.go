@@ -189,7 +189,7 @@ func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error 
 	if err != nil || now == nil || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
 		return err
 	}
-	connector, err := x.revocations.giveUpHeld(ctx, t.name, v.access.Generation)
+	connector, err := x.revocations.revokeHeldLater(ctx, t.name, v.access.Generation)
 	if err != nil {
 		return err
 	}
@@ -197,7 +197,7 @@ func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error 
 	if connector != "" {
 		return nil
 	}
-	return x.revocations.giveUp(ctx, v.entry.Connector, t.name, v.access.accessEntry)
+	return x.revocations.revokeLater(ctx, v.entry.Connector, t.name, v.access.accessEntry)
 }
 
 // start begins the tenant's flight, or returns the one under way. own says that it is a new one, for this request.
@@ -266,7 +266,7 @@ func (x *exchanger) fly(f *flight) {
 	t := f.t
 	var err error
 	if f.want.change == nil && f.v.kept != nil {
-		err = x.tenants.settle(x.ctx, t, f.v.kept, func() {})
+		err = x.tenants.lockAndStore(x.ctx, t, f.v.kept, func() {})
 		if err != nil && !errors.Is(err, errSuperseded) {
 			x.fail(f, nil, err)
 		}
@@ -297,15 +297,15 @@ func (x *exchanger) call(f *flight) error {
 	for {
 		via, err := x.connectors.of(x.ctx, f.connector)
 		if err != nil {
-			return x.settle(f, entry, nil, tokenservice.Result{Err: err})
+			return x.storeAnswer(f, entry, nil, tokenservice.Result{Err: err})
 		}
 		if f.want.result != nil {
 			// A grant has brought an access token already, by a connector that may have been written since: it says nothing of the present one.
-			return x.settle(f, entry, via, f.want.result.result)
+			return x.storeAnswer(f, entry, via, f.want.result.result)
 		}
 		var result tokenservice.Result
 		if result.Err = via.incomplete; result.Err == nil {
-			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.permit(f, entry, via)}
+			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.newPermit(f, entry, via)}
 			if m := entry.Move; m != nil && m.From == via.entry.address() {
 				request.Endpoint = m.To // the service has moved this tenant
 			}
@@ -326,15 +326,15 @@ func (x *exchanger) call(f *flight) error {
 			storeVerdict(x.ctx)
 			continue
 		}
-		err = x.settle(f, entry, via, result)
+		err = x.storeAnswer(f, entry, via, result)
 		storeVerdict(x.ctx)
 		return err
 	}
 }
 
-// permit returns what the service's client asks before each request of a flight. A flight that a reader waits for goes before background
-// work.
-func (x *exchanger) permit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
+// newPermit returns what the service's client asks before each request of a flight. A flight that a reader waits for goes before
+// background work.
+func (x *exchanger) newPermit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
 	stored := f.v.base()
 	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
 		Tenant: f.t.name, Wait: patience,
@@ -366,8 +366,8 @@ func lostAnswer(r tokenservice.Result) bool {
 	return r.RefreshToken == "" && errors.As(r.Err, &failure) && failure.Lost
 }
 
-// settle turns the service's answer into an outcome and stores it. It runs to its end when the callers have gone.
-func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
+// storeAnswer turns the service's answer into an outcome and stores it. It runs to its end when the callers have gone.
+func (x *exchanger) storeAnswer(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
 	if f.want.change != nil && !o.precious() {
 		f.answered(x.ctx, via, r.Err)
@@ -384,7 +384,7 @@ func (x *exchanger) settle(f *flight, entry *tenantEntry, via *loadedConnector, 
 		f.t.ended(o.sent)
 	}
 	var issued error
-	err := x.tenants.settle(x.ctx, f.t, o, func() {
+	err := x.tenants.lockAndStore(x.ctx, f.t, o, func() {
 		if r.Err == nil && o.ownToken {
 			issued = x.issueOwn(f, o)
 		}
@@ -460,17 +460,17 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()
 	if f.isAbandoned() {
-		return x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry)
+		return x.revocations.revokeLater(ctx, o.connector, f.t.name, o.access.accessEntry)
 	}
 	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry, true); err != nil {
-		if x.revocations.giveUp(ctx, o.connector, f.t.name, o.access.accessEntry) != nil {
+		if x.revocations.revokeLater(ctx, o.connector, f.t.name, o.access.accessEntry) != nil {
 			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry, nil)
 		}
 		return storageTrouble(f.t.name, errStorage)
 	}
 	f.t.noteIssued(o.access.Generation)
 	if !f.handOver() {
-		_, err := x.revocations.giveUpHeld(ctx, f.t.name, o.access.Generation)
+		_, err := x.revocations.revokeHeldLater(ctx, f.t.name, o.access.Generation)
 		if err != nil {
 			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry, nil)
 		}

@@ -239,7 +239,7 @@ func attemptStatusOf(p *pair, path string) string {
 	if all.Last[path] == nil {
 		return ""
 	}
-	status, _ := p.settled(all.Last[path], v)
+	status, _ := p.statusOf(all.Last[path], v)
 	return status
 }
 

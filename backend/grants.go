@@ -205,8 +205,8 @@ func (v *tenantView) storedLineage() string {
 	return v.entry.Lineage
 }
 
-// settled returns the status of an attempt, from its entry and its tenant's entry.
-func (b *backend) settled(a *attempt, v *tenantView) (status, text string) {
+// statusOf returns the status of an attempt, from its entry and its tenant's entry.
+func (b *backend) statusOf(a *attempt, v *tenantView) (status, text string) {
 	now := time.Now()
 	kept := v != nil && v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
 	switch lineage := v.storedLineage(); {
@@ -346,7 +346,7 @@ func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
 	if a.Status != attemptPending {
 		return false
 	}
-	switch status, _ := b.settled(a, v); status {
+	switch status, _ := b.statusOf(a, v); status {
 	case attemptGranted, attemptExpired:
 		a.close(status, "")
 	default:
@@ -451,7 +451,7 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 		}
 		return a.Status, a.Error
 	}
-	if status, text = b.settle(a, via, r); status == attemptPending {
+	if status, text = b.storeTokens(a, via, r); status == attemptPending {
 		return status, text
 	}
 	a.close(status, text)
@@ -490,8 +490,8 @@ func (all *attempts) newest() (last *attempt) {
 	return last
 }
 
-// settle stores the tokens of a result, and says what that makes of the attempt.
-func (b *backend) settle(a *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
+// storeTokens stores the tokens of a result, and says what that makes of the attempt.
+func (b *backend) storeTokens(a *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
 	failure := (*tokenservice.Failure)(nil)
 	switch {
 	case r.RefreshToken != "":
@@ -524,7 +524,7 @@ func (b *backend) abandon(tenant string, via *loadedConnector, r tokenservice.Re
 		return
 	}
 	// Where storage fails, the token lives to its end.
-	_ = b.revocations.giveUp(b.ctx, via.name, tenant, &accessEntry{
+	_ = b.revocations.revokeLater(b.ctx, via.name, tenant, &accessEntry{
 		Token: r.AccessToken.Token, Generation: rand.Text(), Obtained: r.Sent, Expires: r.AccessToken.Expires,
 	})
 	b.revocations.wake(via.name)
@@ -811,7 +811,7 @@ func (b *backend) sweep(name string) {
 		now := time.Now()
 		over := true
 		for _, a := range all.Last {
-			status, text := b.settled(a, v)
+			status, text := b.statusOf(a, v)
 			switch {
 			case a.Status != attemptPending:
 			case status != attemptPending:
@@ -857,7 +857,7 @@ func (b *backend) pending(ctx context.Context, name, path string) (*attempt, *te
 	if a == nil {
 		return nil, v, nil
 	}
-	if status, _ := b.settled(a, v); status != attemptPending {
+	if status, _ := b.statusOf(a, v); status != attemptPending {
 		return nil, v, nil
 	}
 	return a, v, nil

@@ -230,7 +230,7 @@ func (b *backend) revokesAtService(ctx context.Context, secret *logical.Secret, 
 
 // endHeld has an access token revoked that has a record under heldPrefix: the one of one lease alone, or one that a newer has replaced.
 func (b *backend) endHeld(ctx context.Context, name, generation string) error {
-	connector, err := b.revocations.giveUpHeld(ctx, name, generation)
+	connector, err := b.revocations.revokeHeldLater(ctx, name, generation)
 	if connector != "" {
 		b.revocations.revokeNow(ctx, connector, generation)
 	}
@@ -287,7 +287,7 @@ func (b *backend) giveUp(ctx context.Context, name, generation string) error {
 		if retires, err := b.retires(ctx, v.entry); !retires || err != nil {
 			return err
 		}
-		t.giveUp(generation)
+		t.withhold(generation)
 		connector, err := b.tenants.giveUp(ctx, name, generation)
 		if err != nil {
 			return err

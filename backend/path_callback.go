@@ -201,7 +201,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	if err != nil {
 		return nil, "", false, err
 	}
-	switch status, text := b.settled(a, v); {
+	switch status, text := b.statusOf(a, v); {
 	case status == attemptSuperseded, status == attemptExpired:
 		a.close(status, text)
 		return &verdict{what: status}, "", true, nil
@@ -369,7 +369,7 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 		if err != nil {
 			return false, err
 		}
-		if status, _ := b.settled(present, v); status != attemptPending {
+		if status, _ := b.statusOf(present, v); status != attemptPending {
 			return false, errUsed
 		}
 		present.Used, present.Code = true, ""

@@ -316,22 +316,22 @@ func (b *backend) knowsTenants(ctx context.Context, connector string) error {
 		return stillReading(connector)
 	}
 	b.readUnread(ctx)
-	if !b.settleDoubts(ctx) {
+	if !b.readDoubted(ctx) {
 		return stillReading(connector)
 	}
 	return nil
 }
 
-// settleDoubts reads those tenants again of which storage may have something else than memory. It says whether it could.
-func (b *backend) settleDoubts(ctx context.Context) bool {
-	settled := true
+// readDoubted reads those tenants again of which storage may have something else than memory. It says whether it could.
+func (b *backend) readDoubted(ctx context.Context) bool {
+	done := true
 	b.tenants.each(func(t *tenant) {
 		if v := t.view.Load(); v.knows == doubted && v.kept == nil {
 			_, _, err := b.tenants.load(ctx, t.name)
-			settled = settled && (err == nil || errors.Is(err, errUnreadable))
+			done = done && (err == nil || errors.Is(err, errUnreadable))
 		}
 	})
-	return settled
+	return done
 }
 
 func (b *backend) readConnector(ctx context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {

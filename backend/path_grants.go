@@ -380,7 +380,7 @@ func (b *backend) readAttempt(path string) framework.OperationFunc {
 		if err != nil {
 			return answer(err)
 		}
-		status, text := b.settled(a, v)
+		status, text := b.statusOf(a, v)
 		return &logical.Response{Data: attemptData(a, status, text)}, nil
 	}
 }

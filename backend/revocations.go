@@ -58,7 +58,7 @@ type intent struct {
 	rest          time.Duration
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
-	settling      bool          // storage is deleting it
+	deleting      bool          // storage is deleting it
 	spared        bool          // its refresh token is in use again: a call that waits for its place in the share is not made
 	isDeleted     doubtfulDelete
 	unstored      bool // storage has no such intent
@@ -93,7 +93,7 @@ type revocations struct {
 	records  map[string]held               // what is held, by key below heldPrefix, without the tokens
 	loaded   bool
 	told     int                      // how often storage has changed, or may have, in a way that memory does not know
-	settled  map[string]bool          // keys of intents that were settled before what storage has was loaded
+	deleted  map[string]bool          // keys of intents that were deleted before what storage has was loaded
 	draining map[string]chan struct{} // by connector; a value in it wakes the worker
 	errors   map[string]string        // why the last call failed, by connector and by connector/tenant
 	writes   map[string]int           // how many writes of a refresh token are under way
@@ -111,7 +111,7 @@ func newRevocations(storage logical.Storage) *revocations {
 		stopping: make(chan struct{}),
 		intents:  map[string]map[string]*intent{},
 		records:  map[string]held{},
-		settled:  map[string]bool{},
+		deleted:  map[string]bool{},
 		draining: map[string]chan struct{}{},
 		errors:   map[string]string{},
 		writes:   map[string]int{},
@@ -127,8 +127,8 @@ func (r *revocations) mayRevoke(s tenantSummary) bool {
 	return via == nil || via.about.Revocation == tokenservice.RevokeAccessToken || via.about.RevokeOnDelete
 }
 
-// giveUp notes an access token for revocation where its service can revoke it. The intent is in storage before it returns.
-func (r *revocations) giveUp(ctx context.Context, connector, tenant string, a *accessEntry) error {
+// revokeLater notes an access token for revocation where its service can revoke it. The intent is in storage before it returns.
+func (r *revocations) revokeLater(ctx context.Context, connector, tenant string, a *accessEntry) error {
 	if !a.Expires.Add(-lastMoments).After(time.Now()) {
 		return nil
 	}
@@ -181,9 +181,9 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 	return about.Revocation == tokenservice.RevokeAccessToken || i.Type == tokenservice.TypeRefreshToken && about.RevokeOnDelete
 }
 
-// giveUpRefreshToken stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
+// revokeRefreshTokenLater stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
 // calls tell once the tenant is deleted, with nil, or with what will say whether it is.
-func (r *revocations) giveUpRefreshToken(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
+func (r *revocations) revokeRefreshTokenLater(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
 		return func(doubtfulDelete) {}, ignoreUnusable(err)
@@ -214,7 +214,7 @@ func (r *revocations) abandonRefreshToken(ctx context.Context, connector, tenant
 	if facts == nil {
 		facts = &tokenservice.Facts{}
 	}
-	if tell, err := r.giveUpRefreshToken(ctx, connector, tenant, "", token, *facts); err == nil {
+	if tell, err := r.revokeRefreshTokenLater(ctx, connector, tenant, "", token, *facts); err == nil {
 		tell(nil)
 	}
 }
@@ -244,7 +244,7 @@ func (r *revocations) put(ctx context.Context, connector, id string, i *intent) 
 		r.told++
 		return err
 	}
-	if known := r.intents[connector][id]; known == nil || known.unstored || known.settling { // storage may have deleted the known one before
+	if known := r.intents[connector][id]; known == nil || known.unstored || known.deleting { // storage may have deleted the known one before
 		// Readers get the token until the flow that gives it up has stored that.
 		i.isDeleted = r.isGone(i)
 		r.add(i)
@@ -304,7 +304,7 @@ func (r *revocations) spare(ctx context.Context, token string) error {
 	}
 	found := r.disarm(token)
 	for n, i := range found {
-		if err := r.settle(ctx, i); err != nil {
+		if err := r.endIntent(ctx, i); err != nil {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			for _, i := range found[n:] {
@@ -332,22 +332,22 @@ func (r *revocations) disarm(token string) (found []*intent) {
 	return found
 }
 
-// settle ends an intent. Where storage fails it stays, and is settled with the next call.
-func (r *revocations) settle(ctx context.Context, i *intent) error {
+// endIntent deletes an intent, in storage and in memory. Where storage fails it stays, and the next call ends it.
+func (r *revocations) endIntent(ctx context.Context, i *intent) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	r.mu.Lock()
-	i.settling = true
+	i.deleting = true
 	r.mu.Unlock()
 	err := storageError(r.storage.Delete(ctx, intentPrefix+i.connector+"/"+i.id))
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i.settling = false
+	i.deleting = false
 	if err != nil {
 		return err
 	}
 	if !r.loaded {
-		r.settled[i.connector+"/"+i.id] = true
+		r.deleted[i.connector+"/"+i.id] = true
 	}
 	r.note(i, "")
 	if of := r.intents[i.connector]; of[i.id] == i {
@@ -396,24 +396,24 @@ func (r *revocations) holds(ctx context.Context, tenant, generation string) (boo
 	return h != nil, err
 }
 
-// giveUpHeld notes the access token of a record for revocation, and deletes the record. It returns the token's connector, "" where
+// revokeHeldLater notes the access token of a record for revocation, and deletes the record. It returns the token's connector, "" where
 // there is nothing to revoke.
-func (r *revocations) giveUpHeld(ctx context.Context, tenant, generation string) (connector string, err error) {
+func (r *revocations) revokeHeldLater(ctx context.Context, tenant, generation string) (connector string, err error) {
 	key := tenant + "/" + generation
 	h, err := r.record(ctx, key)
 	if h == nil {
 		return "", err
 	}
 	a := &accessEntry{Token: h.Token, Generation: generation, Obtained: h.Obtained, Expires: h.Expires}
-	if err := r.giveUp(ctx, h.Connector, tenant, a); err != nil {
+	if err := r.revokeLater(ctx, h.Connector, tenant, a); err != nil {
 		return "", err
 	}
 	return h.Connector, r.release(ctx, key)
 }
 
-// giveUpReplaced notes for revocation the access tokens of a tenant that have leases and that newer tokens have replaced. It leaves a
+// revokeReplacedLater notes for revocation the access tokens of a tenant that have leases and that newer tokens have replaced. It leaves a
 // token of one lease alone to that lease.
-func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
+func (r *revocations) revokeReplacedLater(ctx context.Context, tenant string) error {
 	generations, err := r.storage.List(ctx, heldPrefix+tenant+"/")
 	if err != nil {
 		return storageError(err)
@@ -426,7 +426,7 @@ func (r *revocations) giveUpReplaced(ctx context.Context, tenant string) error {
 		if h == nil || h.Own {
 			continue
 		}
-		if _, err := r.giveUpHeld(ctx, tenant, generation); err != nil {
+		if _, err := r.revokeHeldLater(ctx, tenant, generation); err != nil {
 			return err
 		}
 	}
@@ -630,7 +630,7 @@ func (r *revocations) call(i *intent, class share.Class) {
 	ended := err == nil || isFailure && failure.Kind == tokenservice.Unsupported
 	if ended {
 		i.over = true // under guards it
-		err = r.settle(r.ctx, i)
+		err = r.endIntent(r.ctx, i)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -788,7 +788,7 @@ func (r *revocations) drop(ctx context.Context, connector string, about tokenser
 		r.mu.Lock()
 		_, sent := r.calls[i]
 		r.mu.Unlock()
-		if err := r.settle(ctx, i); err != nil {
+		if err := r.endIntent(ctx, i); err != nil {
 			return dropped, err
 		}
 		if !sent {
@@ -824,8 +824,8 @@ func (r *revocations) load(ctx context.Context) error {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again. One that was
-		// settled after another load had ended must not come back.
-		if r.told == told && !r.loaded && r.intents[i.connector][i.id] == nil && !r.settled[key] {
+		// deleted after another load had ended must not come back.
+		if r.told == told && !r.loaded && r.intents[i.connector][i.id] == nil && !r.deleted[key] {
 			r.add(i)
 		}
 		return nil
@@ -855,7 +855,7 @@ func (r *revocations) load(ctx context.Context) error {
 		return nil
 	}
 	r.loaded = true
-	clear(r.settled)
+	clear(r.deleted)
 	return nil
 }
 
@@ -945,7 +945,7 @@ func (ts *tenants) resolveUnleased(ctx context.Context, t *tenant, e *tenantEntr
 	if held, err := ts.revocations.holds(ctx, t.name, e.Unleased.Generation); held || err != nil {
 		return ignoreUnusable(err)
 	}
-	return ts.revocations.giveUp(ctx, e.Connector, t.name, e.Unleased)
+	return ts.revocations.revokeLater(ctx, e.Connector, t.name, e.Unleased)
 }
 
 // resolved notes that an access token's intent is in storage: if the token is the one of a tenant's entry whose own record had not come,

@@ -528,8 +528,8 @@ func (t *tenant) dropKept() {
 	t.update(func(v *tenantView) { v.kept = nil })
 }
 
-// giveUp makes sure that readers do not see an access token any more.
-func (t *tenant) giveUp(generation string) {
+// withhold makes sure that readers do not see an access token any more.
+func (t *tenant) withhold(generation string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if a := t.view.Load().access; a != nil && a.Generation == generation {

@@ -197,7 +197,7 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 // before this one may not have had. givenUp says that the access token is about to be revoked: readers do not get it, and its revocation
 // takes it out of the entry. The caller holds the tenant's lock.
 func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp bool, err error) {
-	settled := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // not corrected: the share's notes have the same clock
+	changed := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // not corrected: the share's notes have the same clock
 	now := time.Now().UTC()
 	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
 		if at.After(now) {
@@ -218,11 +218,11 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 	if err != nil || via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
 		return givenUp, nil
 	}
-	if at := via.share.Unsettled(t.name); at.After(settled) {
+	if at := via.share.Unsettled(t.name); at.After(changed) {
 		t.cutOff(e.Connector, via)
 	} else if e.Access != nil && !e.Access.Planned.IsZero() {
 		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
-		t.postpone(via.share.Recalled(t.name, settled))
+		t.postpone(via.share.Recalled(t.name, changed))
 	}
 	return givenUp, nil
 }
@@ -306,7 +306,7 @@ func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) err
 			return err
 		}
 		if c.retiresTokens() {
-			err := ts.giveUpAll(ctx, t, v.entry, v.kept)
+			err := ts.revokeAllLater(ctx, t, v.entry, v.kept)
 			if err == nil && c.refreshToken != nil {
 				err = ts.revocations.spare(ctx, *c.refreshToken)
 			}
@@ -345,9 +345,9 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 		}
 		tell := func(doubtfulDelete) {}
 		newest := v.newest()
-		err := ts.giveUpAll(ctx, t, v.entry, v.kept)
+		err := ts.revokeAllLater(ctx, t, v.entry, v.kept)
 		if err == nil && newest != nil {
-			tell, err = ts.revocations.giveUpRefreshToken(ctx, newest.Connector, name, v.storedLineage(), newest.RefreshToken, newest.Facts)
+			tell, err = ts.revocations.revokeRefreshTokenLater(ctx, newest.Connector, name, v.storedLineage(), newest.RefreshToken, newest.Facts)
 		}
 		if err != nil {
 			ts.withdraw(ctx, t, v)
@@ -390,7 +390,7 @@ func (ts *tenants) doubt(t *tenant) {
 // failed. Storage may still have the token.
 func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 	if v.access != nil && ts.revokesAccess(ctx, v.entry.Connector) {
-		t.giveUp(v.access.Generation)
+		t.withhold(v.access.Generation)
 		ts.doubt(t)
 	}
 }
@@ -400,41 +400,41 @@ func (ts *tenants) withdraw(ctx context.Context, t *tenant, v *tenantView) {
 func (ts *tenants) withdrawEnded(t *tenant, o *outcome) {
 	v := t.view.Load()
 	if a := v.access; a != nil && !a.Planned.IsZero() && o.access != nil && v.entry != nil && v.entry.RefreshToken == o.sent {
-		t.giveUp(a.Generation)
+		t.withhold(a.Generation)
 		ts.doubt(t)
 	}
 }
 
-// giveUpAll notes a tenant's access tokens for revocation when the tenant is rewritten or deleted.
-func (ts *tenants) giveUpAll(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
+// revokeAllLater notes a tenant's access tokens for revocation when the tenant is rewritten or deleted.
+func (ts *tenants) revokeAllLater(ctx context.Context, t *tenant, e *tenantEntry, kept *outcome) error {
 	if kept != nil && kept.access != nil {
 		if ts.revokesAccess(ctx, kept.connector) {
 			kept.access.leases.Store(givenUp) // if the write or delete fails, what is kept is stored without its access token
 		}
-		if err := ts.revocations.giveUp(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
+		if err := ts.revocations.revokeLater(ctx, kept.connector, t.name, kept.access.accessEntry); err != nil {
 			return err
 		}
 	}
 	if e == nil {
 		return nil
 	}
-	if err := ts.giveUpShared(ctx, t, e); err != nil || e.Unleased == nil {
+	if err := ts.revokeSharedLater(ctx, t, e); err != nil || e.Unleased == nil {
 		return err
 	}
 	return ts.resolveUnleased(ctx, t, e)
 }
 
-// giveUpShared notes a tenant's access token for revocation, and older ones that have leases. Those of one lease alone stay.
-func (ts *tenants) giveUpShared(ctx context.Context, t *tenant, e *tenantEntry) error {
+// revokeSharedLater notes a tenant's access token for revocation, and older ones that have leases. Those of one lease alone stay.
+func (ts *tenants) revokeSharedLater(ctx context.Context, t *tenant, e *tenantEntry) error {
 	if e.Access != nil {
-		if err := ts.revocations.giveUp(ctx, e.Connector, t.name, e.Access); err != nil {
+		if err := ts.revocations.revokeLater(ctx, e.Connector, t.name, e.Access); err != nil {
 			return err
 		}
 	}
 	if !ts.revocations.mayRevoke(t.view.Load().summary) {
 		return nil
 	}
-	return ts.revocations.giveUpReplaced(ctx, t.name)
+	return ts.revocations.revokeReplacedLater(ctx, t.name)
 }
 
 // giveUp makes sure that an access token is never handed out again, not after a restart either, and notes it for
@@ -459,7 +459,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 		}
 		next := *v.entry
 		next.Access = nil
-		err = ts.revocations.giveUp(ctx, v.entry.Connector, name, v.entry.Access) // which has read the connector
+		err = ts.revocations.revokeLater(ctx, v.entry.Connector, name, v.entry.Access) // which has read the connector
 		if via := ts.connectors.present(next.Connector); via != nil && via.about.Revocation == tokenservice.RevokeByExchange {
 			next.EndsBy = v.entry.Access.Expires
 		}
@@ -479,9 +479,9 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 	return connector, err
 }
 
-// settle stores what an exchange has brought, on top of what storage has by then. If that succeeds, it calls issue before another request
-// can change the tenant. It runs to its end when the caller goes away.
-func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func()) error {
+// lockAndStore stores what an exchange has brought, on top of what storage has by then. If that succeeds, it calls issue before another
+// request can change the tenant. It runs to its end when the caller goes away.
+func (ts *tenants) lockAndStore(ctx context.Context, t *tenant, o *outcome, issue func()) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
 	if err := t.storing.acquire(ctx); err != nil {
@@ -495,8 +495,8 @@ func (ts *tenants) settle(ctx context.Context, t *tenant, o *outcome, issue func
 	return nil
 }
 
-// store is settle for a caller who holds the tenant's lock. Its error is errSuperseded if an operator has written or deleted the tenant
-// since the exchange began, and a 400 if the write that the exchange verifies does not fit what was written since.
+// store is lockAndStore for a caller who holds the tenant's lock. Its error is errSuperseded if an operator has written or deleted the
+// tenant since the exchange began, and a 400 if the write that the exchange verifies does not fit what was written since.
 func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	v, err := ts.read(ctx, t)
 	if err != nil {
@@ -556,7 +556,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	ts.publish(t, o, next, v.kept)
 	if o.ownToken && o.access != nil && kept && !ended {
 		// The reader whose lease it was for does not wait any more. Where storage fails, the next exchange finds it in the entry.
-		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
+		_ = ts.revocations.revokeLater(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if superseded {
 		return errSuperseded
@@ -607,13 +607,13 @@ func (ts *tenants) replace(ctx context.Context, t *tenant, o *outcome, v *tenant
 	case o.isIn(v.entry):
 		return nil
 	case o.change != nil && kept:
-		return ts.giveUpAll(ctx, t, v.entry, nil)
+		return ts.revokeAllLater(ctx, t, v.entry, nil)
 	case o.change != nil:
-		return ts.giveUpAll(ctx, t, v.entry, v.kept)
+		return ts.revokeAllLater(ctx, t, v.entry, v.kept)
 	case o.access == nil || old == nil || o.ownToken:
 		return nil
 	case o.retires || !old.current(): // storage may not know yet that the old one is given up
-		return ts.revocations.giveUp(ctx, v.entry.Connector, t.name, old.accessEntry)
+		return ts.revocations.revokeLater(ctx, v.entry.Connector, t.name, old.accessEntry)
 	case old.leased():
 		return ts.revocations.hold(ctx, v.entry.Connector, t.name, old.accessEntry, false)
 	}
@@ -627,7 +627,7 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 	case o.isWritersAlone():
 		t.doubt()
 		ts.withdrawEnded(t, o)
-		ts.giveUpUnstored(t.name, o)
+		ts.revokeUnstored(t.name, o)
 		return storageTrouble(t.name, errStorage) // the writer still has what he wrote
 	case o.precious():
 		t.keep(o)
@@ -642,9 +642,9 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 	return nil
 }
 
-// giveUpUnstored has the access token revoked that a verification has brought and that storage has not taken, as it says. If storage has it
+// revokeUnstored has the access token revoked that a verification has brought and that storage has not taken, as it says. If storage has it
 // all the same, it is not revoked.
-func (ts *tenants) giveUpUnstored(name string, o *outcome) {
+func (ts *tenants) revokeUnstored(name string, o *outcome) {
 	via := ts.connectors.present(o.connector)
 	if o.access == nil || via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
 		return
@@ -660,7 +660,7 @@ func (ts *tenants) giveUpUnstored(name string, o *outcome) {
 func (ts *tenants) abandon(ctx context.Context, t *tenant, o *outcome, deleted bool) {
 	// Where storage fails here, the tokens live to their end.
 	if o.access != nil {
-		_ = ts.revocations.giveUp(ctx, o.connector, t.name, o.access.accessEntry)
+		_ = ts.revocations.revokeLater(ctx, o.connector, t.name, o.access.accessEntry)
 	}
 	if deleted && o.refreshToken != "" {
 		ts.revocations.abandonRefreshToken(ctx, o.connector, t.name, o.refreshToken, o.facts)

@@ -43,7 +43,7 @@ func BenchmarkRefuse(b *testing.B) {
 			for i := range waiting {
 				s.queue = append(s.queue, &waiter{Want: Want{Tenant: fmt.Sprint(i)}, deadline: now.Add(time.Hour)})
 			}
-			_ = s.permit(Want{Tenant: "runs"})
+			_ = s.begin(Want{Tenant: "runs"})
 			b.ReportAllocs()
 			for b.Loop() {
 				if _, err := s.Take(b.Context(), Want{Tenant: "acme", Wait: time.Second}); err == nil {

@@ -243,7 +243,7 @@ func (s *Share) arrange() {
 		w.until = until
 		switch {
 		case !until.After(p.now): // whether or not the deadline has just passed
-			w.call = s.permit(w.Want)
+			w.call = s.begin(w.Want)
 			p.hold(slot)
 		case until.After(w.deadline):
 			w.err = &LimitError{Until: until, ByService: until.Equal(s.paused)}
@@ -260,8 +260,8 @@ func (s *Share) arrange() {
 	})
 }
 
-// permit begins a call.
-func (s *Share) permit(want Want) *Call {
+// begin begins a call that is permitted now.
+func (s *Share) begin(want Want) *Call {
 	c := &Call{
 		share:        s,
 		tenant:       want.beginner(),

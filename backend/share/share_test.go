@@ -448,7 +448,7 @@ func TestCancelledAtItsTurn(t *testing.T) {
 
 		// The same with a waiter who leaves after the permission, in a fixed order.
 		s.Configure(3, timeout)
-		s.leave(&waiter{call: s.permit(Want{Tenant: "b"})})
+		s.leave(&waiter{call: s.begin(Want{Tenant: "b"})})
 		take(t, s, Want{Tenant: "b"}).End()
 		refused(t, s, Want{}, time.Second)
 		idle(t, s)
