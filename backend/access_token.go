@@ -101,20 +101,25 @@ func (a *accessToken) response() map[string]any {
 	return data
 }
 
-// lease counts a lease that is about to be issued, unless the token was given up.
-func (a *accessToken) lease() bool {
+// handOut notes that a reader gets the token, and counts the reader's lease if there is one. ok: the reader may have it, because it was not
+// given up, and no exchange that ends it has begun. first: no reader has had it before.
+func (a *accessToken) handOut(leased bool) (ok, first bool) {
+	first = a.use.Load() == unread && a.use.CompareAndSwap(unread, read)
+	if a.use.Load() != read {
+		return false, false
+	}
 	for {
 		n := a.leases.Load()
 		switch {
 		case n == givenUp:
-			return false
-		case n == leasesUnknown || a.leases.CompareAndSwap(n, n+1):
-			return true
+			return false, false
+		case !leased, n == leasesUnknown, a.leases.CompareAndSwap(n, n+1):
+			return true, first
 		}
 	}
 }
 
-// current says whether the token may be handed out without a lease.
+// current says whether the token was not given up.
 func (a *accessToken) current() bool { return a.leases.Load() != givenUp }
 
 // doubt makes the count unknown.
@@ -156,18 +161,6 @@ func (a *accessToken) isOf(lease *logical.Secret) bool {
 func (a *accessToken) leased() bool {
 	n := a.leases.Load()
 	return n > 0 || n == leasesUnknown
-}
-
-// markRead notes that a reader gets the token. ok: the reader may have it, because no exchange that ends it has begun. news: it is the
-// first reader.
-func (a *accessToken) markRead() (ok, news bool) {
-	if a.use.Load() == read {
-		return true, false
-	}
-	if a.use.CompareAndSwap(unread, read) {
-		return true, true
-	}
-	return a.use.Load() == read, false
 }
 
 // wanted says whether the token has been read, or may have been before this process started.

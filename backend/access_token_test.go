@@ -9,7 +9,7 @@ import (
 
 // What each change makes of each state of the count of leases. A token that was given up stays so, whatever comes after.
 func TestCountOfLeases(t *testing.T) {
-	counted := func(a *accessToken) bool { return a.lease() }
+	counted := func(a *accessToken) bool { ok, _ := a.handOut(true); return ok }
 	doubted := func(a *accessToken) bool { a.doubt(); return a.current() }
 	ends := func(early, replaced bool) func(*accessToken) bool {
 		return func(a *accessToken) bool { return a.end(early, replaced) }

@@ -221,11 +221,11 @@ func (b *backend) serve(t *tenant, v *tenantView, r *reader) (*accessToken, erro
 	if now.After(until) {
 		return nil, nil
 	}
-	ok, news := token.markRead()
-	if !ok || r.leases && !token.lease() || !r.leases && !token.current() {
+	ok, first := token.handOut(r.leases)
+	if !ok {
 		return nil, nil // an exchange has begun to end the token, or it was given up
 	}
-	if news {
+	if first {
 		b.schedule(t) // a token that is used is renewed ahead of its end
 	}
 	return token, nil
