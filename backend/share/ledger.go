@@ -37,6 +37,10 @@ const (
 
 	// longestPause bounds a pause. One that ends later was asked for, or stored, while a clock was wrong.
 	longestPause = 24 * time.Hour
+
+	// countsFor is how long a call counts in the next process, from when its caller began to note it, beside the time that its request takes:
+	// the request begins once storage has the note.
+	countsFor = gather + storeWithin + Window
 )
 
 // ErrRemoved is the error of a call or pause that cannot be stored because [Share.Remove] has been called.
@@ -98,11 +102,15 @@ func (c *Call) Note(ctx context.Context) error {
 		s.places.take(n)
 		s.gathering = n
 		if s.writes > 0 {
-			time.AfterFunc(gather, s.writeGathered) // even if the write that is under way hangs
+			time.AfterFunc(gather, func() { // even if the write that is under way hangs
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.writeGathered()
+			})
 		}
 	}
 	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
-	n.until = now.Add(s.span())
+	n.until = now.Add(s.timeout + countsFor)
 	s.noted[n.place] = n.until
 	w := n.join()
 	if s.writes == 0 || len(n.calls) == mostCalls {
@@ -119,12 +127,6 @@ func (c *Call) Note(ctx context.Context) error {
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
 	return err
-}
-
-// span is how long a call counts in the next process, from when its caller began to note it. The request begins once storage has the note,
-// and takes s.timeout at most.
-func (s *Share) span() time.Duration {
-	return gather + storeWithin + s.timeout + Window
 }
 
 // Cancel is Withdraw for a call that was noted and is not made after all. It notes, too, that the next process need not ask what became of
@@ -178,10 +180,8 @@ func (s *Share) wait(ctx context.Context, w *write) error {
 	return ctx.Err()
 }
 
-// writeGathered begins the write of the calls that have gathered, if there are any.
+// writeGathered begins the write of the calls that have gathered, if there are any. The caller holds s.mu.
 func (s *Share) writeGathered() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.gathering != nil {
 		s.write(s.gathering)
 	}
@@ -227,8 +227,8 @@ func (s *Share) write(n *note) {
 		} else {
 			s.vacate(n)
 		}
-		s.mu.Unlock()
 		s.writeGathered()
+		s.mu.Unlock()
 	}()
 }
 
@@ -302,7 +302,7 @@ func (s *Share) StorePause(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.removed {
+	if !s.removed.Load() {
 		s.stored = longest
 	}
 	return nil
@@ -324,7 +324,7 @@ func bounded(t time.Time, ahead time.Duration) time.Time {
 
 // put stores an entry, unless the connector is removed before that has been done.
 func (s *Share) put(ctx context.Context, place string, e entry) error {
-	if s.isRemoved() {
+	if s.removed.Load() {
 		return ErrRemoved
 	}
 	if err := ctx.Err(); err != nil {
@@ -338,18 +338,12 @@ func (s *Share) put(ctx context.Context, place string, e entry) error {
 	ctx, cancel := context.WithTimeout(ctx, storeWithin)
 	defer cancel()
 	err = s.storage.Put(ctx, raw)
-	if s.isRemoved() { // also if the write has failed: storage may have done it
+	if s.removed.Load() { // also if the write has failed: storage may have done it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 		defer cancel()
 		return errors.Join(ErrRemoved, s.storage.Delete(ctx, raw.Key))
 	}
 	return err
-}
-
-func (s *Share) isRemoved() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.removed
 }
 
 // Load counts the calls of the process before this one, and goes on with its pause. Storage is read once for all callers;
@@ -460,7 +454,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			n.counted++
 			calls = append(calls, &Call{
 				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
-				at:    e.Until.Add(-s.span()).Truncate(time.Millisecond),
+				at:    e.Until.Add(-s.timeout - countsFor).Truncate(time.Millisecond),
 				frees: bounded(e.Until, Window), // the process that made it has ended by now
 			})
 		}
@@ -493,7 +487,8 @@ func (s *Share) Remove(ctx context.Context) error {
 func (s *Share) setRemoved(removed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.removed, s.stored = removed, time.Time{}
+	s.removed.Store(removed)
+	s.stored = time.Time{}
 }
 
 func (s *Share) deleteAll(ctx context.Context) error {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/logical"
@@ -111,7 +112,8 @@ type Share struct {
 	stored  time.Time // the pause that this process has stored
 	loaded  bool      // the calls in storage are counted
 	version uint64    // counts changes of storage by another node: a load that began before the last one is out of date
-	removed bool      // the connector has been deleted: nothing is stored
+	// removed: the connector has been deleted, and nothing is stored. It changes together with stored, under mu.
+	removed atomic.Bool
 	// unsettled is, by tenant, when an earlier process last noted an exchange without noting that it was answered.
 	unsettled map[string]time.Time
 }
@@ -136,7 +138,8 @@ func New(storage logical.Storage, connector string) *Share {
 func (s *Share) Configure(limit int, requestTimeout time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.limit, s.timeout, s.removed = limit, requestTimeout, false
+	s.limit, s.timeout = limit, requestTimeout
+	s.removed.Store(false)
 	s.arrange()
 }
 
@@ -160,12 +163,11 @@ type waiter struct {
 	Want
 	deadline time.Time
 	until    time.Time     // when the call is permitted, as far as is known
-	changed  chan struct{} // has a value where call or err is set or until is earlier than it was
+	changed  chan struct{} // has a value where answered is set or until is earlier than it was
+	answered bool          // call or err is set
 	call     *Call
 	err      error
 }
-
-func (w *waiter) settled() bool { return w.call != nil || w.err != nil }
 
 // Take permits one call, and waits up to want.Wait until it can. It uses no storage. Its error is the context's, or a [*LimitError] as soon
 // as it is known that the wait would be longer.
@@ -178,13 +180,13 @@ func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	w := &waiter{Want: want, deadline: time.Now().Add(want.Wait)}
 	s.queue = slices.Insert(s.queue, s.position(want), w)
 	s.arrange()
-	if w.settled() {
+	if w.answered {
 		return w.call, w.err
 	}
 	w.changed = make(chan struct{}, 1)
 	timer := time.NewTimer(time.Until(w.until))
 	defer timer.Stop()
-	for !w.settled() {
+	for !w.answered {
 		s.mu.Unlock()
 		select {
 		case <-w.changed:
@@ -243,20 +245,20 @@ func (s *Share) arrange() {
 		w.until = until
 		switch {
 		case !until.After(p.now): // whether or not the deadline has just passed
-			w.call = s.begin(w.Want)
+			w.answered, w.call = true, s.begin(w.Want)
 			p.hold(slot)
 		case until.After(w.deadline):
-			w.err = &LimitError{Until: until, ByService: until.Equal(s.paused)}
+			w.answered, w.err = true, &LimitError{Until: until, ByService: until.Equal(s.paused)}
 		default:
 			p.hold(slot)
 		}
-		if earlier || w.settled() {
+		if earlier || w.answered {
 			select {
 			case w.changed <- struct{}{}:
 			default:
 			}
 		}
-		return w.settled()
+		return w.answered
 	})
 }
 
