@@ -92,8 +92,11 @@ func TestTroubleOfStorageEndsWithStorage(t *testing.T) {
 			a := newTenant("acme")
 			a.stored(&tenantEntry{}, nil, nil)
 			a.failed(&trouble{err: err})
-			ends := exchanged || whose == "storage"
-			assert.Equal(t, ends, a.recovered(exchanged), "trouble of %s, exchanged %t", whose, exchanged)
+			ends, o := exchanged || whose == "storage", &outcome{}
+			if exchanged {
+				o.access = newAccessToken("acme", &accessEntry{})
+			}
+			assert.Equal(t, ends, a.stored(&tenantEntry{}, o, nil), "trouble of %s, exchanged %t", whose, exchanged)
 			assert.Equal(t, ends, a.view.Load().trouble == nil)
 		}
 	}

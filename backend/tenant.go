@@ -406,13 +406,19 @@ func (t *tenant) summarized(e *tenantEntry) {
 	})
 }
 
-// stored records that storage has an entry. kept is what memory kept when the caller read the tenant: it is part of the entry, or
-// superseded by it. What memory keeps since then stays. fresh is the access token that has just been obtained, nil for none: the count
-// of its leases begins at a known zero.
-func (t *tenant) stored(e *tenantEntry, fresh *accessToken, kept *outcome) {
+// stored records that storage has an entry. o is the outcome of an exchange that the entry has, nil where it has none: the count of leases
+// on an access token of o begins at a known zero. kept is what memory kept when the caller read the tenant: it is part of the entry, or
+// superseded by it. What memory keeps since then stays. recovered: the trouble of an earlier exchange ends with o.
+func (t *tenant) stored(e *tenantEntry, o, kept *outcome) (recovered bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.update(func(v *tenantView) {
+		fresh := (*accessToken)(nil)
+		if o != nil {
+			fresh = o.access
+			// Where no access token has come, only trouble that comes from storage alone ends.
+			recovered = v.trouble != nil && (fresh != nil || !errors.As(v.trouble.err, new(*tokenservice.Failure)))
+		}
 		a := fresh
 		if a == nil || e.Access == nil || a.Generation != e.Access.Generation {
 			a = t.known(v, e)
@@ -428,8 +434,8 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken, kept *outcome) {
 				t.cutShort = max(t.cutShort, v.bound.Unix())
 			}
 		}
-		if fresh == nil && v.lineage() != e.Lineage {
-			// An operator has written another refresh token or connector: what failed before is over.
+		if recovered || fresh == nil && v.lineage() != e.Lineage {
+			// The exchange has succeeded, or an operator has written another refresh token or connector: what failed before is over.
 			t.retry, v.trouble = nil, nil
 		}
 		if a != v.access {
@@ -445,6 +451,7 @@ func (t *tenant) stored(e *tenantEntry, fresh *accessToken, kept *outcome) {
 	if t.outdated {
 		t.leave() // readers read storage again
 	}
+	return recovered
 }
 
 // retired records that storage has an entry whose access token is given up. What is kept stays so.
@@ -564,20 +571,6 @@ func (t *tenant) cutOff(connector string, via *loadedConnector) {
 		err: failure, text: readerError(via.about, t.name, connector, failure).Error(),
 		at: now, until: now, lost: true, revision: via.revision,
 	})
-}
-
-// recovered ends a tenant's trouble, and says whether there was any. exchanged: an access token has come; otherwise only trouble that
-// comes from storage alone ends.
-func (t *tenant) recovered(exchanged bool) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	trouble := t.view.Load().trouble
-	if trouble == nil || !exchanged && errors.As(trouble.err, new(*tokenservice.Failure)) {
-		return false
-	}
-	t.retry = nil
-	t.update(func(v *tenantView) { v.trouble = nil })
-	return true
 }
 
 // backOff says how long the tenant rests after another failure: seconds at first, a minute at most, with jitter.

@@ -566,7 +566,7 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 
 // publish shows readers, the index and the log what storage has taken of an exchange. kept is as [tenant.stored] has it.
 func (ts *tenants) publish(t *tenant, o *outcome, next *tenantEntry, kept *outcome) {
-	t.stored(next, o.access, kept)
+	recovered := t.stored(next, o, kept)
 	ts.loaded.Add(t.name, t)
 	if o.refreshToken != "" {
 		ts.announce.rotated(t.name, next)
@@ -574,7 +574,7 @@ func (ts *tenants) publish(t *tenant, o *outcome, next *tenantEntry, kept *outco
 	if o.rejected {
 		ts.announce.rejected(t.name, next)
 	}
-	if t.recovered(o.access != nil) {
+	if recovered {
 		ts.announce.recovered(t.name, next.Connector)
 	}
 	ts.schedule(t)
