@@ -96,31 +96,23 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	}
 	due := refreshDue(t.name, e, keepAlive)
 	a := v.access
+	handedOut := a != nil && a.current()
 	switch {
-	case a == nil || !a.current():
-		switch {
-		case trouble != nil:
-			return trouble.until
-		case v.postponed.After(now) && owed:
-			return v.postponed
-		case owed:
-			return now
+	case handedOut && !a.Planned.IsZero() && a.wanted() && now.Before(a.Expires):
+		// The exchange that ends the token comes at its planned time. Where only leases of before a restart may need the token, a new one is
+		// not needed before the refresh token is due.
+		if a.use.Load() == read || v.trouble != nil && v.trouble.lost {
+			return v.bound
 		}
-	case !a.Planned.IsZero():
-		// If the token has been read or may have leases, the exchange that ends it comes at its planned time.
-		if x := v.bound; a.wanted() && now.Before(a.Expires) {
-			if a.use.Load() == read || !due.After(x) || v.trouble != nil && v.trouble.lost {
-				return x
-			}
-		} else if trouble != nil {
-			return trouble.until
-		}
+		return latest(due, v.bound)
 	case trouble != nil:
 		return trouble.until
-	default:
+	case owed && !handedOut:
+		return latest(now, v.postponed)
+	case handedOut && a.Planned.IsZero():
 		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-ownPart(t.name, a.life(), leadLeast, leadMost))
 		if a.use.Load() == read || now.Before(renew) {
-			due = earliest(due, renew)
+			return earliest(due, renew)
 		}
 	}
 	return due
