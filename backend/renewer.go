@@ -107,7 +107,7 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 		return latest(due, v.bound)
 	case trouble != nil:
 		return trouble.until
-	case owed && !handedOut:
+	case owed:
 		return latest(now, v.postponed)
 	case handedOut && a.Planned.IsZero():
 		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-ownPart(t.name, a.life(), leadLeast, leadMost))
