@@ -80,12 +80,15 @@ func TestStateWhoseCodeIsNotSentStaysGood(t *testing.T) {
 		e := newGrantEngine(t)
 		back, form := e.toConfirm()
 		connector := e.get(connectorPrefix + "as")
-		assert.Contains(t, e.lostConnector(form, func() {}), `connector "as" is not configured`)
+		p := e.lostConnector(form, func() {})
+		assert.Equal(t, 400, p.status)
+		assert.Contains(t, p.text(), `Connector "as" is not configured`)
+		assert.Contains(t, p.text(), "The link stays valid")
 		assert.Zero(t, e.sent(codeGrant))
 		assert.Equal(t, attemptPending, e.attemptStatus(byCode))
 
 		e.put(connectorPrefix+"as", []byte(connector))
-		p := e.visit(logical.UpdateOperation, "callback", form)
+		p = e.visit(logical.UpdateOperation, "callback", form)
 		assert.Equal(t, 200, p.status, p.text())
 		assert.Equal(t, 1, e.sent(codeGrant))
 		assert.Equal(t, attemptGranted, e.attemptStatus(byCode))
@@ -93,21 +96,14 @@ func TestStateWhoseCodeIsNotSentStaysGood(t *testing.T) {
 	})
 }
 
-// lostConnector sends the form of a page, and deletes the connector while storage takes the mark that the state is
-// used. It returns the error.
-func (e *grantEngine) lostConnector(form map[string]any, meanwhile func()) string {
+// lostConnector sends the form of a page, and deletes the connector while storage takes the mark that the state is used. It returns the
+// next page.
+func (e *grantEngine) lostConnector(form map[string]any, meanwhile func()) shown {
 	e.t.Helper()
-	reached, release := e.storage.hold("put", attemptKeys)
-	ended := make(chan string, 1)
-	go func() {
-		_, _, text := e.ask(logical.UpdateOperation, "callback", form)
-		ended <- text
-	}()
-	<-reached
-	e.ok(logical.DeleteOperation, "config/as", nil)
-	meanwhile()
-	release()
-	return <-ended
+	return e.usingUp(form, func() {
+		e.ok(logical.DeleteOperation, "config/as", nil)
+		meanwhile()
+	})
 }
 
 // A newer attempt comes while a code turns out not to be sent. The attempt before has ended, and storage does not keep its code.

@@ -303,12 +303,12 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 	for {
 		via, err := b.connectors.of(b.ctx, a.Connector)
 		if err != nil {
-			return err
+			return b.notSent(end, err)
 		}
 		end.service = via.about.Name
 		flow, ok := via.service.(tokenservice.CodeFlow)
 		if !ok {
-			return via.offers(byCode)
+			return b.notSent(end, via.offers(byCode))
 		}
 		if !a.comesFrom(via) {
 			end.what, end.text = b.finish(a, via, a.connectorHasMoved())
