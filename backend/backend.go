@@ -32,15 +32,17 @@ const (
 	// storeWithin bounds each write to storage that goes on when its caller goes away, and each read.
 	storeWithin = 30 * time.Second
 
-	// stopWithin is how long Clean waits for what is under way.
+	// stopWithin is how long Clean takes at most, and stopGrace how long a stop waits for each exchange that is under way.
 	stopWithin = 5 * time.Second
+	stopGrace  = stopWithin - time.Second
 )
 
 // Factory returns the engine's factory for Vault. The version is the plugin's
 // own, a semantic version with a leading v, and shows in "vault plugin list".
 func Factory(version string) logical.Factory {
+	work := newServiceWork()
 	return func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
-		return newBackend(ctx, conf, version, nil)
+		return newBackend(ctx, conf, version, nil, work)
 	}
 }
 
@@ -56,6 +58,7 @@ type backend struct {
 	announce    *announcer
 	grants      *grants
 	index       index
+	serviceWork *serviceWork
 
 	ctx    context.Context // ends in Clean
 	cancel context.CancelFunc
@@ -69,12 +72,12 @@ type backend struct {
 }
 
 // newBackend makes an engine. It makes no call and does not use storage, which may not be there yet. transport is nil except
-// in tests.
-func newBackend(ctx context.Context, conf *logical.BackendConfig, version string, transport http.RoundTripper) (*backend, error) {
+// in tests. work is what the mounts of the process have in common.
+func newBackend(ctx context.Context, conf *logical.BackendConfig, version string, transport http.RoundTripper, work *serviceWork) (*backend, error) {
 	if conf == nil {
 		return nil, fmt.Errorf("no configuration was passed to the plugin's factory")
 	}
-	b := &backend{node: &node{system: conf.System}, storage: conf.StorageView, unread: map[string]int{}}
+	b := &backend{node: &node{system: conf.System}, storage: conf.StorageView, serviceWork: work, unread: map[string]int{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	if err := b.assemble(transport); err != nil {
 		return nil, err
@@ -119,12 +122,12 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
 	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, b.node, b.ctx, b.goWork
-	b.revocations.tenants = b.tenants
+	b.revocations.tenants, b.revocations.beginWork = b.tenants, b.serviceWork.begin
 	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
 		tenants: b.tenants, connectors: b.connectors, revocations: b.revocations, announce: b.announce,
-		node: b.node, ctx: b.ctx, work: b.goWork, stopping: b.isStopping, landed: b.landed,
+		node: b.node, ctx: b.ctx, work: b.goToService, stopping: b.isStopping, landed: b.landed,
 	}
 	b.grants = newGrants()
 	b.index.init(b.tick)
@@ -350,14 +353,91 @@ func (b *backend) goWork(f func()) bool {
 	return true
 }
 
+// goToService is goWork for work that waits for a service and stores what comes.
+func (b *backend) goToService(f func()) bool {
+	end := b.serviceWork.begin()
+	if !b.goWork(func() {
+		defer end()
+		f()
+	}) {
+		end()
+		return false
+	}
+	return true
+}
+
 func (b *backend) isStopping() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.stopping
 }
 
-// clean stops the engine. It starts no new work, waits a few seconds until the work
-// under way has ended and its results are stored, and then cancels it.
+// serviceWork is the work under way, of all mounts of the process, that waits for services and stores what comes. Vault runs the mounts of a
+// plugin in one process. When it reloads the plugin it calls Clean of one mount, ends the process, and tells the other mounts nothing: so
+// each Clean waits for the work of all mounts.
+type serviceWork struct {
+	mu sync.Mutex
+	// running has a channel for each piece of work, which is closed at its end, and the time until which stops wait for it; zero: no stop
+	// has waited for it yet. When Vault stops many mounts, one after another, all of the work together gets the grace of one stop.
+	running map[chan struct{}]time.Time
+}
+
+func newServiceWork() *serviceWork { return &serviceWork{running: map[chan struct{}]time.Time{}} }
+
+// begin notes a piece of work. Its caller calls end once.
+func (w *serviceWork) begin() (end func()) {
+	done := make(chan struct{})
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running[done] = time.Time{}
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.running, done)
+		close(done)
+	}
+}
+
+// next is a piece of work that a stop has to wait for, and until when; nil where there is none. all: no work is left that has had its grace.
+func (w *serviceWork) next() (done chan struct{}, until time.Time, all bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	all = true
+	now := time.Now()
+	for one, end := range w.running {
+		if end.IsZero() {
+			end = now.Add(stopGrace)
+			w.running[one] = end
+		}
+		if end.After(now) {
+			done, until = one, end
+		} else {
+			all = false
+		}
+	}
+	return done, until, all
+}
+
+// wait waits until each piece of work has ended or has had its grace, or the context ends. It says whether all of it has ended.
+func (w *serviceWork) wait(ctx context.Context) bool {
+	for {
+		done, until, all := w.next()
+		if done == nil {
+			return all
+		}
+		grace := time.NewTimer(time.Until(until))
+		select {
+		case <-done:
+		case <-grace.C:
+		case <-ctx.Done():
+			return false
+		}
+		grace.Stop()
+	}
+}
+
+// clean stops the engine. It starts no new work, waits a few seconds until the work under way at services has ended and its results are
+// stored, and then cancels it.
 func (b *backend) clean(context.Context) {
 	b.mu.Lock()
 	b.stopping = true
@@ -373,11 +453,13 @@ func (b *backend) clean(context.Context) {
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), stopWithin)
 	defer cancel()
-	grace := time.NewTimer(stopWithin - time.Second)
-	defer grace.Stop()
-	select {
-	case <-ended:
-	case <-grace.C:
+	grace, over := context.WithTimeout(ctx, stopGrace)
+	defer over()
+	if b.serviceWork.wait(grace) {
+		select {
+		case <-ended: // nor is an event on its way
+		case <-grace.Done():
+		}
 	}
 	b.cancel()
 	saved := make(chan struct{})

@@ -40,6 +40,7 @@ type engine struct {
 	storage     *storage
 	system      *system
 	events      *events
+	work        *serviceWork // of the process
 	log         *lockedBuffer
 	connectorID string
 	secret      string
@@ -82,12 +83,15 @@ func (e *engine) start() {
 	if e.wire != nil {
 		transport = e.wire()
 	}
+	if e.work == nil {
+		e.work = newServiceWork()
+	}
 	b, err := newBackend(context.Background(), &logical.BackendConfig{
 		Logger:       hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: e.log, JSONFormat: true}),
 		System:       e.system,
 		StorageView:  e.storage,
 		EventsSender: e.events,
-	}, "v0.0.0", transport)
+	}, "v0.0.0", transport, e.work)
 	require.NoError(e.t, err)
 	e.backend = b
 	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))

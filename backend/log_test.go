@@ -211,7 +211,7 @@ func (e *engine) restartWith(events logical.EventSender) {
 		System:       e.system,
 		StorageView:  e.storage,
 		EventsSender: events,
-	}, "v0.0.0", e.kaizala.Transport())
+	}, "v0.0.0", e.kaizala.Transport(), e.work)
 	require.NoError(e.t, err)
 	e.backend = b
 	require.NoError(e.t, b.Initialize(context.Background(), &logical.InitializationRequest{Storage: e.storage}))

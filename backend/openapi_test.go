@@ -50,7 +50,7 @@ func openAPI(t *testing.T) *framework.OASDocument {
 	b, err := newBackend(context.Background(), &logical.BackendConfig{
 		StorageView: &logical.InmemStorage{},
 		System:      &logical.StaticSystemView{PluginEnvironment: &logical.PluginEnvironment{VaultVersion: "any"}},
-	}, "v0.0.0", nil)
+	}, "v0.0.0", nil, newServiceWork())
 	require.NoError(t, err)
 	resp, err := b.HandleRequest(context.Background(), &logical.Request{Operation: logical.HelpOperation})
 	require.NoError(t, err)

@@ -285,7 +285,7 @@ func (b *backend) redeem(ctx context.Context, a *attempt, code string) (*verdict
 	end := &verdict{attempt: a}
 	done := make(chan struct{})
 	var err error
-	if !b.goWork(func() {
+	if !b.goToService(func() {
 		defer close(done)
 		err = b.sendCode(a, code, end)
 	}) {

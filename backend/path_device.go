@@ -102,7 +102,7 @@ func (b *backend) planPoll(tenant, id string, d time.Duration) {
 		p.timer.Stop()
 	}
 	p.timer = time.AfterFunc(max(d, time.Second), func() {
-		b.goWork(func() { b.pollDevice(tenant, id) })
+		b.goToService(func() { b.pollDevice(tenant, id) })
 	})
 }
 

@@ -65,7 +65,7 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 	}
 	end := &verdict{attempt: a}
 	done := make(chan struct{})
-	if !b.goWork(func() {
+	if !b.goToService(func() {
 		defer close(done)
 		err = b.redeemPIN(a, pin, end)
 	}) {
