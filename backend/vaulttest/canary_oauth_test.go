@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -195,6 +196,28 @@ func TestNoOAuthSecretTurnsUp(t *testing.T) {
 	m.write("tenants/wrong", fields{"connector": "wrong", "refresh_token": grant("wrong"), "verify": false}).ok(t)
 	m.read("creds/wrong").refused(t, 400)
 	m.read("config/wrong").ok(t)
+
+	// A server sends a further answer that was not asked for, and one that is longer than it says.
+	known.add("access token", "CANARY-ACCESS-TOKEN")
+	known.add("refresh token", "CANARY-REFRESH-TOKEN")
+	tokens := `{"access_token":"CANARY-ACCESS-TOKEN","refresh_token":"CANARY-REFRESH-TOKEN","token_type":"Bearer","expires_in":3600}`
+	for name, answers := range map[string]string{
+		"twice": strings.Repeat(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(tokens), tokens), 2),
+		"long":  "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n" + tokens,
+	} {
+		odd := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Write([]byte(answers))
+			time.Sleep(100 * time.Millisecond)
+			_ = conn.Close()
+		}))
+		t.Cleanup(odd.Close)
+		m.write("config/"+name, fields{"service": "oauth2", "token_url": odd.URL, "connector_id": "odd", "connector_secret": "odd"}).ok(t)
+		m.write("tenants/"+name, fields{"connector": name, "refresh_token": grant(name)})
+	}
 	m.read("tenants/wrong").ok(t)
 	write("withdrawn", nil)
 	server.Withdraw("withdrawn")

@@ -149,6 +149,74 @@ func TestVaultIsNeverHeldUp(t *testing.T) {
 	})
 }
 
+// rotatingMount makes a mount with a tenant whose exchanges replace the refresh token at once.
+func rotatingMount(t *testing.T, v *Vault, path string) (m mount, server *oauth2test.Server) {
+	t.Helper()
+	server = newAuthServer(t)
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	v.Mount(t, path)
+	m = mount{vault: v, t: t, path: path, token: v.RootToken, heard: &answers{}}
+	m.write("config", fields{"service": "oauth2", "token_url": server.TokenURL(), "connector_id": id, "connector_secret": secret, "request_timeout": "60s"}).ok(t)
+	m.write("tenants/acme", fields{"refresh_token": server.Grant(id, "acme"), "verify": false}).ok(t)
+	return m, server
+}
+
+// exchangeWith has the mount's tenant exchanged at a service with a fault, and returns once the service has the request.
+func exchangeWith(m mount, server *oauth2test.Server, fault oauth2test.Fault) (ended <-chan struct{}) {
+	m.t.Helper()
+	server.Inject(fault)
+	done := make(chan struct{})
+	calls := len(server.Calls())
+	go func() {
+		defer close(done)
+		_, _ = m.send(http.MethodPut, m.path+"/tenants/acme/refresh", "{}", nil)
+	}()
+	Eventually(m.t, "the exchange to be at the service", func() bool { return len(server.Calls()) > calls })
+	return done
+}
+
+// Vault reloads the plugin while an exchange is under way. It ends the process of all mounts after it has stopped one of them: that stop
+// waits for the exchange, whichever mount it is of, so that the new refresh token is stored.
+func TestReloadWaitsForTheExchangesOfAllMounts(t *testing.T) {
+	t.Parallel()
+	v := Start(t)
+	v.RegisterEngine(t)
+	before, _ := rotatingMount(t, v, "before")
+	m, server := rotatingMount(t, v, "middle")
+	later, _ := rotatingMount(t, v, "later")
+	before.read("config").ok(t)
+	later.read("config").ok(t)
+	ended := exchangeWith(m, server, oauth2test.Fault{Hold: true})
+	time.AfterFunc(2*time.Second, server.ClearFaults)
+	v.Reload(t)
+	<-ended
+	server.ClearFaults()
+	m.write("tenants/acme/refresh", nil).ok(t)
+	require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"))
+	require.Zero(t, server.UsedTwice())
+}
+
+// A service hangs, and an exchange of each mount waits for it: to seal takes as long as with one mount.
+func TestSealOfSeveralMountsTakesTheTimeOfOne(t *testing.T) {
+	t.Parallel()
+	v := Start(t, Raft())
+	v.RegisterEngine(t)
+	var readers []<-chan struct{}
+	for i := range 5 {
+		m, server := rotatingMount(t, v, fmt.Sprint("mount", i))
+		readers = append(readers, exchangeWith(m, server, oauth2test.Fault{Hang: true}))
+		t.Cleanup(server.ClearFaults)
+	}
+	for _, answered := range readers {
+		<-answered
+	}
+	began := time.Now()
+	v.Seal(t)
+	took := time.Since(began)
+	t.Logf("the seal took %s", took.Round(time.Millisecond))
+	require.Less(t, took, promptly)
+}
+
 // stepDownWhileHanging is the same for a leader that steps down.
 func stepDownWhileHanging(t *testing.T, c *Cluster, service *kaizalatest.Service, at func(*Vault) mount) {
 	leader := c.Leader(t)

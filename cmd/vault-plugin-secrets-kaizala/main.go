@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"os"
 
 	"github.com/hashicorp/go-hclog"
@@ -43,6 +44,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 		help(stderr)
 		return 1
 	}
+
+	// The package net/http writes there what a service sends beside its answer, tokens too, and Vault would put that into its own log.
+	log.SetOutput(io.Discard)
 
 	logger := hclog.New(&hclog.LoggerOptions{
 		// Vault drops lines below its own level.
