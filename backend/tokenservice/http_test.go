@@ -280,6 +280,14 @@ func TestFailures(t *testing.T) {
 		{"a hang", " timed out after request_timeout (1m0s). Try again later.", short(served(t, func(_ http.ResponseWriter, r *http.Request) { hang(r) })), true},
 		{"a reset", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), true},
+		{"a connection that is reset while the answer is awaited", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
+			served(t, func(w http.ResponseWriter, r *http.Request) {
+				_, _ = io.Copy(io.Discard, r.Body)
+				conn, _, err := http.NewResponseController(w).Hijack()
+				assert.NoError(t, err)
+				assert.NoError(t, conn.(*net.TCPConn).SetLinger(0)) // a close is a reset then
+				_ = conn.Close()
+			}), true},
 		{"something that is not HTTP", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(w http.ResponseWriter, r *http.Request) {
 				_, _ = io.Copy(io.Discard, r.Body)
@@ -387,41 +395,70 @@ func TestContext(t *testing.T) {
 	assert.True(t, a.Lost)
 }
 
-// A client is closed while the connection for its request is being made: the request is not sent. One that has begun goes on.
+// The context ends as the last byte of an answer arrives: the answer counts, since it may hold the only good refresh token.
+func TestContextThatEndsWithTheAnswer(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	a, err := call(t, transportFunc(func(*http.Request) (*http.Response, error) {
+		body := io.MultiReader(strings.NewReader("whole"), readerFunc(func([]byte) (int, error) { cancel(); return 0, io.EOF }))
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(body)}, nil
+	}), "https://service.invalid").Do(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, "whole", string(a.Body))
+	assert.Empty(t, a.Broken)
+	assert.False(t, a.Lost)
+}
+
+// A client is closed while the connection for its request is being made: the request is not sent. One that has begun goes on, and the loss
+// of its answer is what it is for any other.
 func TestClosed(t *testing.T) {
 	for name, start := range map[string]func(*httptest.Server){"http": (*httptest.Server).Start, "https": (*httptest.Server).StartTLS} {
-		var closed atomic.Bool
+		var closed, broken atomic.Bool
 		var requests atomic.Int32
 		server := listen(t, start, func(w http.ResponseWriter, _ *http.Request) {
 			requests.Add(1)
 			closed.Store(true)
+			if broken.Load() {
+				panic(http.ErrAbortHandler)
+			}
 			_, _ = io.WriteString(w, "body")
 		})
 		transport := NewTransport(nil)
 		if server.TLS != nil {
 			transport = NewTransport(pool(t, pemOf(server.Certificate().Raw)))
 		}
-		c := call(t, transport, server.URL)
-		c.Closed = closed.Load
-		a, err := c.Do(t.Context())
+		do := func() (Answer, error) {
+			closed.Store(false)
+			c := call(t, transport, server.URL) // each with a body of its own
+			c.Closed = closed.Load
+			return c.Do(t.Context())
+		}
+		a, err := do()
 		require.NoError(t, err, name)
 		assert.Equal(t, "body", string(a.Body), name)
 
-		closed.Store(false)
+		broken.Store(true)
+		a, err = do()
+		var failure *Failure
+		require.ErrorAs(t, err, &failure, name)
+		assert.Equal(t, Unavailable, failure.Kind, name)
+		assert.True(t, failure.Lost && a.Lost, name)
+		assert.False(t, a.Sent.IsZero(), name)
+		assert.EqualValues(t, 2, requests.Load(), name)
+		broken.Store(false)
+
 		dial := transport.DialContext
 		transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := dial(ctx, network, address)
 			closed.Store(true)
 			return conn, err
 		}
-		a, err = c.Do(t.Context())
+		a, err = do()
 		assert.Equal(t, ErrClosed, err, name)
 		assert.Equal(t, Answer{}, a, name)
 		server.Close() // which waits for the requests that have come
-		assert.EqualValues(t, 1, requests.Load(), name)
+		assert.EqualValues(t, 2, requests.Load(), name)
 
-		closed.Store(false)
-		a, err = c.Do(t.Context())
+		a, err = do()
 		assert.Equal(t, ErrClosed, err, "%s: nobody listens any more", name)
 		assert.Equal(t, Answer{}, a, name)
 	}

@@ -59,6 +59,8 @@ func TestReadObject(t *testing.T) {
 		{"a name without quotes", `{"a":"x",b:"y"}`, false, "x", ""},
 		{"what comes behind one", `{"a":"x",b:1,"b":"y"}`, false, "x", ""},
 		{"two colons", `{"a"::"x"}`, false, "", ""},
+		{"no colon", `{"a":"x","b" "y"}`, false, "x", ""},
+		{"what comes behind a name alone", `{"a":"x","n","b":"y"}`, false, "x", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			o := ReadObject([]byte(c.text))
@@ -99,6 +101,7 @@ func TestValueAndList(t *testing.T) {
 		`{"a":"x y"}`:                       {`"x y"`, []string{"x y"}},
 		`{"a":["x", 5, null, " y ", ""]}`:   {`["x", 5, null, " y ", ""]`, []string{"x", " y ", ""}},
 		`{"a":["x"],"A":["y"]}`:             {`["y"]`, []string{"y"}},
+		`{"a":["x"],"a":["y"`:               {`["x"]`, []string{"x"}}, // the last one is cut off
 	} {
 		o := ReadObject([]byte(text))
 		assert.Equal(t, want.value, string(o.Value("a")), text)

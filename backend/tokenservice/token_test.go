@@ -102,6 +102,7 @@ func TestClaims(t *testing.T) {
 		"a header of junk":   jwt(`x`, `{"a":"x"}`),
 		"a header's base64":  "!." + encode([]byte(`{"a":"x"}`)) + ".x",
 		"claims of junk":     jwt(`{}`, `{"a":"x"`),
+		"junk behind claims": encode([]byte(`{}`)) + "." + encode([]byte(`{"a":"wxyz"}`)) + "!!.x", // whole before the junk
 		"claims in base64":   encode([]byte(`{}`)) + ".{}.x",
 		"claims with junk":   jwt(`{}`, `{"a":"x"}{}`),
 		"a list":             jwt(`{}`, `[{"a":"x"}]`),
