@@ -177,7 +177,7 @@ func TestRecalled(t *testing.T) {
 		var storage store
 		s := from(t, &storage, 100)
 		first := time.Now()
-		noted(t, s, Want{Tenant: "acme"})
+		noted(t, s, Want{Tenant: "acme"}).End()
 		time.Sleep(time.Second)
 		second := noted(t, s, Want{Tenant: "acme"})
 		second.End()
@@ -538,6 +538,23 @@ func TestLoadThatFailsIsTriedAgain(t *testing.T) {
 		storage.surround(nil)
 		require.NoError(t, s.Load(t.Context()))
 		refused(t, s, Want{}, Window)
+	})
+}
+
+// An entry is deleted between the list of a load and the read of the entry: the load counts the others.
+func TestEntryIsDeletedDuringALoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		for _, place := range []string{"0", "1", "2"} {
+			storage.write(t, "calls/hr/"+place, `{"format":1,"until":"`+ahead(time.Minute)+`"}`)
+		}
+		storage.surround(func(ctx context.Context, op, key string) error {
+			if op == "get" && key == "calls/hr/1" {
+				return storage.InmemStorage.Delete(ctx, key)
+			}
+			return nil
+		})
+		assert.Equal(t, map[int]bool{0: true, 2: true}, held(from(t, &storage, 3)))
 	})
 }
 

@@ -296,6 +296,37 @@ func TestNoteKeepsItsPlace(t *testing.T) {
 	})
 }
 
+// A call stops counting while its note is written, because the exchange has been answered late: no other note has the place before that
+// write has ended, which would overwrite it.
+func TestNoteIsWrittenWhenItsCallStopsCounting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 2)
+		old := noted(t, s, Want{Tenant: "a"})
+		old.End()
+		time.Sleep(Window - time.Second)
+		release := make(chan struct{})
+		storage.surround(func(_ context.Context, _, key string) error {
+			if key == "calls/hr/0" {
+				<-release
+			}
+			return nil
+		})
+		go old.Settle(t.Context())
+		pass(time.Second)
+		next := begin(t, s, t.Context(), Want{})
+		pass(gather)
+		require.True(t, next.over.Load())
+		require.NoError(t, next.err)
+		close(release)
+		synctest.Wait()
+		_, err := from(t, &storage, 2).Take(t.Context(), Want{})
+		assert.Error(t, err, "storage has both calls")
+		next.End()
+		idle(t, s)
+	})
+}
+
 // Several Settles that come during a write of their note need one more write together.
 func TestSettlesTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

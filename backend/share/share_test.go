@@ -429,6 +429,24 @@ func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
 	})
 }
 
+// A waiter gives up, and nothing else happens: who waits behind it is given its place when that comes free.
+func TestPlaceOfWhoGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(2)
+		spend(t, s, 1)
+		time.Sleep(2 * time.Second)
+		spend(t, s, 1)
+		time.Sleep(Window - 4*time.Second) // places come free in 2 s and in 4 s
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		ask(t, s, ctx, reader("a"))
+		next := ask(t, s, t.Context(), reader("b"))
+		pass(patience)
+		require.NoError(t, next.err)
+		assert.Equal(t, 2*time.Second, next.after)
+	})
+}
+
 // A call is permitted at the moment when its reader gives up: its place is free again.
 func TestCancelledAtItsTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

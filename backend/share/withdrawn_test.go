@@ -67,3 +67,27 @@ func TestExchangeGivesUpBeforeTheWrite(t *testing.T) {
 		assert.Equal(t, []string{"0"}, *puts)
 	})
 }
+
+// A caller gives up while storage takes its entry: who waits is given its place as soon as storage has answered.
+func TestWaiterIsGivenAWithdrawnPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 2)
+		spend(t, s, 1)
+		time.Sleep(Window - 4*time.Second)
+		release := make(chan struct{})
+		storage.surround(func(context.Context, string, string) error { <-release; return nil }) // though the context has ended
+		ctx, cancel := context.WithCancel(t.Context())
+		gone := begin(t, s, ctx, Want{})
+		cancel()
+		synctest.Wait()
+		require.True(t, gone.over.Load())
+		waits := ask(t, s, t.Context(), reader("acme"))
+		pass(time.Second)
+		assert.False(t, waits.done.Load(), "storage may take the entry yet")
+		close(release)
+		pass(patience)
+		require.NoError(t, waits.err)
+		assert.Equal(t, time.Second, waits.after)
+	})
+}
