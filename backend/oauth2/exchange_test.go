@@ -361,6 +361,7 @@ func TestExchangeFailures(t *testing.T) {
 		{"a redirect that keeps the method", 308, "", unavailable, "", false, "redirects"},
 		{"a redirect that keeps the method", 307, "", unavailable, "", false, "redirects"},
 		{"HTML", 404, "<html>" + bodyCanary, unavailable, "", false, "neither JSON nor a form"},
+		{"a form whose error cannot be decoded", 400, "error=%zz", unavailable, "", false, "neither JSON nor a form"},
 		{"nothing", 401, "", unavailable, "", false, "neither JSON nor a form"},
 		{"nothing", 101, "", unavailable, "", false, "HTTP status 101 and neither JSON nor a form"},
 

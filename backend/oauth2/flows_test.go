@@ -281,7 +281,10 @@ func TestStartDevice(t *testing.T) {
 		require.Contains(t, requireFailure(t, c.kind, err).Text, c.text)
 	}
 	_, err := start(t, &server{err: errors.New(bodyCanary)}, nil, tokenservice.DeviceRequest{})
-	requireFailure(t, tokenservice.Unavailable, err)
+	require.Contains(t, requireFailure(t, tokenservice.Unavailable, err).Text, "closed the connection too early")
+	no := errors.New("no")
+	_, err = start(t, &server{}, nil, tokenservice.DeviceRequest{Permit: func(context.Context) (func(), error) { return nil, no }})
+	require.Equal(t, no, err)
 	_, err = client(t, nil).StartDevice(t.Context(), tokenservice.DeviceRequest{})
 	require.Contains(t, requireField(t, "device_authorization_url", err).Text, "is missing")
 	_, err = start(t, &server{}, func(c *Config) { c.ClientSecret = "" }, tokenservice.DeviceRequest{})
@@ -430,6 +433,7 @@ func TestRevoke(t *testing.T) {
 		{"another challenge", server{status: 401, header: bearer(`Basic realm="invalid_token"`)}, tokenservice.Unavailable, ""},
 		{"a redirect", server{status: 301, header: bearer(`Bearer error="invalid_token"`)}, tokenservice.Unavailable, "check revocation_url"},
 		{"an outage", server{status: 503, body: `{"error":"x"}`, header: bearer(`Bearer error="invalid_token"`)}, tokenservice.Unavailable, "is failing"},
+		{"half an invalid_token in an outage", server{status: 500, body: `{"error":"invalid_token"`}, tokenservice.Unavailable, "is failing"},
 		{"a limit", server{status: 429}, tokenservice.Limited, ""},
 		{"no answer", server{err: errors.New(bodyCanary)}, tokenservice.Unavailable, "The authorization server revoke.example.com closed the connection too early"},
 	} {

@@ -90,14 +90,15 @@ func TestWhereMetadataIs(t *testing.T) {
 		})
 	}
 	for name, first := range map[string]*server{
-		"HTML":        {status: 200, body: "<html>"},
-		"a list":      {status: 200, body: "[]"},
-		"half":        {status: 200, body: `{"issuer":"` + issuer + `"`},
-		"another 2xx": {status: 203, body: metadata(nil).body},
-		"a redirect":  {status: 302},
-		"an outage":   {status: 503},
-		"cut off":     {status: 200, body: `{}`, cut: true},
-		"unreachable": {err: errors.New(bodyCanary)},
+		"HTML":                   {status: 200, body: "<html>"},
+		"a list":                 {status: 200, body: "[]"},
+		"half":                   {status: 200, body: `{"issuer":"` + issuer + `"`},
+		"another 2xx":            {status: 203, body: metadata(nil).body},
+		"a redirect":             {status: 302},
+		"an outage":              {status: 503},
+		"cut off":                {status: 200, body: `{}`, cut: true},
+		"unreachable":            {err: errors.New(bodyCanary)},
+		"a 404 with Retry-After": {status: 404, header: http.Header{"Retry-After": {"17"}}},
 	} {
 		t.Run("OpenID's after "+name, func(t *testing.T) {
 			d := &documents{found: map[string]*server{oauthPath: first, openIDPath: metadata(nil)}}
@@ -106,6 +107,14 @@ func TestWhereMetadataIs(t *testing.T) {
 			require.Len(t, d.asked, 2)
 		})
 	}
+	t.Run("a document with Retry-After", func(t *testing.T) {
+		first := metadata(nil)
+		first.header = http.Header{"Retry-After": {"17"}}
+		d := &documents{found: map[string]*server{oauthPath: first}}
+		_, err := d.discover(t, issuer)
+		require.NoError(t, err)
+		require.Len(t, d.asked, 1)
+	})
 	t.Run("a document with another issuer is not passed over", func(t *testing.T) {
 		d := &documents{found: map[string]*server{oauthPath: metadata(map[string]any{"issuer": issuer + "/"}), openIDPath: metadata(nil)}}
 		_, err := d.discover(t, issuer)
@@ -230,6 +239,10 @@ func TestNoMetadata(t *testing.T) {
 	}
 	t.Run("a refusal without Retry-After", func(t *testing.T) {
 		_, err := (&documents{found: map[string]*server{oauthPath: {status: 403}}}).discover(t, issuer)
+		require.Contains(t, requireField(t, "issuer", err).Text, "has no metadata")
+	})
+	t.Run("not there, and cut off", func(t *testing.T) {
+		_, err := (&documents{found: map[string]*server{oauthPath: {status: 404, body: "{}", cut: true}}}).discover(t, issuer)
 		require.Contains(t, requireField(t, "issuer", err).Text, "has no metadata")
 	})
 	t.Run("too slow", func(t *testing.T) {

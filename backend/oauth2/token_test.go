@@ -31,6 +31,7 @@ func TestCheck(t *testing.T) {
 			{"four parts", plain, jwt(`{"exp":946685000}`) + ".x", tokenservice.Facts{}},
 			{"two parts", plain, strings.TrimSuffix(jwt(`{"exp":946685000}`), ".c2ln"), tokenservice.Facts{}},
 			{"no base64", plain, "a.!!.b", tokenservice.Facts{}},
+			{"junk behind whole claims", plain, "e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":946685000} `)) + "!!.b", tokenservice.Facts{}},
 		} {
 			facts, err := c.client.Check(c.token)
 			require.NoError(t, err, c.name)
