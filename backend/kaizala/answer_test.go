@@ -299,6 +299,14 @@ func TestClocksThatDiffer(t *testing.T) {
 	}
 }
 
+// The text for an answer without an expiry does not speak of clocks or of a token that has expired.
+func TestTextOfAMissingExpiry(t *testing.T) {
+	for _, expiry := range []any{nil, bodyCanary} {
+		r := through(t, answering(200, nil, body(t, map[string]any{"accessTokenExpiry": expiry}))).exchange(t)
+		assert.EqualError(t, r.Err, "Kaizala's answer cannot be used: its accessTokenExpiry is missing, or no number of milliseconds.")
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	const wrongConnector = "Dont have correct applicationId and secret in header!"
 	object := func(message, code any) string {
