@@ -133,6 +133,18 @@ func TestPINOfADeactivatedConnector(t *testing.T) {
 	})
 }
 
+// Kaizala says the same with the status 500: readers of the connector's tenants are served.
+func TestPINOfADeactivatedConnectorWithAnOddStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("beta")
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 500, Body: connectorsRefusal})
+		_, status, _ := e.pin(map[string]any{"mobile_number": e.kaizala.PhoneNumber("acme")})
+		assert.NotEqual(t, 200, status)
+		e.read("creds/beta")
+	})
+}
+
 // No PIN is sent while the connector is refused, also not as a probe: the answer would not show whether Kaizala accepts the connector
 // again, and the PIN could not be redeemed.
 func TestNoPINIsSentForARefusedConnector(t *testing.T) {

@@ -202,6 +202,18 @@ func TestPINAnswers(t *testing.T) {
 	}
 }
 
+// The request for a PIN holds no secret: its refusal refuses no connector, which would stop the exchanges of all its tenants, whatever the
+// status that it comes with.
+func TestPINThatIsNotSentRefusesNoConnector(t *testing.T) {
+	const wrongConnector = `{"errorCode":"Unauthenticated","message":"Dont have correct applicationId and secret in header!"}`
+	for _, status := range []int{200, 302, 400, 401, 403, 500, 503} {
+		err := through(t, answering(status, nil, wrongConnector)).SendPIN(t.Context(), phoneCanary, nil)
+		var f *tokenservice.Failure
+		require.ErrorAs(t, err, &f)
+		assert.NotEqual(t, tokenservice.RefusedConnector, f.Kind, status)
+	}
+}
+
 func TestRefreshTokenExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now().UTC()
