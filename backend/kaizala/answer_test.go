@@ -330,6 +330,7 @@ func TestRefusals(t *testing.T) {
 		{"the connector's message without errorCode", object(wrongConnector, ""), []int{400, 401, 403}, tokenservice.RefusedConnector, ""},
 		{"the connector's message without errorCode, but no 4xx", object(wrongConnector, ""), []int{200, 302, 500}, tokenservice.Unavailable, ""},
 		{"half of the connector's message", object("no secret "+bodyCanary, "InvalidParameters"), []int{400}, tokenservice.Refused, "InvalidParameters"},
+		{"the other half", object("no applicationId "+bodyCanary, "InvalidParameters"), []int{400}, tokenservice.Refused, "InvalidParameters"},
 		{"Unauthenticated", object(bodyCanary, "unauthenticated"), []int{200, 401}, tokenservice.Refused, "Unauthenticated"},
 		{"an unknown code", object(bodyCanary, bodyCanary), []int{200, 400}, tokenservice.Refused, ""},
 		{"a code that is a number", object(bodyCanary, 7), []int{200, 400}, tokenservice.Refused, ""},

@@ -163,6 +163,7 @@ func TestNothingPrintsASecret(t *testing.T) {
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 			requireNoCanary(t, fmt.Errorf(verb, v))
+			assert.Contains(t, fmt.Sprintf(verb, v), "kaizala.")
 		}
 	}
 }

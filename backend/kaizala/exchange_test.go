@@ -31,6 +31,15 @@ func served(t *testing.T, h http.HandlerFunc) *Client {
 	return client(t, func(c *Config) { c.APIRoot = server.URL })
 }
 
+// A client that has been closed sends nothing.
+func TestClosed(t *testing.T) {
+	c := served(t, func(http.ResponseWriter, *http.Request) { t.Error("a request of a closed client") })
+	c.Close()
+	assert.Equal(t, tokenservice.ErrClosed, c.exchange(t).Err)
+	assert.Equal(t, tokenservice.ErrClosed, c.SendPIN(t.Context(), phoneCanary, nil))
+	assert.Equal(t, tokenservice.ErrClosed, c.RedeemPIN(t.Context(), phoneCanary, pinCanary, nil).Err)
+}
+
 func TestExchange(t *testing.T) {
 	for name, start := range map[string]func() *kaizalatest.Server{"http": kaizalatest.NewServer, "https": kaizalatest.NewTLSServer} {
 		t.Run(name, func(t *testing.T) {

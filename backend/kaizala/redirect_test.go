@@ -65,6 +65,14 @@ func TestRedirectsThatAreFollowed(t *testing.T) {
 	}
 }
 
+// Where the api root itself is http on a loopback address, so may be where a redirect leads.
+func TestRedirectFromHTTPToHTTP(t *testing.T) {
+	rt, asked := redirecting(308, map[string]string{"http://127.0.0.1:1/v1/accessToken": "http://127.0.0.1:2"}, body(t, nil))
+	r := client(t, func(c *Config) { c.APIRoot, c.Transport = "http://127.0.0.1:1", rt }).exchange(t)
+	requireGranted(t, r)
+	assert.Equal(t, []string{"http://127.0.0.1:1/v1/accessToken", "http://127.0.0.1:2/v1/accessToken"}, *asked)
+}
+
 func TestRedirectsThatAreNotFollowed(t *testing.T) {
 	for location, says := range map[string]string{
 		"https://kaiza.la.example/v1/accessToken":                               "add it to redirect_hosts",

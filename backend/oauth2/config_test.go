@@ -84,6 +84,7 @@ func TestNewRefuses(t *testing.T) {
 		{"a secret with none", "connector_secret", "left out where token_endpoint_auth_method is none", func(c *Config) { c.AuthMethod = NoSecret }},
 		{"another method", "token_endpoint_auth_method", "must be client_secret_basic, client_secret_post or none", func(c *Config) { c.AuthMethod = "private_key_jwt" }},
 		{"no token URL", "token_url", "is missing: write it, or issuer", func(c *Config) { c.TokenURL = "" }},
+		{"no token URL beside an issuer", "token_url", "the issuer's metadata names no token endpoint", func(c *Config) { c.TokenURL, c.Issuer = "", "https://login.example.com" }},
 		{"http", "token_url", "https", func(c *Config) { c.TokenURL = "http://as.example.com" }},
 		{"a fragment", "token_url", "must have no fragment", func(c *Config) { c.TokenURL = "https://as.example.com/#" }},
 		{"a query that cannot be read", "authorization_url", "query that cannot be read", func(c *Config) { c.AuthorizationURL = "https://as.example.com/?a;b" }},

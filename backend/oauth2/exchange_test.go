@@ -182,6 +182,14 @@ func TestExchangeFields(t *testing.T) {
 	}
 }
 
+// Without endpoint_url_field no field of the answer becomes the endpoint URL, whatever its name.
+func TestNoFieldIsTheEndpoint(t *testing.T) {
+	s := &server{status: 200, body: body(map[string]any{"": "https://x.example.com", "endpoint_url": "https://x.example.com"})}
+	result := s.exchange(t, nil)
+	require.NoError(t, result.Err)
+	require.Empty(t, result.AccessToken.EndpointURL)
+}
+
 // The client returns the new refresh token of each answer, also if something else in the answer is wrong.
 func TestNewRefreshTokenIsNeverLost(t *testing.T) {
 	token := `"refresh_token":"` + newCanary + `"`

@@ -505,6 +505,7 @@ func TestChallengeError(t *testing.T) {
 		`"error=\"x", Bearer error="y"`:             "y",
 		`;;é Bearer error="x"`:                      "x",
 		`=error="x"`:                                "x",
+		`éerror="x"`:                                "x",
 		`error`:                                     "",
 		`error=`:                                    "",
 	} {
