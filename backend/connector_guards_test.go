@@ -33,6 +33,19 @@ func TestStoredConnectorThatCannotBeUsed(t *testing.T) {
 	})
 }
 
+// A stored connector is of a service that this version of the engine does not know. Requests say that it cannot be read.
+func TestStoredConnectorOfAnUnknownService(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.put("config/hr", []byte(`{"format": 1, "service": "saml", "connector_id": "i", "settings": {}}`))
+		for op, data := range map[logical.Operation]map[string]any{logical.ReadOperation: nil, logical.UpdateOperation: {"connector_id": "j"}} {
+			_, status, text := e.try(op, "config/hr", data)
+			assert.Equal(t, http.StatusInternalServerError, status)
+			assert.Contains(t, text, `the stored entry "config/hr" cannot be read`)
+		}
+	})
+}
+
 // Storage does not finish the note that the service refuses the connector. A write or a delete of the connector ends after its time limit,
 // and the next ones work.
 func TestConnectorIsChangedWhileItsRefusalIsBeingStored(t *testing.T) {

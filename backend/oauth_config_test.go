@@ -115,6 +115,11 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	e.ok(logical.PatchOperation, "config", map[string]any{"token_params": map[string]any{}})
 	assert.Empty(t, e.read("config")["token_params"])
 	e.ok(logical.PatchOperation, "config", map[string]any{"issuer": ""}) // no metadata is read
+	// A number of JSON is a float64.
+	for _, year := range []any{31536000, 31536000.0, "31536000", "365d"} {
+		e.write("config", map[string]any{"refresh_token_life": year})
+		assert.EqualValues(t, 31536000, e.read("config")["refresh_token_life"], "%T", year)
+	}
 	for _, confirm := range []any{false, true, nil} {
 		e.ok(logical.PatchOperation, "config", map[string]any{"confirm": confirm, "revoke_on_delete": confirm})
 		assert.Equal(t, confirm != false, e.read("config")["confirm"])
@@ -236,6 +241,22 @@ func TestDiscoveryWithinTheShare(t *testing.T) {
 		e.write("config", issuer)
 		assert.NotEmpty(t, e.server.Calls(oauth2test.EndpointMetadata))
 	})
+}
+
+// A write of issuer creates a connector: the answers to a server that is not reached, or that wants no calls, are the same as for a
+// connector that is there, and nothing is stored.
+func TestDiscoveryForANewConnector(t *testing.T) {
+	for status, answer := range map[int]oauth2test.Answer{503: oauth2test.BadGateway, 429: {Status: 429}} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, oauth2test.ClassD, nil)
+			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointMetadata, Answer: answer})
+			_, code, text := e.try(logical.UpdateOperation, "config/new", map[string]any{"service": "oauth2", "issuer": e.server.Issuer()})
+			assert.Equal(t, status, code)
+			assert.Contains(t, text, "nothing was stored")
+			_, code, _ = e.try(logical.ReadOperation, "config/new", nil)
+			assert.Equal(t, 404, code)
+		})
+	}
 }
 
 // Metadata may leave the token endpoint out: then token_url has to be written, in the same write or before.

@@ -433,6 +433,34 @@ func TestOAuthRevocationByExchange(t *testing.T) {
 	})
 }
 
+// A connector shows the revocations that its own tenants wait for, and no other connector's.
+func TestOAuthRevocationByExchangeIsShownAtItsConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
+		e.write("config/other", map[string]any{
+			"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret, "revocation": "exchange",
+		})
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.BadGateway})
+		e.revoke(lease)
+		assert.EqualValues(t, 1, e.read("config")["pending_revocations"])
+		assert.NotContains(t, e.read("config/other"), "pending_revocations")
+	})
+}
+
+// Of several tenants with token_per_lease, the refusal of a connector's change names the first by name, each time.
+func TestOAuthConnectorChangeNamesTheFirstTenant(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		for _, name := range []string{"f", "e", "d", "c", "b", "a", "g", "h"} {
+			e.add(name, map[string]any{"token_per_lease": true})
+		}
+		_, _, text := e.try(logical.PatchOperation, "config", map[string]any{"revocation": "none"})
+		assert.Contains(t, text, `tenant "a" has token_per_lease`)
+	})
+}
+
 // Writes of a connector that has tenants with token_per_lease, or pending revocations.
 func TestOAuthConnectorChanges(t *testing.T) {
 	bubble(t, func(t *testing.T) {

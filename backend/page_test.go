@@ -99,6 +99,7 @@ func TestPagesSayWhatToDo(t *testing.T) {
 		assert.Equal(t, what != attemptGranted && what != attemptPending, connected.MatchString(p.text()), what)
 		assert.Regexp(t, `[Ss]tart again|close this page|To undo it|Reload this page|Open the authorization|tell your Vault operator`, p.text()+end.text+" Start again"[:map[bool]int{true: 12, false: 0}[what == attemptFailed]], what)
 		assert.NotContains(t, p.html, "<script>alert")
+		assert.Equal(t, good || what == attemptFailed, strings.Contains(p.text(), "Started by"), "%s: a link that is of no use any more tells nothing of an attempt, which may be another's", what)
 		if good {
 			assert.Contains(t, p.text(), `Started by <script>alert("x")</script>`)
 			assert.Contains(t, p.text(), "Started at Fri, 27 Nov 2026 01:02:03 UTC")
@@ -108,6 +109,8 @@ func TestPagesSayWhatToDo(t *testing.T) {
 	p := shown{html: htmlOf(pagesOf()[attemptGranted])}
 	assert.Contains(t, p.text(), "To undo it, ask your Vault operator to delete the tenant (vault delete kaizala/tenants/acme), and withdraw the access at the authorization server as.example.")
 	assert.Contains(t, p.text(), "Granted by jane@example.com")
+	p = shown{html: htmlOf(pagesOf()[endConfirm])}
+	assert.Contains(t, p.text(), "Once you confirm, Vault keeps the access that you have just granted, and apps use it in your name.")
 	p = shown{html: htmlOf(pagesOf()[attemptFailed])}
 	assert.Contains(t, p.text(), "The reason stands here.")
 

@@ -262,6 +262,23 @@ func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 	})
 }
 
+// After a 429 each reader is told that Kaizala has refused further calls, and not that the connector's own share is used up: also a reader
+// who causes no call.
+func TestReadersAreToldWhoseLimitItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.addTenant("globex")
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"60"}}})
+		for _, tenant := range []string{"acme", "acme", "globex"} {
+			_, status, text := e.try(logical.ReadOperation, "creds/"+tenant, nil)
+			assert.Equal(t, 429, status)
+			assert.Contains(t, text, `Kaizala has refused further calls of connector "default": try again in 1m0s`)
+		}
+		assert.Equal(t, 1, e.kaizala.CallCount())
+	})
+}
+
 // The service sends access tokens that are about to expire: after two of them the reader gets an error that says what to check.
 func TestAccessTokensThatComeDead(t *testing.T) {
 	bubble(t, func(t *testing.T) {

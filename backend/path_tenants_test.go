@@ -172,6 +172,7 @@ func TestBadTenantsAreRefusedBeforeAnyCall(t *testing.T) {
 		{"connector", "none", `connector "none" is not configured`},
 		{"ttl", "-1s", "ttl"},
 		{"ttl", "0.5s", "whole seconds"},
+		{"ttl", 1.5, "whole seconds"}, // a number, as JSON has it
 		{"ttl", "", "ttl"},
 		{"ttl", "CANARY", "ttl"},
 		{"ttl", "99999999999h", "ttl"},
