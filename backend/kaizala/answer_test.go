@@ -396,6 +396,7 @@ func TestTextsOfLimitsAndFailures(t *testing.T) {
 		{429, "0", "", "Kaizala's limit of calls is used up. Try again later."},
 		{429, "90", "", "Kaizala's limit of calls is used up. Try again in 1m30s."},
 		{503, "", "<html>", "Kaizala's token service is failing (HTTP status 503). Try again later."},
+		{500, "", "<html>", "Kaizala's token service is failing (HTTP status 500). Try again later."},
 		{500, "", `{"errorCode":"InvalidParameters"}`, "Kaizala's token service is failing (HTTP status 500, InvalidParameters). Try again later."},
 		{500, "", `{"errorCode":"` + bodyCanary + `"}`, "Kaizala's token service is failing (HTTP status 500, an unknown errorCode). Try again later."},
 	} {

@@ -32,6 +32,7 @@ func TestNewAccepts(t *testing.T) {
 	cert := certificate(t)
 	for name, edit := range map[string]func(*Config){
 		"the defaults":              func(*Config) {},
+		"a long ID and secret":      func(c *Config) { c.ConnectorID, c.ConnectorSecret = strings.Repeat("a", 256), strings.Repeat("b", 256) },
 		"another root":              func(c *Config) { c.APIRoot = "https://kms.kaiza.la" },
 		"a slash":                   func(c *Config) { c.APIRoot = "https://kms.kaiza.la/" },
 		"a port and a path":         func(c *Config) { c.APIRoot = "https://gateway.example:8443/kaizala/eu" },

@@ -485,6 +485,7 @@ func TestRefreshTokenLife(t *testing.T) {
 		{"a hundred years", map[string]any{"refresh_token": newCanary, "refresh_expires_in": 100 * 365 * day}, told(100 * 365 * day)},
 		{"beyond", map[string]any{"refresh_token": newCanary, "refresh_expires_in": raw("3153600001")}, &tokenservice.Facts{}},
 		{"beyond all", map[string]any{"refresh_token": newCanary, "refresh_expires_in": raw("1e300")}, &tokenservice.Facts{}},
+		{"2^64 nanoseconds", map[string]any{"refresh_token": newCanary, "refresh_expires_in": raw("18446744074")}, &tokenservice.Facts{}},
 		{"a JWT", map[string]any{"refresh_token": jwt(`{"exp":946685800}`)}, told(1000)},
 		{"a JWT of some age", map[string]any{"refresh_token": jwt(`{"exp":946685800,"iat":946683800}`)},
 			&tokenservice.Facts{Expires: at(1000), RotatesFrom: at(800)}},
@@ -505,6 +506,16 @@ func TestRefreshTokenLife(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An access token's life is 400 days at most, also where the connector's settings assume more.
+func TestAssumedLifeOfAnAccessToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &server{status: 200, body: body(map[string]any{"expires_in": nil})}
+		result := s.exchange(t, func(c *Config) { c.AccessTokenLife = 500 * 24 * time.Hour })
+		require.NoError(t, result.Err)
+		require.Equal(t, time.Now().Add(400*24*time.Hour).UTC(), result.AccessToken.Expires)
+	})
 }
 
 func TestLateAnswer(t *testing.T) {

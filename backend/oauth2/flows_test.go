@@ -506,6 +506,7 @@ func TestChallengeError(t *testing.T) {
 		`;;é Bearer error="x"`:                      "x",
 		`=error="x"`:                                "x",
 		`éerror="x"`:                                "x",
+		`~error="x"`:                                "",
 		`error`:                                     "",
 		`error=`:                                    "",
 	} {

@@ -223,6 +223,7 @@ func TestPlacesAreLeftToWorkThatHasBegun(t *testing.T) {
 			refused(t, s, Want{Class: class}, glance)
 		}
 		assert.Equal(t, time.Now().Add(glance), s.FreeAt(reader("other")))
+		take(t, s, Want{Tenant: "other", Hop: true}).Withdraw() // a hop of other work that has begun need not wait
 		begun.End()
 		hop := take(t, s, Want{Tenant: "moved", Hop: true, Ahead: 1})
 		refused(t, s, Want{}, glance)
