@@ -433,7 +433,8 @@ func TestOAuthRevocationByExchange(t *testing.T) {
 	})
 }
 
-// A connector shows the revocations that its own tenants wait for, and no other connector's.
+// A connector shows the revocations that its own tenants wait for, and no other connector's. A write that leaves revocation=exchange drops
+// none of them, and does not warn.
 func TestOAuthRevocationByExchangeIsShownAtItsConnector(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"revocation": "exchange"})
@@ -446,6 +447,10 @@ func TestOAuthRevocationByExchangeIsShownAtItsConnector(t *testing.T) {
 		e.revoke(lease)
 		assert.EqualValues(t, 1, e.read("config")["pending_revocations"])
 		assert.NotContains(t, e.read("config/other"), "pending_revocations")
+		assert.Nil(t, e.write("config", map[string]any{"exchanges_per_minute": 1000}))
+		resp := e.write("config", map[string]any{"revocation": "none"})
+		require.NotNil(t, resp)
+		assert.Equal(t, []string{"1 revocation that had not been sent yet will not be made."}, resp.Warnings)
 	})
 }
 

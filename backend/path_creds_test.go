@@ -262,6 +262,15 @@ func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 	})
 }
 
+// No text says to come back in no time: a second is the least.
+func TestTextsOfShortWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for in, says := range map[time.Duration]string{-time.Minute: "1s", 0: "1s", 400 * time.Millisecond: "1s", 1600 * time.Millisecond: "2s"} {
+			assert.ErrorContains(t, tooMany(time.Now().Add(in), "no call"), "no call: try again in "+says+", at ")
+		}
+	})
+}
+
 // After a 429 each reader is told that Kaizala has refused further calls, and not that the connector's own share is used up: also a reader
 // who causes no call.
 func TestReadersAreToldWhoseLimitItIs(t *testing.T) {
