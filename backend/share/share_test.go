@@ -242,7 +242,29 @@ func TestPlacesAreLeftToWorkThatHasBegun(t *testing.T) {
 			require.NoError(t, other.err, "the places are free again")
 			other.End()
 			idle(t, s)
+			spend(t, s, 3)
+			idle(t, s)
 		}
+	})
+}
+
+// Two calls are permitted at the same moment: the second leaves the places free that the first is likely to need.
+func TestPlacesAreLeftToWorkThatBeginsAtTheSameMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(3)
+		s.Pause(time.Now().Add(time.Second))
+		first := ask(t, s, t.Context(), Want{Tenant: "a", Ahead: 2, Wait: patience})
+		second := ask(t, s, t.Context(), reader("b"))
+		pass(time.Second)
+		require.True(t, first.done.Load())
+		require.NoError(t, first.err)
+		assert.False(t, second.done.Load())
+		first.End()
+		pass(glance)
+		require.True(t, second.done.Load())
+		require.NoError(t, second.err)
+		second.End()
+		idle(t, s)
 	})
 }
 

@@ -91,3 +91,26 @@ func TestWaiterIsGivenAWithdrawnPlace(t *testing.T) {
 		assert.Equal(t, time.Second, waits.after)
 	})
 }
+
+// Two callers of one note give up while storage takes it: the places of both are free once storage has answered.
+func TestCallersOfOneNoteGiveUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 3)
+		release := make(chan struct{})
+		storage.surround(func(context.Context, string, string) error { <-release; return nil }) // though the context has ended
+		begin(t, s, t.Context(), Want{}).End()
+		ctx, cancel := context.WithCancel(t.Context())
+		for range 2 {
+			begin(t, s, ctx, Want{}) // noted together, behind the first
+		}
+		pass(gather)
+		cancel()
+		synctest.Wait()
+		close(release)
+		synctest.Wait()
+		storage.surround(nil)
+		spend(t, s, 2)
+		idle(t, s)
+	})
+}
