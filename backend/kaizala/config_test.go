@@ -116,7 +116,7 @@ func TestNewRefuses(t *testing.T) {
 			var e *tokenservice.FieldError
 			require.ErrorAs(t, err, &e)
 			assert.Equal(t, c.field, e.Field)
-			assert.True(t, strings.HasPrefix(err.Error(), c.field+" "))
+			assert.Regexp(t, "^"+c.field+" (must|is) [a-z]", err.Error())
 			requireNoCanary(t, err)
 		})
 	}

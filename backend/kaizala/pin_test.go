@@ -82,6 +82,7 @@ func TestPINRequests(t *testing.T) {
 		raw, _ := io.ReadAll(r.Body)
 		seen = append(seen, r.Method+" "+r.RequestURI+" "+r.Header.Get("Content-Type")+" "+string(raw))
 		assert.Empty(t, r.Header.Get("applicationSecret"))
+		assert.EqualValues(t, len(raw), r.ContentLength)
 		_, _ = io.WriteString(w, `{"refreshToken":"`+newCanary+`"}`)
 	})
 	require.NoError(t, c.SendPIN(t.Context(), phoneCanary, nil))

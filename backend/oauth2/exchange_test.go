@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -543,6 +544,20 @@ func TestNoAnswer(t *testing.T) {
 		require.Zero(t, e.Status)
 		require.Equal(t, "The authorization server as.example.com closed the connection too early, or answered with something that is not HTTP. Try again later.", e.Text)
 		require.False(t, result.Sent.IsZero())
+	})
+	t.Run("the name does not resolve", func(t *testing.T) {
+		s := &server{err: &net.DNSError{IsNotFound: true}}
+		c := client(t, s.with(func(c *Config) {
+			c.RevocationURL, c.DeviceAuthorizationURL = "https://as.example.com/revoke", "https://as.example.com/device"
+		}))
+		_, start := c.StartDevice(t.Context(), tokenservice.DeviceRequest{})
+		for field, err := range map[string]error{
+			"token_url":                c.Exchange(t.Context(), tokenservice.Exchange{RefreshToken: refreshCanary}).Err,
+			"device_authorization_url": start,
+			"revocation_url":           c.Revoke(t.Context(), accessCanary, tokenservice.TypeAccessToken, nil),
+		} {
+			require.Contains(t, requireFailure(t, tokenservice.Unavailable, err).Text, "The operator has to check "+field+" and DNS.")
+		}
 	})
 	for status, lost := range map[int]bool{200: true, 400: false} {
 		t.Run("the body breaks off "+strconv.Itoa(status), func(t *testing.T) {
