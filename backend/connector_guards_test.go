@@ -43,6 +43,9 @@ func TestStoredConnectorOfAnUnknownService(t *testing.T) {
 			assert.Equal(t, http.StatusInternalServerError, status)
 			assert.Contains(t, text, `the stored entry "config/hr" cannot be read`)
 		}
+		_, exists, err := e.HandleExistenceCheck(t.Context(), &logical.Request{Operation: logical.CreateOperation, Path: "config/hr", Storage: e.storage})
+		require.NoError(t, err)
+		assert.True(t, exists, "for the handler to explain")
 	})
 }
 

@@ -615,6 +615,7 @@ func TestASlowRedemption(t *testing.T) {
 				p := e.confirm(back)
 				assert.Equal(t, 200, p.status)
 				assert.Contains(t, p.text(), "Not finished yet")
+				assert.Contains(t, p.text(), "Service the authorization server as.example")
 			} else {
 				resp, status, _ := e.ask(logical.UpdateOperation, "callback", back)
 				assert.Equal(t, 200, status)

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -71,6 +72,7 @@ func TestOAuthConfigRefusals(t *testing.T) {
 		"revocation_url":                                                           {"revocation_url": "https://u:SECRETTEXT@as.example.com/revoke"},
 		"authorization_url":                                                        {"authorization_url": "https://as.example.com/#SECRETTEXT"},
 		"redirect_uris":                                                            {"redirect_uris": "vault.example.com"},
+		"scopes must be of plain ASCII":                                            {"scopes": []any{"read", "SECRETTEXT\""}},
 		"token_endpoint_auth_method":                                               {"token_endpoint_auth_method": "private_key_jwt"},
 		"secret stands in quotes":                                                  {"connector_secret": "'SECRETTEXT'"},
 		"connector_secret must be left":                                            {"token_endpoint_auth_method": "none"},
@@ -257,6 +259,50 @@ func TestDiscoveryForANewConnector(t *testing.T) {
 			assert.Equal(t, 404, code)
 		})
 	}
+}
+
+// A write of issuer waits a few seconds for a place in the connector's share.
+func TestDiscoveryWaitsForTheShare(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, map[string]any{"exchanges_per_minute": 1})
+		e.add("acme", nil)
+		e.read("creds/acme")
+		time.Sleep(time.Minute - 3*time.Second)
+		e.write("config", map[string]any{"issuer": e.server.Issuer(), "exchanges_per_minute": 1})
+		assert.NotEmpty(t, e.server.Calls(oauth2test.EndpointMetadata))
+	})
+}
+
+// Storage does not tell which calls the connector has made: a write of issuer makes none.
+func TestDiscoveryWhileStorageFails(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.restart()
+		e.storage.refuse("list", callPrefix)
+		_, code, _ := e.try(logical.UpdateOperation, "config", map[string]any{"issuer": e.server.Issuer()})
+		assert.GreaterOrEqual(t, code, 500)
+		assert.Empty(t, e.server.Calls())
+	})
+}
+
+// The metadata and the tokens of a server whose certificate ca_cert has signed are asked for over TLS, and of no other server.
+func TestCACertOfAnOAuthConnector(t *testing.T) {
+	server := oauth2test.New()
+	ca, stop := server.ListenTLS()
+	defer stop()
+	id, secret := server.RegisterClient(oauth2test.AuthBasic)
+	e := newEngine(t)
+	e.stop()
+	e.wire = func() http.RoundTripper { return nil } // each connector has its own
+	e.start()
+	config := map[string]any{"service": "oauth2", "connector_id": id, "connector_secret": secret, "issuer": server.Issuer()}
+	_, code, text := e.try(logical.UpdateOperation, "config", config)
+	assert.Equal(t, 503, code)
+	assert.Contains(t, text, "The operator has to set ca_cert")
+	config["ca_cert"] = ca
+	e.write("config", config)
+	e.write("tenants/acme", map[string]any{"refresh_token": server.Grant(id, "acme")})
+	assert.True(t, server.Alive(accessTokenOf(e.ok(logical.ReadOperation, "creds/acme", nil))))
 }
 
 // Metadata may leave the token endpoint out: then token_url has to be written, in the same write or before.

@@ -262,6 +262,36 @@ func TestLeaseOfAReaderWhoIsHeldUpEnds(t *testing.T) {
 	})
 }
 
+// A connector's request_timeout is the time that one exchange may take.
+func TestRequestTimeoutOfAKaizalaConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config", map[string]any{"request_timeout": "7s"})
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Hang: true})
+		begun := time.Now()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		assert.Equal(t, 503, status)
+		assert.Contains(t, text, "timed out after request_timeout (7s)")
+		assert.Equal(t, 7*time.Second, time.Since(begun))
+	})
+}
+
+// Storage has a tenant and not its connector: the text of the tenant's status is a whole sentence all the same.
+func TestStatusWithoutAConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.kaizala.Inject(kaizalatest.Fault{Times: 1, Status: 401, Body: `{"errorCode":"InvalidToken"}`})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 400, status)
+		require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), connectorPrefix+defaultConnector))
+		e.crash()
+		assert.Equal(t, `The token service refuses the refresh token of tenant "acme": its tenant user has to get a new one and write it to tenants/acme.`,
+			e.read("tenants/acme")["last_error"])
+	})
+}
+
 // No text says to come back in no time: a second is the least.
 func TestTextsOfShortWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
