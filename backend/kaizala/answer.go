@@ -155,7 +155,7 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 	blamesConnector := strings.Contains(message, "applicationid") && strings.Contains(message, "secret")
 	asked := status/100 == 2 || status/100 == 4
 	switch {
-	case blamesConnector && op == sendingPIN && asked:
+	case blamesConnector && op == sendingPIN:
 		// No secret was sent. A connector that was deactivated gets no new tokens, and those that it has go on (doc).
 		f.Kind = tokenservice.Refused
 		f.Text = "Kaizala refuses to send a PIN for this connector. Its owner has to check on Kaizala's portal that it is active, and its connector_id."
