@@ -64,7 +64,6 @@ type Client struct {
 	redirectHosts                []string
 	timeout                      time.Duration
 	transport                    http.RoundTripper
-	own                          *http.Transport
 	closed                       atomic.Bool
 }
 
@@ -113,8 +112,7 @@ func New(c Config) (*Client, error) {
 		client.timeout = DefaultRequestTimeout
 	}
 	if client.transport == nil {
-		client.own = tokenservice.NewTransport(roots)
-		client.transport = client.own
+		client.transport = tokenservice.NewTransport(roots)
 	}
 	return client, nil
 }
@@ -122,12 +120,7 @@ func New(c Config) (*Client, error) {
 func fieldError(field, text string) error { return &tokenservice.FieldError{Field: field, Text: text} }
 
 // Close implements [tokenservice.Service].
-func (c *Client) Close() {
-	c.closed.Store(true)
-	if c.own != nil {
-		c.own.CloseIdleConnections()
-	}
-}
+func (c *Client) Close() { c.closed.Store(true) }
 
 // About returns what the engine has to know about Kaizala: there is no call that revokes a token (doc), and no grace period
 // for a lost answer is known.

@@ -48,9 +48,7 @@ func Discover(ctx context.Context, issuer string, o DiscoverOptions) (*Metadata,
 		return nil, err
 	}
 	if o.Transport == nil {
-		own := tokenservice.NewTransport(roots)
-		defer own.CloseIdleConnections()
-		o.Transport = own
+		o.Transport = tokenservice.NewTransport(roots)
 	}
 	var outage *tokenservice.Failure
 	path := strings.TrimSuffix(u.EscapedPath(), "/")
