@@ -486,17 +486,18 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	case x.ctx.Err() != nil, errors.As(err, new(*share.LimitError)), errors.Is(err, logical.ErrReadOnly), errors.Is(err, errReplaced), errors.Is(err, errStopping):
 		return err // not a failure of the service
 	}
-	now := time.Now()
+	now, before := time.Now(), f.t.view.Load()
 	next := &trouble{err: err, at: now, until: now.Add(f.t.backOff()), lost: f.lost}
-	if before := f.t.view.Load().trouble; before != nil {
-		next.lost = next.lost || before.lost // until an exchange succeeds
+	if before.trouble != nil {
+		next.lost = next.lost || before.trouble.lost // until an exchange succeeds
 	}
 	about := tokenservice.About{Name: "the service"}
 	if via != nil {
 		next.revision, about = via.revision, via.about
 	}
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
-	if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) {
+	failure := (*tokenservice.Failure)(nil)
+	if errors.As(err, &failure) {
 		next.lost = next.lost || failure.Lost || f.carriedOut
 		switch {
 		case via == nil:
@@ -508,10 +509,10 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 			next.until = latest(next.until, via.share.PausedUntil())
 		}
 	}
-	if a := f.t.view.Load().access; a != nil && !a.Planned.IsZero() && !next.lost {
+	if a := before.access; a != nil && !a.Planned.IsZero() && !next.lost {
 		// The access token lives until the next try, and is handed out for leases that end before it.
 		next.until = latest(next.until, earliest(now.Add(plannedRetryLeast), a.Expires))
-		if failure := (*tokenservice.Failure)(nil); errors.As(err, &failure) && (isLimit(failure) || failure.Kind == tokenservice.RefusedConnector || asksForRest(failure)) {
+		if failure != nil && (isLimit(failure) || failure.Kind == tokenservice.RefusedConnector || asksForRest(failure)) {
 			next.until = next.until.Add(leaseMargin) // the rest ends leaseMargin earlier, and no call is permitted before
 		}
 	}
