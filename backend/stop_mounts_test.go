@@ -7,25 +7,28 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
 // newMount starts another mount in the process of this one, with its own storage and service, and a tenant whose next exchange replaces the
 // refresh token.
 func (e *engine) newMount() *engine {
-	other := newRotatingEngine(e.t.(*testing.T))
+	other := newConfiguredEngine(e.t)
+	other.kaizala.SetRefreshTokenAge(330 * day)
+	other.write("tenants/acme", map[string]any{"refresh_token": other.newToken("acme"), "verify": false})
 	other.stop()
 	other.work = e.work
 	other.start()
 	return other
 }
 
-// exchangeTakes starts a read for which the service takes that long.
+// exchangeTakes starts an exchange for which the service takes that long.
 func (e *engine) exchangeTakes(d time.Duration) {
 	e.kaizala.Inject(kaizalatest.Fault{Delay: d, Times: 1})
-	go func() { _, _, _ = e.try(logical.ReadOperation, "creds/acme", nil) }()
-	synctest.Wait()
+	go func() { _, _, _ = e.try(logical.UpdateOperation, "tenants/acme/refresh", nil) }()
 }
 
 // Vault stops one mount and ends the process, as it does when it reloads the plugin. The exchange of another mount is under way: the stop
@@ -35,6 +38,7 @@ func TestStopWaitsForTheExchangesOfOtherMounts(t *testing.T) {
 		e := newConfiguredEngine(t)
 		other := e.newMount()
 		other.exchangeTakes(3 * time.Second)
+		synctest.Wait()
 		begun := time.Now()
 		e.stop()
 		assert.Equal(t, 3*time.Second, time.Since(begun))
@@ -44,27 +48,85 @@ func TestStopWaitsForTheExchangesOfOtherMounts(t *testing.T) {
 }
 
 // Vault stops several mounts, one after another, while the service hangs: their exchanges get the time of one stop together, and an exchange
-// that began later gets its own.
+// that begins during the first stop gets its own.
 func TestStopsOfSeveralMountsTakeTheTimeOfOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		mounts := []*engine{newConfiguredEngine(t)}
-		for range 4 {
+		for range 5 {
 			mounts = append(mounts, mounts[0].newMount())
-			mounts[len(mounts)-1].exchangeTakes(time.Minute)
 		}
-		last := mounts[0].newMount()
-		begun := time.Now()
-		for i, e := range mounts {
-			e.stop()
-			if i == 0 {
-				last.exchangeTakes(2 * time.Second)
-			}
+		last := mounts[5]
+		for _, e := range mounts[1:5] {
+			e.exchangeTakes(time.Minute)
 		}
-		assert.LessOrEqual(t, time.Since(begun), stopWithin+2*time.Second)
-		last.stop()
+		synctest.Wait()
+		time.AfterFunc(3900*time.Millisecond, func() { last.exchangeTakes(3 * time.Second) })
+		for i, want := range []time.Duration{4 * time.Second, 2900 * time.Millisecond, 0, 0, 0, 0} {
+			begun := time.Now()
+			mounts[i].stop()
+			assert.Equal(t, want, time.Since(begun), i)
+		}
 		assert.Equal(t, last.kaizala.CurrentRefreshToken("acme"), last.stored("acme").RefreshToken)
-		for _, e := range append(mounts, last) {
+		for _, e := range mounts {
 			e.start()
 		}
+	})
+}
+
+// A stop of another mount waits for the tokens of a grant, whichever way they come.
+func TestStopWaitsForTheGrantsOfOtherMounts(t *testing.T) {
+	for path, begin := range map[string]func(*grantEngine){
+		byCode: func(e *grantEngine) {
+			_, form := e.toConfirm()
+			e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Times: 1})
+			go e.visit(logical.UpdateOperation, "callback", form)
+		},
+		byDevice: func(e *grantEngine) {
+			code := e.start(byDevice, nil)["user_code"].(string)
+			require.NoError(e.t, e.server.ApproveDevice(code, "jane"))
+			e.server.Inject(oauth2test.Fault{Delay: 2 * time.Second, Times: 1})
+			time.Sleep(5 * time.Second)
+		},
+		byPIN: func(e *grantEngine) {
+			e.phone()
+			e.kaizala.Inject(kaizalatest.Fault{Delay: 2 * time.Second, Times: 1})
+			go func() { _, _, _ = e.pin(map[string]any{"pin": e.sentPIN()}) }()
+		},
+	} {
+		t.Run(path, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				other := newEngine(t)
+				other.stop()
+				other.work = e.work
+				other.start()
+				begin(e)
+				synctest.Wait()
+				begun := time.Now()
+				other.stop()
+				assert.GreaterOrEqual(t, time.Since(begun), 2*time.Second)
+				assert.Less(t, time.Since(begun), 3*time.Second)
+				assert.NotNil(t, e.stored("acme"))
+				other.start()
+			})
+		})
+	}
+}
+
+// A mount that stops while it has nothing to do leaves no work behind that the stops of other mounts would wait for: neither the exchange
+// that it refuses nor one that has ended.
+func TestStopLeavesNoWorkBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		other := e.newMount()
+		other.read("creds/acme")
+		other.stop()
+		_, status, _ := other.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, 503, status)
+		begun := time.Now()
+		e.stop()
+		assert.Equal(t, begun, time.Now())
+		e.start()
+		other.start()
 	})
 }
