@@ -122,7 +122,7 @@ func (b *backend) assemble(transport http.RoundTripper) (err error) {
 	b.connectors.announce, b.connectors.accepted = b.announce, b.rescheduleTroubled
 	b.revocations = newRevocations(b.storage)
 	b.revocations.connectors, b.revocations.node, b.revocations.ctx, b.revocations.work = b.connectors, b.node, b.ctx, b.goWork
-	b.revocations.tenants, b.revocations.beginWork = b.tenants, b.serviceWork.begin
+	b.revocations.tenants = b.tenants
 	b.tenants.storage, b.tenants.connectors, b.tenants.revocations = b.storage, b.connectors, b.revocations
 	b.tenants.announce, b.tenants.schedule = b.announce, b.schedule
 	b.exchanger = &exchanger{
@@ -374,7 +374,7 @@ func (b *backend) isStopping() bool {
 
 // serviceWork is the work under way, of all mounts of the process, that waits for services and stores what comes. Vault runs the mounts of a
 // plugin in one process. When it reloads the plugin it calls Clean of one mount, ends the process, and tells the other mounts nothing: so
-// each Clean waits for the work of all mounts.
+// each Clean waits for the work of all mounts. A revocation need not be waited for: it is in storage until it has ended.
 type serviceWork struct {
 	mu sync.Mutex
 	// running has a channel for each piece of work, which is closed at its end, and the time until which stops wait for it; zero: no stop
@@ -457,7 +457,7 @@ func (b *backend) clean(context.Context) {
 	defer over()
 	if b.serviceWork.wait(grace) {
 		select {
-		case <-ended: // nor is an event on its way
+		case <-ended: // nor is an event on its way, or a revocation
 		case <-grace.Done():
 		}
 	}

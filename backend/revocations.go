@@ -84,7 +84,6 @@ type revocations struct {
 	node       *node
 	ctx        context.Context
 	work       func(func()) bool
-	beginWork  func() (end func()) // notes a call, so that a stop waits for its end
 	tenants    *tenants
 	stopping   chan struct{} // closed when the engine ends: no request waits for a next try any more
 	stopOnce   sync.Once
@@ -616,7 +615,6 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 
 // call makes one try to revoke a token.
 func (r *revocations) call(i *intent, class share.Class) {
-	defer r.beginWork()()
 	var err error
 	if i.isDeleted != nil {
 		var deleted bool
