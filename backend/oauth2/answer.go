@@ -76,7 +76,7 @@ func (f fields) refused() (code string, refused bool) {
 	if code = f.Text("error"); code != "" {
 		return code, true
 	}
-	notOK := string(f.Value("ok")) == "false" || strings.EqualFold(f.Text("ok"), "false")
+	notOK := strings.EqualFold(strings.Trim(string(f.Value("ok")), `" `), "false") // also as text
 	return "", notOK || !empty(f.Value("error"))
 }
 

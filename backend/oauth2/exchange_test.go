@@ -110,6 +110,9 @@ func TestExchangeFields(t *testing.T) {
 		{"a form with a field that cannot be decoded", "scope=%zz&x%zz=1&=2&&access_token=" + accessCanary + "&token_type=Bearer&refresh_token=" + newCanary,
 			nil, 2 * hour, newCanary},
 		{"names in capitals", strings.ReplaceAll(body(map[string]any{"refresh_token": newCanary}), "_token", "_TOKEN"), nil, hour, newCanary},
+		{"names in capitals behind the exact ones", strings.TrimSuffix(body(map[string]any{"refresh_token": newCanary, "error": "", "ok": true}), "}") +
+			`,"Refresh_Token":"x","ACCESS_TOKEN":"x","EXPIRES_IN":0,"Token_Type":"x","OK":"false"}`, nil, hour, newCanary},
+		{"a form with a name in capitals behind the exact one", "refresh_token=" + newCanary + "&access_token=" + accessCanary + "&token_type=Bearer&Refresh_Token=x&Access_Token=x", nil, 2 * hour, newCanary},
 		{"a form with a name in capitals", "ACCESS_TOKEN=" + accessCanary + "&token_type=Bearer", nil, 2 * hour, ""},
 		{"no token_type", body(map[string]any{"token_type": nil}), func(a *tokenservice.AccessToken) { a.Type = "" }, hour, ""},
 		{"token_type of 64 bytes", body(map[string]any{"token_type": strings.Repeat("a", 64)}),

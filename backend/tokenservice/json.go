@@ -25,7 +25,7 @@ const (
 // an error count, and a byte-order mark, a missing or superfluous comma, or a value that is not JSON do not spoil the other fields. A
 // service's answer may hold the only good refresh token, which must not be lost to a mistake in another field.
 //
-// Names are compared without case. Where one occurs more than once, the last value that is usable counts.
+// Where a name occurs more than once, the last value that is usable counts. Where it has none, one whose name differs only in case does.
 type Object struct {
 	fields []field
 	// Whole: the text is one JSON object as RFC 8259 defines it, after a byte-order mark if there is one, and nothing else.
@@ -37,6 +37,9 @@ type field struct {
 	value json.RawMessage
 	text  string // of a value that is a string, without white space around it
 }
+
+// unquoted is the text of a string, and any other value as it was sent.
+func (f field) unquoted() string { return cmp.Or(f.text, string(f.value)) }
 
 // Format prints no secret, whatever the verb.
 func (Object) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Object{…}") }
@@ -102,52 +105,48 @@ func cutValue(b []byte) (v, rest []byte, ok bool) {
 	return nil, nil, false
 }
 
-// Value returns the last value of a name that is neither null nor an empty string, as it was sent; nil where there is none.
-func (o Object) Value(name string) (v json.RawMessage) {
+// last returns the last field of a name that is usable, or else the last one whose name differs only in case. Without either it is empty.
+func (o Object) last(name string, usable func(field) bool) (last field) {
 	for _, f := range o.fields {
-		if strings.EqualFold(f.name, name) && string(f.value) != "null" && string(f.value) != `""` {
-			v = f.value
+		if (f.name == name || last.name != name && strings.EqualFold(f.name, name)) && usable(f) {
+			last = f
 		}
 	}
-	return v
+	return last
+}
+
+// Value returns the last value of a name that is neither null nor an empty string, as it was sent; nil where there is none.
+func (o Object) Value(name string) json.RawMessage {
+	return o.last(name, func(f field) bool { return string(f.value) != "null" && string(f.value) != `""` }).value
 }
 
 // Text returns the last value of a name that is a string of more than white space, without white space around it; "" where
 // there is none.
-func (o Object) Text(name string) (text string) {
-	for _, f := range o.fields {
-		if strings.EqualFold(f.name, name) && f.text != "" {
-			text = f.text
-		}
-	}
-	return text
+func (o Object) Text(name string) string {
+	return o.last(name, func(f field) bool { return f.text != "" }).text
 }
 
 // NewToken returns the last value of a name that is a token which can be sent, and another one than was sent; "" where there
 // is none.
-func (o Object) NewToken(name, sent string) (token string) {
-	for _, f := range o.fields {
-		if strings.EqualFold(f.name, name) && f.text != sent && CheckToken(f.text) == nil {
-			token = f.text
-		}
-	}
-	return token
+func (o Object) NewToken(name, sent string) string {
+	return o.last(name, func(f field) bool { return f.text != sent && CheckToken(f.text) == nil }).text
 }
 
 // Object returns an object inside of this one, which may also be sent as a string that holds it. Where there is none it has
 // no fields.
 func (o Object) Object(name string) Object {
-	return ReadObject([]byte(cmp.Or(o.Text(name), string(o.Value(name)))))
+	return ReadObject([]byte(o.last(name, func(f field) bool { return strings.HasPrefix(f.unquoted(), "{") }).unquoted()))
 }
 
 // List returns the strings of a list, as they were sent; one string is a list of one. What is no string in it is left
 // out. nil where there is no such list.
 func (o Object) List(name string) (list []string) {
-	if s := o.Text(name); s != "" {
-		return []string{s}
+	found := o.last(name, func(f field) bool { return f.text != "" || bytes.HasPrefix(f.value, []byte("[")) })
+	if found.text != "" {
+		return []string{found.text}
 	}
 	var items []any
-	_ = json.Unmarshal(o.Value(name), &items) // what is no list has no items
+	_ = json.Unmarshal(found.value, &items) // a list that cannot be read has no items
 	for _, item := range items {
 		if s, ok := item.(string); ok {
 			list = append(list, s)
@@ -160,13 +159,10 @@ func (o Object) List(name string) (list []string) {
 // number, also one with a fraction or an exponent, or the same as text. It is exact; a part of a millisecond is rounded
 // down, and a number that is too large becomes the largest or smallest int64. ok is false where there is no number.
 func (o Object) Millis(name string, unit time.Duration) (millis int64, ok bool) {
-	number := ""
-	for _, f := range o.fields {
-		n := cmp.Or(f.text, string(f.value))
-		if strings.EqualFold(f.name, name) && len(n) <= maxDigits && json.Valid([]byte(n)) && strings.Trim(n, "+-.0123456789Ee") == "" {
-			number = n
-		}
-	}
+	number := o.last(name, func(f field) bool {
+		n := f.unquoted()
+		return len(n) <= maxDigits && json.Valid([]byte(n)) && strings.Trim(n, "+-.0123456789Ee") == ""
+	}).unquoted()
 	if number == "" {
 		return 0, false
 	}
