@@ -242,3 +242,20 @@ func TestDamagedTenantInDoubtKeepsNoConnector(t *testing.T) {
 		assert.Equal(t, 204, status, text)
 	})
 }
+
+// A change of service keeps what both kinds of connector have. Where request_timeout was the default, it becomes that of the new kind.
+func TestChangeOfServiceKeepsCommonSettings(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newEngine(t)
+		e.write("config", with(with(aConnector, "exchanges_per_minute", 20), "request_timeout", "20s"))
+		e.ok(logical.PatchOperation, "config", map[string]any{"service": "oauth2", "token_url": "https://as.example.com/token"})
+		shown := e.read("config")
+		assert.Equal(t, aConnector["connector_id"], shown["connector_id"])
+		assert.Equal(t, 20, shown["exchanges_per_minute"])
+		assert.EqualValues(t, 20, shown["request_timeout"])
+		e.ok(logical.PatchOperation, "config", map[string]any{"request_timeout": nil})
+		e.ok(logical.PatchOperation, "config", map[string]any{"service": nil})
+		assert.EqualValues(t, 60, e.read("config")["request_timeout"])
+		assert.Equal(t, 20, e.read("config")["exchanges_per_minute"])
+	})
+}

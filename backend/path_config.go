@@ -163,15 +163,18 @@ func (b *backend) changedConnector(ctx context.Context, name string, d *framewor
 			return nil, nil, badValue("service has to be one of %s", strings.Join(serviceNames(), ", "))
 		}
 	}
-	next = newConnectorEntry(service)
-	switch {
-	case was == nil:
-	case service == was.Service:
-		copied := *was
-		copied.Settings = was.Settings.clone()
-		next = &copied
-	default:
-		next.ConnectorID, next.ConnectorSecret, next.CACert = was.ConnectorID, was.ConnectorSecret, was.CACert
+	if was == nil {
+		next = newConnectorEntry(service)
+		return was, next, next.change(d)
+	}
+	copied := *was
+	next = &copied
+	next.Settings = was.Settings.clone()
+	if service != was.Service {
+		next.Service, next.Settings = service, serviceKinds[service].settings()
+		if was.RequestTimeout == serviceKinds[was.Service].requestTimeout {
+			next.RequestTimeout = serviceKinds[service].requestTimeout // each kind has its own default
+		}
 	}
 	return was, next, next.change(d)
 }
