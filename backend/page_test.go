@@ -150,6 +150,32 @@ func TestConfirmation(t *testing.T) {
 	})
 }
 
+// The page and the status show who has started the grant in one line of bounded length. Characters that cannot be seen, or that
+// turn the direction of the text, are replaced.
+func TestDisplayNameOnThePageAndInTheStatus(t *testing.T) {
+	for name, want := range map[string]string{
+		"jwt-Ada Lovelace, né 愛":               "jwt-Ada Lovelace, né 愛",
+		"a\n\x1b[31m\u202eb\u2066c\u200bd\xff": "a\ufffd\ufffd[31m\ufffdb\ufffdc\ufffdd\ufffd",
+		strings.Repeat("é", 127) + "x":         strings.Repeat("é", 127) + "x",
+		strings.Repeat("é", 128):               strings.Repeat("é", 127) + "…",
+		strings.Repeat("L", 200<<10):           strings.Repeat("L", 255) + "…",
+	} {
+		bubble(t, func(t *testing.T) {
+			e := newGrantEngine(t)
+			resp, err := e.HandleRequest(t.Context(), &logical.Request{
+				Operation: logical.UpdateOperation, Path: "tenants/acme/authorize", Data: map[string]any{"connector": "as"},
+				Storage: e.storage, MountPoint: mountPoint, DisplayName: name,
+			})
+			require.NoError(t, err)
+			p := e.open(e.allowed(resp.Data["authorization_url"].(string)))
+			assert.Contains(t, p.text(), "Started by "+want+" Started at")
+			to, form := p.form()
+			assert.Equal(t, 200, e.visit(logical.UpdateOperation, to, form).status)
+			assert.Equal(t, want, e.read("tenants/acme")["granted_by"])
+		})
+	}
+}
+
 // Who has started an attempt knows its state, and cannot confirm it in the place of the person whose browser has brought the code. Nor can
 // he put a code of his own in the place of the one that the person confirms.
 func TestOnlyThePersonConfirms(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -18,8 +19,12 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-// maxHintBytes bounds a login_hint.
-const maxHintBytes = 320
+const (
+	// maxHintBytes bounds a login_hint.
+	maxHintBytes = 320
+	// maxByBytes bounds who has started an attempt, as a subject is bounded.
+	maxByBytes = 255
+)
 
 // consentSettings are what a connector says about the paths authorize and device. The settings of a kind of service that has
 // these paths have them; the others do not.
@@ -182,9 +187,20 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	if err != nil {
 		return nil, nil, err
 	}
+	// Who logs in to Vault may choose the display name, a claim of a JWT for example. A person goes by it on the confirmation page, so it
+	// is bounded, and has no characters that cannot be seen or that turn the direction of the text.
+	by := strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, req.DisplayName)
+	if len(by) > maxByBytes {
+		by = strings.ToValidUTF8(by[:maxByBytes], "") + "…"
+	}
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	return &attempt{
-		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, Server: via.server(path), By: req.DisplayName,
+		ID: rand.Text(), Path: path, Tenant: name, Connector: next.Connector, Server: via.server(path), By: by,
 		Begun: now, Expires: now.Add(attemptLife), Status: attemptPending, Lineage: v.storedLineage(), Next: rand.Text(),
 	}, via, nil
 }
