@@ -89,7 +89,7 @@ func TestMixUp(t *testing.T) {
 		for _, path := range []string{"callback", "callback/other"} {
 			p := e.visit(logical.ReadOperation, path, with(back, "connector", "as"))
 			assert.Equal(t, 400, p.status)
-			assert.Contains(t, p.text(), "for another connector")
+			assert.Contains(t, p.text(), "for another address")
 			assert.Equal(t, attemptPending, e.attemptStatus(byCode))
 		}
 		p := e.visit(logical.ReadOperation, "callback/as", back)

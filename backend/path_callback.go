@@ -87,7 +87,7 @@ type verdict struct {
 
 const (
 	endUnknown   = "unknown"   // there is no such state
-	endMisplaced = "misplaced" // it belongs to another callback
+	endMisplaced = "misplaced" // it was made for another callback path
 	endUsed      = "used"
 	endEmpty     = "empty" // neither a code nor an error, or one that nothing can be made of
 	endConfirm   = "confirm"
