@@ -70,6 +70,8 @@ var pageTexts = map[string]pageText{
 		"Nothing was connected: the service's answer came to another callback address than the one that this link was made for. Start again in Vault. If another person has sent you the link, tell your Vault operator."},
 	endEmpty: {"Something is missing",
 		"Nothing was connected: the service has sent neither a code nor an error that can be used. Open the authorization again."},
+	endReplaced: {"This page is out of date",
+		"Nothing was connected: a newer code has come with the same link since, as happens when you log in twice. Confirm on the page that your last login has shown, or start again in Vault."},
 	endLater: {"Not now",
 		"Nothing was sent to the service, and nothing was connected. The link stays valid until its ten minutes are over. Reload this page later. The reason is below."},
 }

@@ -176,6 +176,27 @@ func TestDisplayNameOnThePageAndInTheStatus(t *testing.T) {
 	}
 }
 
+// A person logs in twice with one link. The older page says that a newer one has replaced it, and the newer one connects the tenant.
+func TestConfirmationOnTheOlderOfTwoPages(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		address := e.start(byCode, nil)["authorization_url"].(string)
+		to, older := e.open(e.allowed(address)).form()
+		_, newer := e.open(e.allowed(address)).form()
+		p := e.visit(logical.UpdateOperation, to, older)
+		assert.Equal(t, 400, p.status)
+		assert.Contains(t, p.text(), "a newer code has come with the same link since")
+		assert.NotContains(t, p.text(), "neither a code nor an error")
+		delete(older, "page")
+		_, status, text := e.ask(logical.UpdateOperation, to, older)
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "a newer code has come with the same link since")
+		assert.Equal(t, attemptPending, e.attemptStatus(byCode))
+		assert.Zero(t, e.sent(codeGrant))
+		assert.Contains(t, e.visit(logical.UpdateOperation, to, newer).text(), "The tenant is connected")
+	})
+}
+
 // Who has started an attempt knows its state, and cannot confirm it in the place of the person whose browser has brought the code. Nor can
 // he put a code of his own in the place of the one that the person confirms.
 func TestOnlyThePersonConfirms(t *testing.T) {

@@ -89,7 +89,8 @@ const (
 	endUnknown   = "unknown"   // there is no such state
 	endMisplaced = "misplaced" // it was made for another callback path
 	endUsed      = "used"
-	endEmpty     = "empty" // neither a code nor an error, or one that nothing can be made of
+	endEmpty     = "empty"    // neither a code nor an error, or one that nothing can be made of
+	endReplaced  = "replaced" // the page that confirms was shown for an older code
 	endConfirm   = "confirm"
 	endLater     = "later"
 )
@@ -231,9 +232,13 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	switch iss := textOf(d, "iss"); {
 	case issuer != "" && iss != "" && iss != issuer:
 		return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
-	case code == "" && refusal == "" && !asks && textOf(d, "confirmation") == hashOf(a.Code):
+	case code == "" && refusal == "" && !asks && textOf(d, "confirmation") != "":
 		// The browser that has brought the code confirms what the page was shown for. The state alone does not: who has started the
 		// attempt knows it.
+		if textOf(d, "confirmation") != hashOf(a.Code) {
+			end.what = endReplaced
+			return end, "", false, nil
+		}
 		code = a.Code
 	case promised && iss == "" && (code != "" || refusal != ""):
 		return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
