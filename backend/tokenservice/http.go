@@ -46,7 +46,20 @@ func NewTransport(roots *x509.CertPool) *http.Transport {
 	t.ForceAttemptHTTP2 = false
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)
+	t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
+		if answer.StatusCode != http.StatusOK {
+			return proxyRefusal(answer.StatusCode) // the transport's own error is the proxy's text
+		}
+		return nil
+	}
 	return t
+}
+
+// proxyRefusal is the HTTP status with which a proxy refuses to connect.
+type proxyRefusal int
+
+func (status proxyRefusal) Error() string {
+	return fmt.Sprintf("the proxy of this machine's environment refuses to connect (HTTP status %d)", int(status))
 }
 
 func httpsOnly(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
@@ -206,10 +219,13 @@ func (c Call) networkText(attempt context.Context, err error) string {
 		dnsErr  *net.DNSError
 		opErr   *net.OpError
 		netErr  net.Error
+		refusal proxyRefusal
 	)
 	switch {
 	case attempt.Err() != nil:
 		return fmt.Sprintf("%s timed out after request_timeout (%v). Try again later.", c.Service, c.Timeout)
+	case errors.As(err, &refusal):
+		return fmt.Sprintf("%s is unreachable: %v. The operator has to check it.", c.Service, refusal)
 	case errors.As(err, &nameErr):
 		return fmt.Sprintf("%s has a certificate for another name. The operator has to check %s.", c.Service, c.Field)
 	case errors.As(err, &certErr):

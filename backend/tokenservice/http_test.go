@@ -255,6 +255,15 @@ func TestFailures(t *testing.T) {
 	}
 	proxied := NewTransport(nil)
 	proxied.Proxy = http.ProxyURL(closedURL)
+	proxy := listen(t, (*httptest.Server).Start, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Proxy-Authenticate", "Basic realm="+canary)
+		w.WriteHeader(http.StatusProxyAuthRequired)
+		_, _ = io.WriteString(w, canary)
+	})
+	proxyURL, err := url.Parse(proxy.URL)
+	require.NoError(t, err)
+	refused := NewTransport(nil)
+	refused.Proxy = http.ProxyURL(proxyURL)
 
 	for _, c := range []struct {
 		name, says string
@@ -269,6 +278,8 @@ func TestFailures(t *testing.T) {
 			call(t, dialing(&net.OpError{Op: "dial", Err: context.DeadlineExceeded}), "https://service.invalid"), false},
 		{"a proxy that does not answer", " is unreachable: the proxy of this machine's environment does not answer. The operator has to check it.",
 			call(t, proxied, "https://service.invalid"), false},
+		{"a proxy that refuses", " is unreachable: the proxy of this machine's environment refuses to connect (HTTP status 407). The operator has to check it.",
+			call(t, refused, "https://service.invalid"), false},
 		{"a CA that nobody trusts", " has a certificate that is not trusted. The operator has to set ca_cert to the CA that signed it, or have it renewed.",
 			call(t, NewTransport(nil), secure.URL), false},
 		{"another CA", " has a certificate that is not trusted. The operator has to set ca_cert to the CA that signed it, or have it renewed.",
