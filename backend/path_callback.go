@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -248,6 +249,9 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		return finish(attemptDenied, "")
 	case refusal == "server_error", refusal == "temporarily_unavailable":
 		return finish(attemptFailed, upperFirst(via.about.Name)+" is failing"+inParentheses(refusal)+": start again later.")
+	case slices.Contains(asksPerson, refusal):
+		return finish(attemptFailed, upperFirst(via.about.Name)+" has to ask the person first"+inParentheses(refusal)+": start again, and log in and answer there. "+
+			"If it asks nothing, the operator has to check prompt in authorization_params.")
 	case refusal != "":
 		return finish(attemptFailed, upperFirst(via.about.Name)+" grants nothing"+inParentheses(authorizationErrors[refusal])+": the operator has to check the connector's settings there and here.")
 	case tokenservice.CheckToken(code) != nil:
@@ -262,14 +266,17 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	return nil, code, false, nil
 }
 
-// authorizationErrors are the registered codes of an authorization error. Any other is text of the service, or of another sender,
-// which no answer of the engine may hold.
+// asksPerson are the codes by which the server says that it must ask the person something, and has not (OpenID Connect Core, section
+// 3.1.2.6).
+var asksPerson = []string{"interaction_required", "login_required", "account_selection_required", "consent_required"}
+
+// authorizationErrors are the other registered codes of an authorization error. What is no registered code is text of the service, or of
+// another sender, which no answer of the engine may hold.
 var authorizationErrors = map[string]string{}
 
 func init() {
 	for _, code := range []string{
-		"invalid_request", "unauthorized_client", "unsupported_response_type", "invalid_scope", "server_error", "temporarily_unavailable",
-		"interaction_required", "login_required", "account_selection_required", "consent_required", "invalid_target",
+		"invalid_request", "unauthorized_client", "unsupported_response_type", "invalid_scope", "invalid_target",
 	} {
 		authorizationErrors[code] = code
 	}
