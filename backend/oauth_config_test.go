@@ -143,6 +143,36 @@ func TestOAuthConfigRefusals(t *testing.T) {
 	}, e.read("config"))
 }
 
+// A write of a map whose value looks like several parameters is stored as it is, and warns. A JSON object says where a value ends.
+func TestParametersThatAreJoinedByCommas(t *testing.T) {
+	e := newOAuthEngine(t, oauth2test.ClassD, nil)
+	for _, c := range []struct {
+		raw    any
+		warned bool
+	}{
+		{"access_type=offline,prompt=SECRETTEXT", true},
+		{[]any{"a=1", "access_type=offline, prompt=SECRETTEXT"}, true},
+		{[]any{"access_type=offline", "prompt=consent"}, false},
+		{"a=1,2,three", false},
+		{"a=b=c", false},
+		{map[string]any{"a": "1,b=2"}, false},
+		{nil, false},
+	} {
+		for _, name := range []string{"authorization_params", "token_params"} {
+			resp := e.ok(logical.PatchOperation, "config", map[string]any{name: c.raw, "scopes": "a=x,b=c"})
+			if !c.warned {
+				assert.Nil(t, resp, c.raw)
+				continue
+			}
+			require.NotNil(t, resp, c.raw)
+			require.Len(t, resp.Warnings, 1, c.raw)
+			assert.Contains(t, resp.Warnings[0], "repeat the argument: "+name+"=NAME=VALUE "+name+"=NAME=VALUE")
+			assert.NotContains(t, resp.Warnings[0], "SECRETTEXT")
+		}
+	}
+	assert.Equal(t, map[string]string{}, e.read("config")["token_params"])
+}
+
 // The operator writes the connector, its owner adds ID and secret.
 func TestOAuthConnectorWithoutItsSecret(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -3,7 +3,10 @@ package backend
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -127,7 +130,7 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 		return answer(err)
 	}
 	b.index.resume(name)
-	resp := done(d)
+	warnings := joinedPairs(d)
 	dropped, err := b.revocations.drop(ctx, name, service.About())
 	if err != nil {
 		return answer(err)
@@ -136,10 +139,32 @@ func (b *backend) changeConnector(ctx context.Context, d *framework.FieldData, p
 		dropped += owed
 	}
 	if dropped > 0 {
-		resp = &logical.Response{}
-		resp.AddWarning(plural(dropped, "revocation") + " that had not been sent yet will not be made.")
+		warnings = append(warnings, plural(dropped, "revocation")+" that had not been sent yet will not be made.")
 	}
-	return resp, nil
+	if warnings != nil {
+		return &logical.Response{Warnings: warnings}, nil
+	}
+	return done(d), nil
+}
+
+// furtherPair is what looks like a further name=value inside of a value.
+var furtherPair = regexp.MustCompile(`,\s*[A-Za-z_][A-Za-z0-9_.-]*=`)
+
+// joinedPairs warns of maps that were probably meant to have more names: the command line splits no argument at its commas.
+func joinedPairs(d *framework.FieldData) (warnings []string) {
+	for name, raw := range d.Raw {
+		if d.Schema[name] == nil || d.Schema[name].Type != framework.TypeKVPairs {
+			continue
+		}
+		if _, isObject := raw.(map[string]any); isObject {
+			continue // which says where a value ends
+		}
+		given, _ := pairs(raw) // what cannot be read was refused
+		if slices.ContainsFunc(slices.Collect(maps.Values(given)), furtherPair.MatchString) {
+			warnings = append(warnings, fmt.Sprintf("%s: what follows a comma belongs to the value before it. To write several parameters on the command line, repeat the argument: %s=NAME=VALUE %s=NAME=VALUE", name, name, name))
+		}
+	}
+	return warnings
 }
 
 // changedConnector returns the stored connector, nil for none, and what a write makes of it.
