@@ -215,7 +215,6 @@ func (c Call) networkText(attempt context.Context, err error) string {
 		certErr *tls.CertificateVerificationError
 		nameErr x509.HostnameError
 		tlsErr  tls.RecordHeaderError
-		alert   tls.AlertError
 		dnsErr  *net.DNSError
 		opErr   *net.OpError
 		netErr  net.Error
@@ -230,10 +229,12 @@ func (c Call) networkText(attempt context.Context, err error) string {
 		return fmt.Sprintf("%s has a certificate for another name. The operator has to check %s.", c.Service, c.Field)
 	case errors.As(err, &certErr):
 		return c.Service + " has a certificate that is not trusted. The operator has to set ca_cert to the CA that signed it, or have it renewed."
-	case errors.As(err, &tlsErr), errors.As(err, &alert), strings.Contains(err.Error(), "HTTP response to HTTPS client"):
+	case errors.As(err, &tlsErr), strings.Contains(err.Error(), "HTTP response to HTTPS client"):
 		return fmt.Sprintf("%s does not speak TLS as it should. The operator has to check %s.", c.Service, c.Field)
 	case errors.As(err, &dnsErr):
 		return fmt.Sprintf("%s is unreachable: its name does not resolve. The operator has to check %s and DNS.", c.Service, c.Field)
+	case errors.As(err, &opErr) && opErr.Op == "remote error": // a TLS alert
+		return fmt.Sprintf("%s refuses the TLS connection, perhaps because it wants a client certificate. The operator has to check %s.", c.Service, c.Field)
 	case errors.As(err, &opErr) && opErr.Op == "proxyconnect":
 		return c.Service + " is unreachable: the proxy of this machine's environment does not answer. The operator has to check it."
 	case errors.Is(err, syscall.ECONNREFUSED):

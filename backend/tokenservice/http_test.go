@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -244,6 +245,10 @@ func TestFailures(t *testing.T) {
 	plain := listen(t, (*httptest.Server).Start, http.NotFound)
 	secure := listen(t, (*httptest.Server).StartTLS, http.NotFound)
 	ca := pool(t, pemOf(secure.Certificate().Raw))
+	wantsCertificate := listen(t, func(s *httptest.Server) {
+		s.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert, MaxVersion: tls.VersionTLS12} // later versions ask after the request
+		s.StartTLS()
+	}, http.NotFound)
 	failing := func(err error) http.RoundTripper {
 		return transportFunc(func(*http.Request) (*http.Response, error) { return nil, err })
 	}
@@ -288,6 +293,8 @@ func TestFailures(t *testing.T) {
 			call(t, NewTransport(ca), to(secure.URL, "127.0.0.1", "localhost")), false},
 		{"http where https should be", " does not speak TLS as it should. The operator has to check some_url.",
 			call(t, NewTransport(nil), to(plain.URL, "http:", "https:")), false},
+		{"a client certificate is wanted", " refuses the TLS connection, perhaps because it wants a client certificate. The operator has to check some_url.",
+			call(t, NewTransport(pool(t, pemOf(wantsCertificate.Certificate().Raw))), wantsCertificate.URL), false},
 		{"a hang", " timed out after request_timeout (1m0s). Try again later.", short(served(t, func(_ http.ResponseWriter, r *http.Request) { hang(r) })), true},
 		{"a reset", " closed the connection too early, or answered with something that is not HTTP. Try again later.",
 			served(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), true},
