@@ -355,7 +355,7 @@ func (b *backend) goWork(f func()) bool {
 
 // goToService is goWork for work that waits for a service and stores what comes.
 func (b *backend) goToService(f func()) bool {
-	end := b.serviceWork.begin()
+	end := b.serviceWork.begin(b)
 	if !b.goWork(func() {
 		defer end()
 		f()
@@ -373,66 +373,82 @@ func (b *backend) isStopping() bool {
 }
 
 // serviceWork is the work under way, of all mounts of the process, that waits for services and stores what comes. Vault runs the mounts of a
-// plugin in one process. When it reloads the plugin it calls Clean of one mount, ends the process, and tells the other mounts nothing: so
-// each Clean waits for the work of all mounts. A revocation need not be waited for: it is in storage until it has ended.
+// plugin in one process. When it reloads the plugin it calls Clean of one mount, ends the process, and tells the other mounts nothing: so a
+// stop waits for the work of all mounts. A revocation need not be waited for: it is in storage until it has ended.
+//
+// When Vault seals, it stops all mounts, one after another. Together these stops wait for the other mounts' work, and for what was under way
+// when the first of them began, as long as one stop may.
 type serviceWork struct {
-	mu sync.Mutex
-	// running has a channel for each piece of work, which is closed at its end, and the time until which stops wait for it; zero: no stop
-	// has waited for it yet. When Vault stops many mounts, one after another, all of the work together gets the grace of one stop.
-	running map[chan struct{}]time.Time
+	mu      sync.Mutex
+	running map[*pieceOfWork]struct{}
+	first   time.Time // when the first of the stops began that have followed one another
+	last    time.Time // when the last stop has waited
 }
 
-func newServiceWork() *serviceWork { return &serviceWork{running: map[chan struct{}]time.Time{}} }
+type pieceOfWork struct {
+	of    *backend
+	begun time.Time
+	done  chan struct{}
+}
 
-// begin notes a piece of work. Its caller calls end once.
-func (w *serviceWork) begin() (end func()) {
-	done := make(chan struct{})
+// stopsApart is how long after a stop the next one begins that does not belong together with it.
+const stopsApart = 2 * time.Second
+
+func newServiceWork() *serviceWork { return &serviceWork{running: map[*pieceOfWork]struct{}{}} }
+
+// begin notes a piece of a mount's work. Its caller calls end once.
+func (w *serviceWork) begin(of *backend) (end func()) {
+	piece := &pieceOfWork{of: of, begun: time.Now(), done: make(chan struct{})}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.running[done] = time.Time{}
+	w.running[piece] = struct{}{}
 	return func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		delete(w.running, done)
-		close(done)
+		delete(w.running, piece)
+		close(piece.done)
 	}
 }
 
-// next is a piece of work that a stop has to wait for, and until when; nil where there is none. all: no work is left that has had its grace.
-func (w *serviceWork) next() (done chan struct{}, until time.Time, all bool) {
+// next is a piece of work that the stop of a mount has to wait for, and until when; nil where there is none. own: no work of the mount itself
+// is left that has had its time. begun is when the stop began.
+func (w *serviceWork) next(of *backend, begun time.Time) (wait *pieceOfWork, until time.Time, own bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	all = true
 	now := time.Now()
-	for one, end := range w.running {
-		if end.IsZero() {
-			end = now.Add(stopGrace)
-			w.running[one] = end
+	if begun.Sub(w.last) > stopsApart {
+		w.first = begun
+	}
+	w.last, own = now, true
+	for piece := range w.running {
+		end := w.first.Add(stopGrace)
+		if piece.of == of && piece.begun.After(w.first) {
+			end = begun.Add(stopGrace)
 		}
 		if end.After(now) {
-			done, until = one, end
-		} else {
-			all = false
+			wait, until = piece, end
+		} else if piece.of == of {
+			own = false
 		}
 	}
-	return done, until, all
+	return wait, until, own
 }
 
-// wait waits until each piece of work has ended or has had its grace, or the context ends. It says whether all of it has ended.
-func (w *serviceWork) wait(ctx context.Context) bool {
+// wait waits, for the stop of a mount, until each piece of work has ended or has had its time. It says whether all of the mount's own work
+// has ended.
+func (w *serviceWork) wait(of *backend) bool {
+	begun := time.Now()
 	for {
-		done, until, all := w.next()
-		if done == nil {
-			return all
+		piece, until, own := w.next(of, begun)
+		if piece == nil {
+			return own
 		}
-		grace := time.NewTimer(time.Until(until))
+		over := time.NewTimer(time.Until(until))
 		select {
-		case <-done:
-		case <-grace.C:
-		case <-ctx.Done():
-			return false
+		case <-piece.done:
+		case <-over.C:
 		}
-		grace.Stop()
+		over.Stop()
 	}
 }
 
@@ -455,7 +471,7 @@ func (b *backend) clean(context.Context) {
 	defer cancel()
 	grace, over := context.WithTimeout(ctx, stopGrace)
 	defer over()
-	if b.serviceWork.wait(grace) {
+	if b.serviceWork.wait(b) {
 		select {
 		case <-ended: // nor is an event on its way, or a revocation
 		case <-grace.Done():

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,7 +62,7 @@ func TestStopsOfSeveralMountsTakeTheTimeOfOne(t *testing.T) {
 		}
 		synctest.Wait()
 		time.AfterFunc(3900*time.Millisecond, func() { last.exchangeTakes(3 * time.Second) })
-		for i, want := range []time.Duration{4 * time.Second, 2900 * time.Millisecond, 0, 0, 0, 0} {
+		for i, want := range []time.Duration{4 * time.Second, 0, 0, 0, 0, 2900 * time.Millisecond} {
 			begun := time.Now()
 			mounts[i].stop()
 			assert.Equal(t, want, time.Since(begun), i)
@@ -128,5 +129,58 @@ func TestStopLeavesNoWorkBehind(t *testing.T) {
 		assert.Equal(t, begun, time.Now())
 		e.start()
 		other.start()
+	})
+}
+
+// Another mount stops at the beginning of a slow exchange and waits for it in vain. Later the exchange's own mount stops, shortly before the
+// answer comes: it waits for that.
+func TestStopWaitsThoughAnotherStopHas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		other := e.newMount()
+		begun := time.Now()
+		other.exchangeTakes(30 * time.Second)
+		synctest.Wait()
+		e.stop()
+		assert.Equal(t, 4*time.Second, time.Since(begun))
+		time.Sleep(time.Until(begun.Add(27 * time.Second)))
+		other.stop()
+		assert.Equal(t, 30*time.Second, time.Since(begun))
+		assert.Equal(t, other.kaizala.CurrentRefreshToken("acme"), other.stored("acme").RefreshToken)
+		e.start()
+		other.start()
+	})
+}
+
+// The service of one mount hangs, and the mount begins one exchange after another. The stops of mounts that have nothing to do wait for
+// these as long as one stop may.
+func TestIdleMountsStopTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := newOAuthEngine(t, oauth2test.ClassA, classB)
+		var idle []*engine
+		for range 5 {
+			e := newConfiguredEngine(t)
+			e.stop()
+			e.work = busy.work
+			e.start()
+			idle = append(idle, e)
+		}
+		for i := range 30 {
+			busy.add(fmt.Sprint("t", i), nil)
+			busy.read(fmt.Sprint("token/t", i))
+		}
+		busy.server.Inject(oauth2test.Fault{Hang: true})
+		busy.pass(70 * time.Minute)
+		begun := time.Now()
+		for _, e := range idle {
+			e.stop()
+		}
+		assert.Equal(t, stopGrace, time.Since(begun))
+		busy.stop()
+		assert.LessOrEqual(t, time.Since(begun), 2*stopWithin)
+		busy.server.ClearFaults()
+		for _, e := range append(idle, busy.engine) {
+			e.start()
+		}
 	})
 }
