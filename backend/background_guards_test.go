@@ -78,7 +78,7 @@ func TestDueTenantWaitsForItsFifth(t *testing.T) {
 		used := time.Now()
 		time.Sleep(10 * time.Second)
 		e.index.at("acme", time.Now())
-		e.index.wait(defaultConnector, "acme", 0)
+		e.index.wait(defaultConnector, "acme", 0, false)
 		e.serveLine(defaultConnector)
 		item, err := e.index.queue.PopByKey("acme")
 		require.NoError(t, err)

@@ -68,10 +68,10 @@ func TestIndexLines(t *testing.T) {
 		}
 		assert.False(t, x.serve("hr"), "a line without a tenant")
 		x.at("b", time.Now())
-		x.wait("hr", "b", 20)
-		x.wait("hr", "a", 10)
-		x.wait("hr", "c", 30)
-		x.wait("hr", "gone", 5)
+		x.wait("hr", "b", 20, false)
+		x.wait("hr", "a", 10, false)
+		x.wait("hr", "c", 30, false)
+		x.wait("hr", "gone", 5, false)
 		x.at("gone", time.Time{})
 		x.atMost("c", time.Now()) // it waits already
 		names, connectors := x.due(time.Now())
@@ -107,7 +107,7 @@ func TestIndexLines(t *testing.T) {
 		_, ok = x.next("hr")
 		assert.False(t, ok, "the line is empty, and given up")
 		assert.False(t, x.serve("hr"))
-		x.wait("hr", "a", 10)
+		x.wait("hr", "a", 10, false)
 		assert.True(t, x.serve("hr"), "a new line")
 	})
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"hash/fnv"
-	"math"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -183,7 +182,7 @@ func (b *backend) tick() {
 					b.attend(name) // no call is needed
 					continue
 				}
-				b.index.wait(v.summary.connector, name, endOf(v.summary))
+				b.index.wait(v.summary.connector, name, endOf(v.summary), v.trouble != nil)
 				lines[v.summary.connector] = true
 			}
 		}
@@ -193,16 +192,15 @@ func (b *backend) tick() {
 	})
 }
 
-// endOf is when a tenant's refresh token ends, in seconds since 1970. One whose end is unknown goes behind the others.
+// endOf is when a tenant's refresh token ends, in seconds since 1970. Tenants whose end is unknown go behind the others, as they come.
 func endOf(s tenantSummary) int64 {
 	if s.expires == 0 {
-		return math.MaxInt64
+		return time.Now().AddDate(1000, 0, 0).Unix()
 	}
 	return s.expires
 }
 
-// serveLine attends to the tenants that are due at a connector, as its share allows: when calls are scarce, the one whose
-// refresh token ends first goes first.
+// serveLine attends to the tenants that are due at a connector, as its share allows, in the order that [line] says.
 func (b *backend) serveLine(connector string) {
 	if !b.index.serve(connector) {
 		return
@@ -315,8 +313,8 @@ func (b *backend) landed(t *tenant, err error) {
 }
 
 // index says when each tenant needs attention next without a reader. Tenants that are due wait there, in a line for each connector, for a
-// place in the connector's share; at the head is the tenant whose refresh token ends first. A timer serves the index in time. Vault's
-// periodic function serves it too, because the timer ends with its process.
+// place in the connector's share. A timer serves the index in time. Vault's periodic function serves it too, because the timer ends with its
+// process.
 type index struct {
 	mu      sync.Mutex
 	queue   *queue.PriorityQueue // tenants' names by due time, in nanoseconds since 1970
@@ -327,11 +325,17 @@ type index struct {
 	stopped bool
 }
 
-// line is the tenants that wait for a place in a connector's share.
+// line is the tenants that wait for a place in a connector's share. When calls are scarce, the one whose refresh token ends first goes first.
+// But a tenant that always fails is due again within a minute, and many of them would take all places. So tenants whose last exchange has
+// failed get every other place at most while others wait, and half of these places go by who has waited longest: a tenant that has failed
+// once is not kept waiting by those that always fail.
 type line struct {
-	queue  *queue.PriorityQueue // by the end of the refresh token, in seconds since 1970
-	served bool                 // a goroutine is serving the line
-	from   time.Time            // when the line is served next; zero: at once
+	sound   *queue.PriorityQueue // tenants whose last exchange has not failed, by the end of the refresh token, in seconds since 1970
+	failed  *queue.PriorityQueue // the others, by the same
+	patient *queue.PriorityQueue // those in failed once more, by when they came, in nanoseconds since 1970
+	turn    int                  // how many turns the queues have had
+	served  bool                 // a goroutine is serving the line
+	from    time.Time            // when the line is served next; zero: at once
 }
 
 func (x *index) init(tick func()) {
@@ -370,7 +374,10 @@ func (x *index) atMost(name string, due time.Time) {
 func (x *index) takeOut(name string) {
 	_, _ = x.queue.PopByKey(name)
 	if connector, ok := x.waitsAt[name]; ok {
-		_, _ = x.waiting[connector].queue.PopByKey(name)
+		l := x.waiting[connector]
+		for _, q := range []*queue.PriorityQueue{l.sound, l.failed, l.patient} {
+			_, _ = q.PopByKey(name)
+		}
 		delete(x.waitsAt, name)
 	}
 }
@@ -409,7 +416,7 @@ func (x *index) due(now time.Time) (names, connectors []string) {
 	}
 	for connector, l := range x.waiting {
 		switch {
-		case l.served || l.queue.Len() == 0:
+		case l.served || l.sound.Len()+l.failed.Len() == 0:
 		case l.from.After(now):
 			x.arm(l.from)
 		default:
@@ -419,17 +426,22 @@ func (x *index) due(now time.Time) (names, connectors []string) {
 	return names, connectors
 }
 
-// wait puts a tenant that is due into the line of its connector.
-func (x *index) wait(connector, name string, end int64) {
+// wait puts a tenant that is due into the line of its connector. failed: its last exchange has failed.
+func (x *index) wait(connector, name string, end int64, failed bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.takeOut(name)
 	l := x.waiting[connector]
 	if l == nil {
-		l = &line{queue: queue.New()}
+		l = &line{sound: queue.New(), failed: queue.New(), patient: queue.New()}
 		x.waiting[connector] = l
 	}
-	_ = l.queue.Push(&queue.Item{Key: name, Priority: end})
+	if failed {
+		_ = l.failed.Push(&queue.Item{Key: name, Priority: end})
+		_ = l.patient.Push(&queue.Item{Key: name, Priority: time.Now().UnixNano()})
+	} else {
+		_ = l.sound.Push(&queue.Item{Key: name, Priority: end})
+	}
 	x.waitsAt[name] = connector
 }
 
@@ -445,19 +457,22 @@ func (x *index) serve(connector string) bool {
 	return true
 }
 
-// next takes the tenant whose refresh token ends first out of the connector's line. If the line is empty, it drops the line and returns
-// false.
+// next takes the tenant whose turn it is out of the connector's line. If the line is empty, it drops the line and returns false.
 func (x *index) next(connector string) (name string, ok bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	l := x.waiting[connector]
-	item, err := l.queue.Pop()
-	if err != nil {
-		delete(x.waiting, connector)
-		return "", false
+	turns := []*queue.PriorityQueue{l.sound, l.failed, l.sound, l.patient}
+	for range turns {
+		item, err := turns[l.turn%len(turns)].Pop()
+		l.turn++
+		if err == nil {
+			x.takeOut(item.Key)
+			return item.Key, true
+		}
 	}
-	delete(x.waitsAt, item.Key)
-	return item.Key, true
+	delete(x.waiting, connector)
+	return "", false
 }
 
 // pause ends the serving of a connector's line, which is served again then.
