@@ -141,9 +141,8 @@ func (b *backend) readUnread(ctx context.Context) {
 	}
 }
 
-// awaitIndex waits a moment for the index, and says whether it is complete but for tenants that storage cannot give.
+// awaitIndex waits a moment for the index if it is being built, and says whether it is complete but for tenants that storage cannot give.
 func (b *backend) awaitIndex(ctx context.Context) bool {
-	b.buildIndex()
 	b.mu.Lock()
 	complete := b.indexing
 	b.mu.Unlock()

@@ -340,6 +340,7 @@ func (b *backend) unused(ctx context.Context, name, refusal string) error {
 // knowsTenants makes sure that memory knows what each tenant in storage needs of a connector, except a tenant that storage still fails
 // to read: one bad key must not prevent the delete of every connector for ever.
 func (b *backend) knowsTenants(ctx context.Context, connector string) error {
+	b.buildIndex()
 	if !b.awaitIndex(ctx) {
 		return stillReading(connector)
 	}

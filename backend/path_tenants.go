@@ -617,6 +617,7 @@ func (b *backend) listTenants(ctx context.Context, _ *logical.Request, _ *framew
 	if err != nil {
 		return answer(err)
 	}
+	b.buildIndex()
 	b.awaitIndex(ctx)
 	now := time.Now()
 	info := make(map[string]any, len(names))

@@ -157,13 +157,15 @@ func ownPart(tenant string, of time.Duration, least, most float64) time.Duration
 	return time.Duration(float64(of) * (least + fraction*(most-least)))
 }
 
-// tick hands the tenants that are due to workers, and returns at once. With nothing due it reads no storage.
+// tick has a worker hand on the tenants that are due, and returns at once. With nothing due it reads no storage.
 func (b *backend) tick() {
-	names, connectors := b.index.due(time.Now())
-	if len(names) == 0 && len(connectors) == 0 {
-		return
-	}
 	b.goWork(func() {
+		// Otherwise after a start the order in which storage gives the tenants would be the order in which they go.
+		b.awaitIndex(b.ctx)
+		names, connectors := b.index.due(time.Now())
+		if len(names) == 0 && len(connectors) == 0 {
+			return
+		}
 		if !b.node.WriteSafeReplicationState() {
 			// Another node calls the service. Look again in a minute, when this one may be the one that does.
 			for _, name := range names {
