@@ -176,12 +176,17 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 		}
 		givenUp := false
 		if e != nil {
-			unplanned := e.Access != nil && e.Access.Planned.IsZero()
+			was := accessEntry{}
+			if e.Access != nil {
+				was = *e.Access
+			}
 			if givenUp, err = ts.recover(ctx, t, e); err != nil {
 				return nil, err
 			}
-			if unplanned && !e.Access.Planned.IsZero() && ts.revocations.node.WriteSafeReplicationState() {
-				// Leases are given until this planned end, so a later write of the connector must not make it earlier, also after a restart.
+			a := e.Access
+			if a != nil && (was.Planned.IsZero() && !a.Planned.IsZero() || !was.Obtained.Equal(a.Obtained)) && ts.revocations.node.WriteSafeReplicationState() {
+				// Leases are given until this planned end, so a later write of the connector must not make it earlier, also after a restart. And
+				// a life that was corrected must not begin anew each time that the tenant is read.
 				_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 			}
 		}

@@ -244,3 +244,33 @@ func TestClockIsSetBackWhileTheProcessRuns(t *testing.T) {
 		assert.Equal(t, 200, status, text)
 	})
 }
+
+// An access token came while the clock was a year ahead. Its life begins when storage is first read with the right clock, and does not begin
+// anew when its tenant has left memory, or with another restart.
+func TestLifeOfAWrongClockBeginsOnce(t *testing.T) {
+	for class, fields := range map[string]map[string]any{"A": classA, "D": classD} {
+		t.Run(class, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, fields)
+				e.add("acme", nil)
+				e.read("token/acme")
+				entry := *e.stored("acme")
+				access := *entry.Access
+				for _, at := range []*time.Time{&access.Obtained, &access.Expires, &access.Planned} {
+					if !at.IsZero() {
+						*at = at.Add(365 * day)
+					}
+				}
+				entry.Access = &access
+				require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", &entry))
+				e.restart()
+				expires := e.read("token/acme")["expire_time"]
+				for _, leave := range []func(){e.tenants.loaded.Purge, e.restart} {
+					time.Sleep(10 * time.Minute)
+					leave()
+					assert.Equal(t, expires, e.read("token/acme")["expire_time"])
+				}
+			})
+		})
+	}
+}
