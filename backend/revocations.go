@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -57,7 +56,6 @@ type intent struct {
 	connector, id string
 	next          time.Time // no call before
 	rest          time.Duration
-	failed        time.Time     // when the last call failed; zero: none has
 	under         chan struct{} // a call is under way, and closes it; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
 	deleting      bool          // storage is deleting it
@@ -590,8 +588,7 @@ func (r *revocations) isStopping() bool {
 	}
 }
 
-// pick chooses among the intents that may be tried now, or says when to look again. The one whose token ends first goes first. But those that
-// have failed go behind the others, and the one that failed longest ago first: calls that always fail take none from the others.
+// pick chooses the intent whose token ends first among those that may be tried now, or says when to look again.
 func (r *revocations) pick(connector string) (best *intent, next time.Time, some bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -603,7 +600,7 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 		case i.under != nil, r.isBeingWritten(i):
 		case i.next.After(now):
 			next = earliest(next, i.next)
-		case best == nil || cmp.Or(i.failed.Compare(best.failed), i.Expires.Compare(best.Expires)) < 0:
+		case best == nil || i.Expires.Before(best.Expires):
 			best = i
 		}
 	}
@@ -644,25 +641,11 @@ func (r *revocations) call(i *intent, class share.Class) {
 	switch {
 	case err == nil, errors.Is(err, errBeingWritten):
 	case errors.As(err, &limit):
-		i.next = limit.Until
-		if !limit.ByService {
-			i.next = i.next.Add(-i.patience()) // it is tried again as soon as it may wait for its place, and has that before any that has failed
-		}
-		i.next = earliest(i.next, i.Expires) // once its token has ended, it waits for nothing
+		i.next = earliest(limit.Until, i.Expires) // once its token has ended, it waits for nothing
 	default:
 		i.rest = min(max(2*i.rest, time.Second), longestRevocationRest)
-		i.failed = time.Now()
-		i.next = i.failed.Add(i.rest)
+		i.next = time.Now().Add(i.rest)
 	}
-}
-
-// patience is how long a call of the revocations' worker waits for its place in the share. That of an intent which has failed does not wait:
-// those that always fail would hold the next places whenever another came.
-func (i *intent) patience() time.Duration {
-	if i.failed.IsZero() {
-		return hopPatience
-	}
-	return 0
 }
 
 // note keeps why the last call for a tenant failed; "" where it did not. The caller holds mu.
@@ -691,7 +674,7 @@ func (r *revocations) try(i *intent, class share.Class) error {
 	}
 	p := passage{via: via, want: share.Want{Class: class}}
 	if class == share.Revocation {
-		p.want.Wait = i.patience()
+		p.want.Wait = hopPatience
 	}
 	// The connection may take a while: a request that cannot be sent before the token's last moments is not sent.
 	ctx, cancel := context.WithDeadline(r.ctx, i.Expires)
