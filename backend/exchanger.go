@@ -120,14 +120,13 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 		next.Rejected = time.Time{}
 	}
 	switch {
+	case o.facts != nil && o.refreshToken == "" && sameEnd(o.facts.Expires, next.Facts.Expires):
+		// The same end as before. RotatesFrom stays, which the answer would count from the rest of the life.
 	case o.facts != nil:
 		before := next.Facts
 		next.Facts = *o.facts
-		// An end that is fixed moves a little, because the service sends the rest of the life in whole seconds. One that each exchange
-		// moves goes on as far as the clock.
-		moved, passed := next.Facts.Expires.Sub(before.Expires), o.at.Sub(next.LastExchange)
-		if moved.Abs() < min(max(passed/2, 2*time.Second), time.Minute) {
-			next.Facts.RotatesFrom = before.RotatesFrom // the answer counts it from the rest of the life
+		if moved := o.facts.Expires.Sub(before.Expires); sameEnd(o.facts.Expires, before.Expires) && moved < o.at.Sub(next.LastExchange)/2 {
+			next.Facts.RotatesFrom = before.RotatesFrom // the new refresh token ends with the former one, and does not prolong the grant
 		}
 	case o.access != nil && next.Facts.Assumed && !o.at.Before(next.Facts.Expires):
 		// The refresh token has outlived what was assumed.
@@ -150,6 +149,12 @@ func (o *outcome) onto(base *tenantEntry) *tenantEntry {
 		next.Access = o.access.accessEntry
 	}
 	return &next
+}
+
+// sameEnd says whether two ends of a refresh token are the same: the service sends the rest of the life in whole seconds, so the ends
+// that are computed at different times may differ a little.
+func sameEnd(a, b time.Time) bool {
+	return !a.IsZero() && !b.IsZero() && a.Sub(b).Abs() < time.Minute
 }
 
 // exchange has the tenant's refresh token exchanged, or joins the exchange under way, and waits for its end. It returns the access token if
