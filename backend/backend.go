@@ -421,7 +421,7 @@ func (w *serviceWork) next(of *backend, begun time.Time) (wait *pieceOfWork, unt
 	}
 	w.last, own = now, true
 	for piece := range w.running {
-		end := w.first.Add(stopGrace)
+		end := earliest(w.first, begun).Add(stopGrace) // another stop may have begun since, much later
 		if piece.of == of && piece.begun.After(w.first) {
 			end = begun.Add(stopGrace)
 		}

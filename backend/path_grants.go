@@ -188,7 +188,7 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 		return nil, nil, err
 	}
 	// Who logs in to Vault may choose the display name, a claim of a JWT for example. A person goes by it on the confirmation page, so it
-	// is bounded, and has no characters that cannot be seen or that turn the direction of the text.
+	// is bounded, and has no control characters and none that turn the direction of the text.
 	by := strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return unicode.ReplacementChar

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -180,6 +181,33 @@ func TestIdleMountsStopTogether(t *testing.T) {
 		assert.LessOrEqual(t, time.Since(begun), 2*stopWithin)
 		busy.server.ClearFaults()
 		for _, e := range append(idle, busy.engine) {
+			e.start()
+		}
+	})
+}
+
+// Mounts are stopped at the same time, a little apart, while the exchange of another hangs: no stop waits longer because others have begun.
+func TestStopsThatOverlap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := newConfiguredEngine(t).newMount()
+		var idle []*engine
+		for range 4 {
+			idle = append(idle, busy.newMount())
+		}
+		busy.exchangeTakes(time.Minute)
+		synctest.Wait()
+		var stops sync.WaitGroup
+		for i, e := range idle {
+			stops.Go(func() {
+				time.Sleep(time.Duration(i) * 2500 * time.Millisecond)
+				begun := time.Now()
+				e.stop()
+				assert.LessOrEqual(t, time.Since(begun), stopGrace)
+			})
+		}
+		stops.Wait()
+		busy.stop()
+		for _, e := range append(idle, busy) {
 			e.start()
 		}
 	})
