@@ -15,15 +15,20 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
+// moveTo starts the mount anew in the process of another one.
+func (e *engine) moveTo(other *engine) {
+	e.stop()
+	e.work = other.work
+	e.start()
+}
+
 // newMount starts another mount in the process of this one, with its own storage and service, and a tenant whose next exchange replaces the
 // refresh token.
 func (e *engine) newMount() *engine {
 	other := newConfiguredEngine(e.t)
 	other.kaizala.SetRefreshTokenAge(330 * day)
 	other.write("tenants/acme", map[string]any{"refresh_token": other.newToken("acme"), "verify": false})
-	other.stop()
-	other.work = e.work
-	other.start()
+	other.moveTo(e)
 	return other
 }
 
@@ -99,9 +104,7 @@ func TestStopWaitsForTheGrantsOfOtherMounts(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newGrantEngine(t)
 				other := newEngine(t)
-				other.stop()
-				other.work = e.work
-				other.start()
+				other.moveTo(e.engine)
 				begin(e)
 				synctest.Wait()
 				begun := time.Now()
@@ -161,9 +164,7 @@ func TestIdleMountsStopTogether(t *testing.T) {
 		var idle []*engine
 		for range 5 {
 			e := newConfiguredEngine(t)
-			e.stop()
-			e.work = busy.work
-			e.start()
+			e.moveTo(busy.engine)
 			idle = append(idle, e)
 		}
 		for i := range 30 {

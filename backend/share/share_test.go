@@ -420,13 +420,19 @@ func TestWithdrawnCallMakesRoom(t *testing.T) {
 	})
 }
 
+// twoPlacesUsedUp returns a share of two places, which come free in 2 s and in 4 s.
+func twoPlacesUsedUp(t *testing.T) *Share {
+	s := limited(2)
+	spend(t, s, 1)
+	time.Sleep(2 * time.Second)
+	spend(t, s, 1)
+	time.Sleep(Window - 4*time.Second)
+	return s
+}
+
 func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := limited(2)
-		spend(t, s, 1)
-		time.Sleep(2 * time.Second)
-		spend(t, s, 1)
-		time.Sleep(Window - 4*time.Second) // places come free in 2 s and in 4 s
+		s := twoPlacesUsedUp(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		gone := ask(t, s, ctx, reader("a"))
 		next := ask(t, s, t.Context(), reader("a2"))
@@ -455,11 +461,7 @@ func TestWhoGivesUpLeavesTheQueue(t *testing.T) {
 // A waiter gives up, and nothing else happens: who waits behind it is given its place when that comes free.
 func TestPlaceOfWhoGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := limited(2)
-		spend(t, s, 1)
-		time.Sleep(2 * time.Second)
-		spend(t, s, 1)
-		time.Sleep(Window - 4*time.Second) // places come free in 2 s and in 4 s
+		s := twoPlacesUsedUp(t)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		ask(t, s, ctx, reader("a"))
