@@ -177,17 +177,22 @@ type exchange struct {
 func (x *exchange) run(ctx context.Context) tokenservice.Result {
 	left := x.timeout
 	for hops := 0; ; hops++ {
-		a, err := x.do(ctx, x.Permit, left, x.nameHost(x.at.Hostname()), &http.Request{
-			Method: http.MethodGet,
-			URL:    x.at,
-			Host:   x.at.Host,
+		a, err := tokenservice.Call{
+			Transport: x.transport,
+			Method:    http.MethodGet,
+			URL:       x.at,
 			Header: http.Header{
 				"Applicationid":     {x.connectorID},
 				"Applicationsecret": {x.connectorSecret},
 				"Refreshtoken":      {x.RefreshToken},
 			},
-			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		})
+			Permit:  x.Permit,
+			Closed:  x.closed.Load,
+			Left:    left,
+			Service: "Kaizala's token service at " + x.nameHost(x.at.Hostname()),
+			Field:   "api_root",
+			Timeout: x.timeout,
+		}.Do(ctx)
 		if !a.Sent.IsZero() {
 			x.sent = a.Sent
 			left -= time.Since(a.Sent)
@@ -239,18 +244,4 @@ func (x *exchange) nameHost(name string) string {
 		}
 	}
 	return name
-}
-
-// do makes one request to a host.
-func (c *Client) do(ctx context.Context, permit tokenservice.Permit, left time.Duration, host string, r *http.Request) (tokenservice.Answer, error) {
-	return tokenservice.Call{
-		Transport: c.transport,
-		Request:   r,
-		Permit:    permit,
-		Closed:    c.closed.Load,
-		Left:      left,
-		Service:   "Kaizala's token service at " + host,
-		Field:     "api_root",
-		Timeout:   c.timeout,
-	}.Do(ctx)
 }

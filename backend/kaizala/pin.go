@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -79,15 +78,19 @@ func (c *Client) RedeemPIN(ctx context.Context, mobileNumber, pin string, permit
 func (c *Client) post(ctx context.Context, permit tokenservice.Permit, path string, fields map[string]string) (tokenservice.Answer, error) {
 	raw, _ := json.Marshal(fields) // which cannot fail with a map of strings
 	at := c.root.JoinPath(path)
-	return c.do(ctx, permit, c.timeout, strings.ToLower(at.Hostname()), &http.Request{
-		Method:        http.MethodPost,
-		URL:           at,
-		Host:          at.Host,
-		Header:        http.Header{"Content-Type": {"application/json"}},
-		Body:          io.NopCloser(bytes.NewReader(raw)),
-		ContentLength: int64(len(raw)),
-		Proto:         "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	})
+	return tokenservice.Call{
+		Transport: c.transport,
+		Method:    http.MethodPost,
+		URL:       at,
+		Header:    http.Header{"Content-Type": {"application/json"}},
+		Body:      string(raw),
+		Permit:    permit,
+		Closed:    c.closed.Load,
+		Left:      c.timeout,
+		Service:   "Kaizala's token service at " + strings.ToLower(at.Hostname()),
+		Field:     "api_root",
+		Timeout:   c.timeout,
+	}.Do(ctx)
 }
 
 // phoneNumber returns a phone number as Kaizala takes it (doc): a plus sign, the country code and the number. What people

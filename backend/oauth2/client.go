@@ -3,7 +3,6 @@ package oauth2
 import (
 	"context"
 	"encoding/base64"
-	"io"
 	"net/http"
 	"net/url"
 	"strings"
@@ -93,25 +92,18 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 	case NoSecret:
 		form.Set("client_id", c.config.ClientID)
 	}
-	body := form.Encode()
 	return tokenservice.Call{
 		Transport: c.transport,
-		Request: &http.Request{
-			Method: http.MethodPost,
-			URL:    u,
-			Host:   u.Host,
-			Header: header,
-			// Without GetBody nothing can send the request a second time.
-			Body:          io.NopCloser(strings.NewReader(body)),
-			ContentLength: int64(len(body)),
-			Proto:         "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		},
-		Permit:  permit,
-		Closed:  c.closed.Load,
-		Left:    c.config.RequestTimeout,
-		Service: "The authorization server " + strings.ToLower(u.Host),
-		Field:   p.field(),
-		Timeout: c.config.RequestTimeout,
+		Method:    http.MethodPost,
+		URL:       u,
+		Header:    header,
+		Body:      form.Encode(),
+		Permit:    permit,
+		Closed:    c.closed.Load,
+		Left:      c.config.RequestTimeout,
+		Service:   "The authorization server " + strings.ToLower(u.Host),
+		Field:     p.field(),
+		Timeout:   c.config.RequestTimeout,
 	}.Do(ctx)
 }
 

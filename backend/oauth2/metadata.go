@@ -84,18 +84,14 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 	name := "The authorization server " + strings.ToLower(at.Host)
 	a, err := tokenservice.Call{
 		Transport: o.Transport,
-		Request: &http.Request{
-			Method: http.MethodGet,
-			URL:    &at,
-			Host:   at.Host,
-			Header: http.Header{"Accept": {"application/json"}},
-			Proto:  "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		},
-		Permit:  o.Permit,
-		Left:    o.RequestTimeout,
-		Service: name,
-		Field:   "issuer",
-		Timeout: o.RequestTimeout,
+		Method:    http.MethodGet,
+		URL:       &at,
+		Header:    http.Header{"Accept": {"application/json"}},
+		Permit:    o.Permit,
+		Left:      o.RequestTimeout,
+		Service:   name,
+		Field:     "issuer",
+		Timeout:   o.RequestTimeout,
 	}.Do(ctx)
 	if err != nil {
 		return none, err

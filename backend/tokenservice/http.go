@@ -101,9 +101,12 @@ func ParseCA(text string) (*x509.CertPool, string) {
 type Call struct {
 	// Transport makes the request; redirects are not followed.
 	Transport http.RoundTripper
-	// Request is sent with the context of Do.
-	Request *http.Request
-	Permit  Permit
+	Method    string
+	URL       *url.URL
+	Header    http.Header
+	// Body is a POST's.
+	Body   string
+	Permit Permit
 	// Closed says whether the client has been closed; nil: it is not closed.
 	Closed func() bool
 	// Left is what the request may take, waiting for Permit not counted.
@@ -171,8 +174,12 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 			connecting.Store(false)
 		},
 	})
+	request := &http.Request{Method: c.Method, URL: c.URL, Host: c.URL.Host, Header: c.Header, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
+	if c.Method == http.MethodPost { // even an empty body, without GetBody, keeps Go from sending the request a second time
+		request.Body, request.ContentLength = io.NopCloser(strings.NewReader(c.Body)), int64(len(c.Body))
+	}
 	// http.Client is not used: it would follow redirects, headers and all.
-	resp, err := c.Transport.RoundTrip(c.Request.WithContext(traced))
+	resp, err := c.Transport.RoundTrip(request.WithContext(traced))
 	if err != nil {
 		a.Lost = !connecting.Load()
 		if ctx.Err() != nil {
@@ -191,16 +198,15 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 		return a, nil
 	}
 	a.Body, err = io.ReadAll(io.LimitReader(resp.Body, MaxAnswerBytes+1))
+	a.Lost = err != nil || len(a.Body) > MaxAnswerBytes
 	switch {
 	case err != nil && ctx.Err() != nil:
-		a.Lost = true
 		return a, givenUp(ctx)
 	case err != nil:
 		a.Broken = c.networkText(attempt, err)
-	case len(a.Body) > MaxAnswerBytes:
+	case a.Lost:
 		a.Broken = fmt.Sprintf("%s gave an answer that cannot be used: it is longer than %d KiB.", c.Service, MaxAnswerBytes>>10)
 	}
-	a.Lost = a.Broken != ""
 	return a, nil
 }
 

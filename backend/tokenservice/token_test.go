@@ -69,7 +69,7 @@ func TestNothingPrintsASecret(t *testing.T) {
 		AccessToken{Token: canary}, &AccessToken{Token: canary},
 		CodeRedemption{Code: canary}, &CodeRedemption{Code: canary},
 		DeviceStart{DeviceCode: canary}, &DeviceStart{DeviceCode: canary},
-		Call{Request: &http.Request{Header: http.Header{"X": {canary}}}}, &Call{Request: &http.Request{Header: http.Header{"X": {canary}}}},
+		Call{Header: http.Header{"X": {canary}}}, &Call{Header: http.Header{"X": {canary}}},
 		Answer{Body: []byte(canary)}, &Answer{Body: []byte(canary)},
 		ReadObject([]byte(`{"a":"` + canary + `"}`)),
 	} {
