@@ -100,14 +100,18 @@ func empty(value json.RawMessage) bool {
 }
 
 // purpose is what a request is made for.
-type purpose int
+type purpose struct {
+	field  string // of config, which says where the request goes
+	thing  string // what the request is about, for texts: its token or code, or its tenant
+	remedy string // the end of the sentence that the server refuses the thing, and what a person has to do
+}
 
-const (
-	exchanging purpose = iota
-	redeemingCode
-	startingDevice
-	pollingDevice
-	revoking
+var (
+	exchanging     = purpose{"token_url", "the refresh token", ". The tenant user has to " + newRefreshToken + "."}
+	redeemingCode  = purpose{"token_url", "the authorization code", ": it has been used, is too old, or belongs to another client or redirect_uri. Start the authorization again."}
+	startingDevice = purpose{"device_authorization_url", "the tenant", "."}
+	pollingDevice  = purpose{"token_url", "the device code", ". Start the device authorization again."}
+	revoking       = purpose{"revocation_url", "the token", "."}
 )
 
 // readGrant says what the answer to a token request means. f are its fields, and sent is the refresh token that the request
@@ -220,6 +224,12 @@ var (
 		"authorization_declined": tokenservice.Denied,
 		"expired_token":          tokenservice.Expired,
 	}
+	deviceTexts = map[tokenservice.Kind]string{
+		tokenservice.Pending:  "waits for a person to enter the code.",
+		tokenservice.SlowDown: "waits for a person to enter the code.",
+		tokenservice.Denied:   "says that access was denied. Start the device authorization again if that was a mistake.",
+		tokenservice.Expired:  "says that the time for entering the code is over. Start the device authorization again.",
+	}
 	// otherCodes are the rest of the codes that a text may name: those registered with IANA for the endpoints in use.
 	otherCodes = []string{
 		"invalid_request", "unauthorized_client", "unsupported_grant_type", "invalid_scope", "invalid_target", "invalid_token",
@@ -259,13 +269,13 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 	deviceKind, isDeviceKind := deviceKinds[e.Code]
 	switch {
 	case slices.Contains(refusesToken, e.Code) && p != startingDevice:
-		e.Kind, e.Text = tokenservice.RefusedRefreshToken, fmt.Sprintf(c.tokenRefusal(p), named)
+		e.Kind, e.Text = tokenservice.RefusedRefreshToken, c.sentence("refuses %s%s%s", p.thing, named, p.remedy)
 	case slices.Contains(refusesConnector, e.Code):
 		e.Kind = tokenservice.RefusedConnector
 		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them again; "+
 			"if they are right, the operator has to check token_endpoint_auth_method.", named)
 	case p == pollingDevice && isDeviceKind:
-		e.Kind, e.Text = deviceKind, c.deviceText(deviceKind)
+		e.Kind, e.Text = deviceKind, c.sentence("%s", deviceTexts[deviceKind])
 	case e.Code == "unsupported_token_type" && p == revoking:
 		e.Kind = tokenservice.Unsupported
 		e.Text = c.sentence("cannot revoke tokens of this type%s. They work until they expire.", named)
@@ -278,7 +288,7 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(min(e.RetryAfter, tokenservice.LongestRest)))
 	case a.Status/100 == 3:
 		e.Kind = tokenservice.Unavailable
-		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field())
+		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field)
 	case a.Broken != "":
 		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, a.Lost && success, a.Broken
 	case !f.legible && success:
@@ -286,10 +296,10 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 	case !f.legible:
 		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("gave an answer that cannot be used: %s and neither JSON nor a form. "+
-			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field())
+			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field)
 	case isRefusal || !success:
 		e.Kind = tokenservice.Refused
-		e.Text = c.sentence("refuses the request (%s) and says neither that %s nor that the connector is wrong. The operator has to check the connector's settings there and here.", with, p.thing())
+		e.Text = c.sentence("refuses the request (%s) and says neither that %s nor that the connector is wrong. The operator has to check the connector's settings there and here.", with, p.thing)
 	default:
 		return nil
 	}
@@ -310,51 +320,4 @@ func (c *Client) sentence(format string, args ...any) string {
 
 func (c *Client) senseless(why string) string {
 	return "The answer of the " + c.name() + " cannot be used: " + why + "."
-}
-
-// tokenRefusal is the text for the refusal of a request's token or code. It has a place for the error code.
-func (c *Client) tokenRefusal(p purpose) string {
-	switch p {
-	case redeemingCode:
-		return "The " + c.name() + " refuses the authorization code%s: it has been used, is too old, or belongs to another client or redirect_uri. Start the authorization again."
-	case pollingDevice:
-		return "The " + c.name() + " refuses the device code%s. Start the device authorization again."
-	}
-	return "The " + c.name() + " refuses the refresh token%s. The tenant user has to " + newRefreshToken + "."
-}
-
-func (c *Client) deviceText(k tokenservice.Kind) string {
-	switch k {
-	case tokenservice.Denied:
-		return c.sentence("says that access was denied. Start the device authorization again if that was a mistake.")
-	case tokenservice.Expired:
-		return c.sentence("says that the time for entering the code is over. Start the device authorization again.")
-	}
-	return c.sentence("waits for a person to enter the code.")
-}
-
-// field is the field of config that says where a request goes.
-func (p purpose) field() string {
-	switch p {
-	case startingDevice:
-		return "device_authorization_url"
-	case revoking:
-		return "revocation_url"
-	}
-	return "token_url"
-}
-
-// thing is what a request is about, for texts: its token or code, or its tenant.
-func (p purpose) thing() string {
-	switch p {
-	case redeemingCode:
-		return "the authorization code"
-	case startingDevice:
-		return "the tenant"
-	case pollingDevice:
-		return "the device code"
-	case revoking:
-		return "the token"
-	}
-	return "the refresh token"
 }

@@ -73,7 +73,7 @@ func (c *Client) requestToken(ctx context.Context, p purpose, permit tokenservic
 // post makes one request with the client's credentials. Its error is a [*tokenservice.Failure], permit's, or one that wraps
 // ctx's.
 func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit, form url.Values) (tokenservice.Answer, error) {
-	u := c.endpoints[p.field()]
+	u := c.endpoints[p.field]
 	if missing := c.Missing(); missing != nil {
 		return tokenservice.Answer{}, &tokenservice.Failure{Kind: tokenservice.Refused, Text: "The call was not made: " + missing.Error() + "."}
 	}
@@ -102,14 +102,14 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 		Closed:    c.closed.Load,
 		Left:      c.config.RequestTimeout,
 		Service:   "The authorization server " + strings.ToLower(u.Host),
-		Field:     p.field(),
+		Field:     p.field,
 		Timeout:   c.config.RequestTimeout,
 	}.Do(ctx)
 }
 
 // Revoke implements [tokenservice.Revoker], by RFC 7009.
 func (c *Client) Revoke(ctx context.Context, token string, t tokenservice.TokenType, permit tokenservice.Permit) error {
-	if c.endpoints[revoking.field()] == nil {
+	if c.endpoints[revoking.field] == nil {
 		return &tokenservice.Failure{
 			Kind: tokenservice.Unsupported,
 			Text: "The call was not made: revocation_url is missing. The operator has to write it.",

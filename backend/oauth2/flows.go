@@ -86,7 +86,7 @@ func (c *Client) firstTokens(ctx context.Context, p purpose, permit tokenservice
 
 // StartDevice implements [tokenservice.DeviceFlow].
 func (c *Client) StartDevice(ctx context.Context, r tokenservice.DeviceRequest) (*tokenservice.DeviceStart, error) {
-	if c.endpoints[startingDevice.field()] == nil {
+	if c.endpoints[startingDevice.field] == nil {
 		return nil, fieldError("device_authorization_url", "is missing: write it, or issuer, if its metadata names one")
 	}
 	if missing := c.Missing(); missing != nil {
