@@ -1,7 +1,6 @@
 package oauth2
 
 import (
-	"encoding/base64"
 	"fmt"
 	"strings"
 	"time"
@@ -12,22 +11,9 @@ import (
 // maxSubjectBytes bounds the subject of an ID token; OpenID Connect allows 255 characters for "sub".
 const maxSubjectBytes = 255
 
-// claimsOf reads the claims of a JWT; those of anything else are an object without fields.
-func claimsOf(token string) tokenservice.Object {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return tokenservice.Object{}
-	}
-	payload, err := base64.RawURLEncoding.DecodeString(strings.TrimRight(parts[1], "="))
-	if err != nil {
-		return tokenservice.Object{}
-	}
-	return tokenservice.ReadObject(payload)
-}
-
 // ownFacts returns what a refresh token says about itself, or else what the configuration assumes, from a time on.
 func (c *Client) ownFacts(token string, from time.Time) *tokenservice.Facts {
-	claims := claimsOf(token)
+	claims := tokenservice.Claims(token)
 	expires, issued := claims.Time("exp", time.Second), claims.Time("iat", time.Second)
 	if expires.IsZero() {
 		return lasting(from, c.config.RefreshTokenLife, true)
@@ -59,7 +45,7 @@ func (c *Client) Check(refreshToken string) (tokenservice.Facts, error) {
 // "sub", or else the address. The ID token came from the token endpoint itself, whose TLS stands in for its signature (OpenID
 // Connect Core, section 3.1.3.7).
 func subjectOf(idToken string) string {
-	claims := claimsOf(idToken)
+	claims := tokenservice.Claims(idToken)
 	sub, email := shown(claims.Text("sub")), shown(claims.Text("email"))
 	verified := string(claims.Value("email_verified")) == "true"
 	if email != "" && (verified || sub == "") {

@@ -30,6 +30,7 @@ func TestCheck(t *testing.T) {
 				tokenservice.Facts{Expires: at(1), RotatesFrom: at(1).Add(-100 * time.Millisecond)}},
 			{"four parts", plain, jwt(`{"exp":946685000}`) + ".x", tokenservice.Facts{}},
 			{"two parts", plain, strings.TrimSuffix(jwt(`{"exp":946685000}`), ".c2ln"), tokenservice.Facts{}},
+			{"a header of junk", plain, "junk" + jwt(`{"exp":946685000}`), tokenservice.Facts{}},
 			{"no base64", plain, "a.!!.b", tokenservice.Facts{}},
 			{"junk behind whole claims", plain, "e30." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":946685000} `)) + "!!.b", tokenservice.Facts{}},
 		} {
@@ -69,5 +70,6 @@ func TestSubject(t *testing.T) {
 	} {
 		require.Equal(t, want, subjectOf(jwt(claims)), claims)
 	}
+	require.Equal(t, "42", subjectOf(jwt(`{"sub":"42","groups":"`+strings.Repeat("g", tokenservice.MaxTokenBytes)+`"}`)))
 	require.Empty(t, subjectOf("ada"))
 }

@@ -91,7 +91,7 @@ func TestClaims(t *testing.T) {
 		jwt(`{"alg":"none"}`, `{"a":"x"}`),
 		encode([]byte(`{}`)) + "." + base64.URLEncoding.EncodeToString([]byte(`{"a":"x"} `)) + ".",
 		base64.URLEncoding.EncodeToString([]byte(`{}`)) + "." + encode([]byte(`{"a":"x"}`)) + ".c2ln",
-		jwt(`{}`, `{"a":"x"}`) + strings.Repeat("a", MaxTokenBytes-len(jwt(`{}`, `{"a":"x"}`))),
+		jwt(`{}`, `{"a":"x"}`) + strings.Repeat("a", MaxTokenBytes), // an ID token may be longer than one that is sent
 	} {
 		assert.Equal(t, "x", Claims(token).Text("a"), token)
 	}
@@ -106,7 +106,6 @@ func TestClaims(t *testing.T) {
 		"claims in base64":   encode([]byte(`{}`)) + ".{}.x",
 		"claims with junk":   jwt(`{}`, `{"a":"x"}{}`),
 		"a list":             jwt(`{}`, `[{"a":"x"}]`),
-		"longer than tokens": jwt(`{}`, `{"a":"x"}`) + strings.Repeat("a", MaxTokenBytes),
 	} {
 		assert.Equal(t, Object{}, Claims(token), name)
 	}
