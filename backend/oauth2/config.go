@@ -105,7 +105,6 @@ type Client struct {
 	endpoints map[string]*url.URL // by the name of its field; those that are configured
 	host      string              // of the issuer, or else of the token endpoint
 	transport http.RoundTripper
-	own       *http.Transport
 	closed    atomic.Bool
 }
 
@@ -139,21 +138,15 @@ func New(c Config) (*Client, error) {
 		return nil, err
 	}
 	if client.transport == nil {
-		client.own = tokenservice.NewTransport(roots)
-		keepConnections(client.own)
-		client.transport = client.own
+		// Requests that follow one another within a second use the same connection. Go never repeats a request of this client
+		// on another connection: each is a POST with a body that cannot be read twice. Servers keep an idle connection for
+		// longer than a second (Node and Apache 5 seconds, gunicorn 2), so that a request seldom meets a connection that its
+		// server is closing. One that does fails, and its answer counts as lost.
+		transport := tokenservice.NewTransport(roots)
+		transport.DisableKeepAlives, transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = false, 32, time.Second
+		client.transport = transport
 	}
 	return client, nil
-}
-
-// keepConnections lets requests that follow one another within a second use the same connection. Go never repeats a request of
-// this client on another connection: each is a POST with a body that cannot be read twice. Servers keep an idle connection for
-// longer than a second (Node and Apache 5 seconds, gunicorn 2), so that a request seldom meets a connection that its server is
-// closing. One that does fails, and its answer counts as lost.
-func keepConnections(t *http.Transport) {
-	t.DisableKeepAlives = false
-	t.MaxIdleConnsPerHost = 32
-	t.IdleConnTimeout = time.Second
 }
 
 func (c *Client) readURLs() error {
@@ -380,9 +373,7 @@ func (c *Client) Missing() *tokenservice.FieldError {
 // Close implements [tokenservice.Service].
 func (c *Client) Close() {
 	c.closed.Store(true)
-	if c.own != nil {
-		c.own.CloseIdleConnections()
-	}
+	(&http.Client{Transport: c.transport}).CloseIdleConnections()
 }
 
 // printable says whether s holds nothing but the letters, digits, signs and spaces of ASCII: what a token may be made of

@@ -34,7 +34,7 @@ func newWire(t *testing.T) *wire {
 	})
 	require.NoError(t, err)
 	w := &wire{client: client, answer: func(int, int) bool { return true }}
-	client.own.DialContext = func(context.Context, string, string) (net.Conn, error) {
+	client.transport.(*http.Transport).DialContext = func(context.Context, string, string) (net.Conn, error) {
 		near, far := net.Pipe()
 		connection := w.connections
 		w.connections++
