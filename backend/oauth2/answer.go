@@ -20,23 +20,22 @@ const (
 	maxTypeBytes = 64
 )
 
-// fields are the fields of an answer. A form is read as an object whose values are all strings.
-type fields struct {
-	tokenservice.Object
+// answer is an answer with its fields. A form is read as an object whose values are all strings.
+type answer struct {
+	tokenservice.Answer
+	fields tokenservice.Object
 	// legible: the body is all there, and is JSON or a form.
 	legible bool
 }
 
-// readFields reads a body as JSON if it begins with "{", and else as a form.
-func readFields(a tokenservice.Answer) (f fields) {
+// readAnswer reads a body as JSON if it begins with "{", and else as a form.
+func readAnswer(a tokenservice.Answer) answer {
 	body := bytes.TrimSpace(bytes.TrimPrefix(bytes.TrimSpace(a.Body), []byte("\ufeff")))
-	if bytes.HasPrefix(body, []byte("{")) {
-		f.Object = tokenservice.ReadObject(body)
-	} else {
-		f.Object = tokenservice.ReadObject(formObject(string(body), a.Lost))
+	if !bytes.HasPrefix(body, []byte("{")) {
+		body = formObject(string(body), a.Lost)
 	}
-	f.legible = f.Whole && !a.Lost
-	return f
+	o := tokenservice.ReadObject(body)
+	return answer{Answer: a, fields: o, legible: o.Whole && !a.Lost}
 }
 
 // formObject writes a form as a JSON object; nil for what is no form, or none of an authorization server. A parameter that
@@ -71,13 +70,16 @@ func formObject(body string, breaksOff bool) []byte {
 }
 
 // refused returns the code of an error, as it was sent, and whether the answer is one at all: it has an error that is
-// not empty, or an "ok" that is false.
-func (f fields) refused() (code string, refused bool) {
-	if code = f.Text("error"); code != "" {
+// not empty, or an "ok" that is false. A refusal has consequences, so half of one is none.
+func (a answer) refused() (code string, refused bool) {
+	if !a.legible {
+		return "", false
+	}
+	if code = a.fields.Text("error"); code != "" {
 		return code, true
 	}
-	notOK := strings.EqualFold(strings.Trim(string(f.Value("ok")), `" `), "false") // also as text
-	return "", notOK || !empty(f.Value("error"))
+	notOK := strings.EqualFold(strings.Trim(string(a.fields.Value("ok")), `" `), "false") // also as text
+	return "", notOK || !empty(a.fields.Value("error"))
 }
 
 // empty says whether a value is null, false, 0, or an empty text, list or object.
@@ -114,15 +116,15 @@ var (
 	revoking       = purpose{"revocation_url", "the token", "."}
 )
 
-// readGrant says what the answer to a token request means. f are its fields, and sent is the refresh token that the request
-// was made with. Beside an error the result holds at most a new refresh token, with its facts.
-func (c *Client) readGrant(p purpose, a tokenservice.Answer, f fields, sent string) tokenservice.Result {
+// readGrant says what the answer to a token request means. sent is the refresh token that the request was made with. Beside
+// an error the result holds at most a new refresh token, with its facts.
+func (c *Client) readGrant(p purpose, a answer, sent string) tokenservice.Result {
 	now := time.Now()
 	result := tokenservice.Result{Sent: a.Sent}
 	// Only a success can hold a new refresh token: an error page that shows one in some field must not replace a good one.
 	if a.Status/100 == 2 {
-		result.RefreshToken = f.NewToken("refresh_token", sent)
-		result.Facts = c.factsOf(f, result.RefreshToken, a.Sent)
+		result.RefreshToken = a.fields.NewToken("refresh_token", sent)
+		result.Facts = c.factsOf(a.fields, result.RefreshToken, a.Sent)
 	}
 	fail := func(e *tokenservice.Failure) tokenservice.Result {
 		// With the new refresh token at hand, nothing is lost.
@@ -130,18 +132,18 @@ func (c *Client) readGrant(p purpose, a tokenservice.Answer, f fields, sent stri
 		result.Err = e
 		return result
 	}
-	if e := c.failure(p, a, f, now); e != nil {
+	if e := c.failure(p, a); e != nil {
 		return fail(e)
 	}
 	senseless := func(why string, lost bool) tokenservice.Result {
 		return fail(&tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, Lost: lost, Text: c.senseless(why)})
 	}
-	token := f.Text("access_token")
+	token := a.fields.Text("access_token")
 	if tokenservice.CheckToken(token) != nil {
 		return senseless("its access_token is missing, too long, or cannot be sent in a header", true)
 	}
 	life := c.config.AccessTokenLife
-	if millis, ok := f.Millis("expires_in", time.Second); ok {
+	if millis, ok := a.fields.Millis("expires_in", time.Second); ok {
 		if millis <= 0 {
 			return senseless("its access token has expired already (expires_in)", false)
 		}
@@ -153,9 +155,9 @@ func (c *Client) readGrant(p purpose, a tokenservice.Answer, f fields, sent stri
 	}
 	result.AccessToken = &tokenservice.AccessToken{
 		Token:       token,
-		Type:        bounded(f.Text("token_type"), maxTypeBytes),
-		EndpointURL: c.endpointURL(f),
-		Scope:       bounded(strings.Join(f.List("scope"), " "), tokenservice.MaxScopeBytes),
+		Type:        bounded(a.fields.Text("token_type"), maxTypeBytes),
+		EndpointURL: c.endpointURL(a.fields),
+		Scope:       bounded(strings.Join(a.fields.List("scope"), " "), tokenservice.MaxScopeBytes),
 		Expires:     expires,
 	}
 	return result
@@ -169,11 +171,11 @@ func bounded(s string, most int) string {
 	return s
 }
 
-func (c *Client) endpointURL(f fields) string {
+func (c *Client) endpointURL(o tokenservice.Object) string {
 	if c.config.EndpointURLField == "" {
 		return ""
 	}
-	value := f.Text(c.config.EndpointURLField)
+	value := o.Text(c.config.EndpointURLField)
 	if _, problem := parseURL(value); problem != "" {
 		return ""
 	}
@@ -182,9 +184,9 @@ func (c *Client) endpointURL(f fields) string {
 
 // factsOf returns what an answer tells about the refresh token that is to be used from now on: a new one, or else the one
 // that was sent. nil where it tells nothing about the latter.
-func (c *Client) factsOf(f fields, newToken string, sent time.Time) *tokenservice.Facts {
+func (c *Client) factsOf(o tokenservice.Object, newToken string, sent time.Time) *tokenservice.Facts {
 	for _, name := range []string{"refresh_token_expires_in", "x_refresh_token_expires_in", "refresh_expires_in"} {
-		if millis, ok := f.Millis(name, time.Second); ok && millis >= 0 {
+		if millis, ok := o.Millis(name, time.Second); ok && millis >= 0 {
 			return lasting(sent, time.Duration(min(millis, maxLife.Milliseconds()+1))*time.Millisecond, false)
 		}
 	}
@@ -252,14 +254,10 @@ func registered(code string) string {
 
 // failure returns what an answer refuses or fails to do, nil where it is a legible success. What the answer says decides,
 // and then its status.
-func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Time) *tokenservice.Failure {
-	e := &tokenservice.Failure{Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, now)}
-	success := a.Status/100 == 2
-	sent, isRefusal := f.refused()
-	if !f.legible {
-		sent, isRefusal = "", false // a refusal has consequences, so half of one is not believed
-	}
-	e.Code = registered(sent)
+func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
+	now, success := time.Now(), a.Status/100 == 2
+	sent, isRefusal := a.refused()
+	e := &tokenservice.Failure{Status: a.Status, Code: registered(sent), RetryAfter: tokenservice.RetryAfter(a.Header, now)}
 	with := fmt.Sprintf("HTTP status %d", a.Status)
 	named := ""
 	if e.Code != "" {
@@ -291,9 +289,9 @@ func (c *Client) failure(p purpose, a tokenservice.Answer, f fields, now time.Ti
 		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field)
 	case a.Broken != "":
 		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, a.Lost && success, a.Broken
-	case !f.legible && success:
+	case !a.legible && success:
 		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, true, c.senseless("it is neither JSON nor a form")
-	case !f.legible:
+	case !a.legible:
 		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("gave an answer that cannot be used: %s and neither JSON nor a form. "+
 			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field)

@@ -56,26 +56,25 @@ func (c *Client) Exchange(ctx context.Context, x tokenservice.Exchange) tokenser
 	return result
 }
 
-// requestToken makes a token request, and returns the fields of its answer too. sent is the refresh token in it, if any.
-func (c *Client) requestToken(ctx context.Context, p purpose, permit tokenservice.Permit, sent string, form url.Values) (tokenservice.Result, fields) {
+// requestToken makes a token request, and returns its answer too. sent is the refresh token in it, if any.
+func (c *Client) requestToken(ctx context.Context, p purpose, permit tokenservice.Permit, sent string, form url.Values) (tokenservice.Result, answer) {
 	for name, value := range c.config.TokenParams {
 		form.Set(name, value)
 	}
 	a, err := c.post(ctx, p, permit, form)
-	f := readFields(a)
-	result := c.readGrant(p, a, f, sent)
+	result := c.readGrant(p, a, sent)
 	if err != nil {
 		result.AccessToken, result.Err = nil, err
 	}
-	return result, f
+	return result, a
 }
 
 // post makes one request with the client's credentials. Its error is a [*tokenservice.Failure], permit's, or one that wraps
 // ctx's.
-func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit, form url.Values) (tokenservice.Answer, error) {
+func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit, form url.Values) (answer, error) {
 	u := c.endpoints[p.field]
 	if missing := c.Missing(); missing != nil {
-		return tokenservice.Answer{}, &tokenservice.Failure{Kind: tokenservice.Refused, Text: "The call was not made: " + missing.Error() + "."}
+		return answer{}, &tokenservice.Failure{Kind: tokenservice.Refused, Text: "The call was not made: " + missing.Error() + "."}
 	}
 	header := http.Header{
 		"Accept":       {"application/json"},
@@ -92,7 +91,7 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 	case NoSecret:
 		form.Set("client_id", c.config.ClientID)
 	}
-	return tokenservice.Call{
+	a, err := tokenservice.Call{
 		Transport: c.transport,
 		Method:    http.MethodPost,
 		URL:       u,
@@ -105,6 +104,7 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 		Field:     p.field,
 		Timeout:   c.config.RequestTimeout,
 	}.Do(ctx)
+	return readAnswer(a), err
 }
 
 // Revoke implements [tokenservice.Revoker], by RFC 7009.
@@ -123,18 +123,14 @@ func (c *Client) Revoke(ctx context.Context, token string, t tokenservice.TokenT
 	if err != nil {
 		return err
 	}
-	f := readFields(a)
-	code, refused := f.refused()
-	if !f.legible || !refused {
-		code = ""
-		if a.Status/100 == 4 {
-			code = challengeError(a.Header.Values("WWW-Authenticate"))
-		}
+	code, refused := a.refused()
+	if !refused && a.Status/100 == 4 {
+		code = challengeError(a.Header.Values("WWW-Authenticate"))
 	}
 	if strings.EqualFold(code, "invalid_token") {
 		return nil
 	}
-	e := c.failure(revoking, a, f, time.Now())
+	e := c.failure(revoking, a)
 	if e.Kind == tokenservice.RefusedRefreshToken {
 		return nil
 	}

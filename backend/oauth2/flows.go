@@ -68,7 +68,7 @@ func (c *Client) RedeemCode(ctx context.Context, r tokenservice.CodeRedemption) 
 
 // firstTokens makes a token request that must bring a refresh token.
 func (c *Client) firstTokens(ctx context.Context, p purpose, permit tokenservice.Permit, form url.Values) tokenservice.Result {
-	result, f := c.requestToken(ctx, p, permit, "", form)
+	result, a := c.requestToken(ctx, p, permit, "", form)
 	switch {
 	case result.Err != nil:
 	case result.RefreshToken == "":
@@ -79,7 +79,7 @@ func (c *Client) firstTokens(ctx context.Context, p purpose, permit tokenservice
 				"or access_type=offline and prompt=consent in authorization_params: the operator has to add what the server asks for."),
 		}
 	default:
-		result.Subject = subjectOf(f.Text("id_token"))
+		result.Subject = subjectOf(a.fields.Text("id_token"))
 	}
 	return result
 }
@@ -103,17 +103,16 @@ func (c *Client) StartDevice(ctx context.Context, r tokenservice.DeviceRequest) 
 	if err != nil {
 		return nil, err
 	}
-	f := readFields(a)
-	if e := c.failure(startingDevice, a, f, time.Now()); e != nil {
+	if e := c.failure(startingDevice, a); e != nil {
 		return nil, e
 	}
 	start := &tokenservice.DeviceStart{
-		DeviceCode:              f.Text("device_code"),
-		UserCode:                shown(f.Text("user_code")),
-		VerificationURI:         webURL(f, "verification_uri", "verification_url"),
-		VerificationURIComplete: webURL(f, "verification_uri_complete", "verification_url_complete"),
-		Interval:                seconds(f, "interval", defaultInterval, maxInterval),
-		Expires:                 a.Sent.Add(seconds(f, "expires_in", defaultDeviceLife, maxDeviceLife)).UTC().Truncate(time.Millisecond),
+		DeviceCode:              a.fields.Text("device_code"),
+		UserCode:                shown(a.fields.Text("user_code")),
+		VerificationURI:         webURL(a.fields, "verification_uri", "verification_url"),
+		VerificationURIComplete: webURL(a.fields, "verification_uri_complete", "verification_url_complete"),
+		Interval:                seconds(a.fields, "interval", defaultInterval, maxInterval),
+		Expires:                 a.Sent.Add(seconds(a.fields, "expires_in", defaultDeviceLife, maxDeviceLife)).UTC().Truncate(time.Millisecond),
 	}
 	if tokenservice.CheckToken(start.DeviceCode) != nil || start.UserCode == "" || len(start.UserCode) > maxUserCodeBytes || start.VerificationURI == "" {
 		return nil, &tokenservice.Failure{
@@ -125,9 +124,9 @@ func (c *Client) StartDevice(ctx context.Context, r tokenservice.DeviceRequest) 
 }
 
 // webURL returns the first of the fields that a person can be sent to.
-func webURL(f fields, names ...string) string {
+func webURL(o tokenservice.Object, names ...string) string {
 	for _, name := range names {
-		value := f.Text(name)
+		value := o.Text(name)
 		if _, _, problem := tokenservice.ParseTarget(value); problem == "" {
 			return value
 		}
@@ -136,8 +135,8 @@ func webURL(f fields, names ...string) string {
 }
 
 // seconds reads a field that is more than 0.
-func seconds(f fields, name string, otherwise, most time.Duration) time.Duration {
-	millis, ok := f.Millis(name, time.Second)
+func seconds(o tokenservice.Object, name string, otherwise, most time.Duration) time.Duration {
+	millis, ok := o.Millis(name, time.Second)
 	if !ok || millis <= 0 {
 		return otherwise
 	}

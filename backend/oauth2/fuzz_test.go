@@ -23,7 +23,7 @@ func requireFiniteText(t *testing.T, c *Client, a tokenservice.Answer, e *tokens
 	require.Equal(t, a.Status, e.Status)
 	marked := strings.ReplaceAll(string(a.Body), `"`, `"☃`)
 	a.Body = []byte(marked)
-	other := c.readGrant(exchanging, a, readFields(a), refreshCanary)
+	other := c.readGrant(exchanging, readAnswer(a), refreshCanary)
 	if err, ok := other.Err.(*tokenservice.Failure); ok {
 		require.NotContains(t, err.Text, "☃")
 	}
@@ -57,7 +57,7 @@ func FuzzAnswer(f *testing.F) {
 			a.Broken, a.Lost = "It broke off.", true
 		}
 		for _, p := range []purpose{exchanging, redeemingCode, pollingDevice} {
-			r := c.readGrant(p, a, readFields(a), refreshCanary)
+			r := c.readGrant(p, readAnswer(a), refreshCanary)
 			require.Equal(t, r.Err == nil, r.AccessToken != nil)
 			require.Equal(t, now, r.Sent)
 			if r.Err != nil {
@@ -107,7 +107,7 @@ func FuzzAnswer(f *testing.F) {
 				require.Equal(t, token, r.RefreshToken)
 			}
 		}
-		if e := c.failure(revoking, a, readFields(a), now); e != nil {
+		if e := c.failure(revoking, readAnswer(a)); e != nil {
 			require.NotEmpty(t, e.Text)
 		}
 	})
