@@ -214,42 +214,41 @@ func lasting(from time.Time, life time.Duration, assumed bool) *tokenservice.Fac
 	}
 }
 
-// What error codes mean. The names that no RFC has are those of GitHub, Slack and Microsoft.
-var (
-	refusesToken     = []string{"invalid_grant", "bad_refresh_token", "invalid_refresh_token", "token_revoked", "token_expired"}
-	refusesConnector = []string{"invalid_client", "incorrect_client_credentials", "bad_client_secret", "invalid_client_id"}
-	saysItFails      = []string{"temporarily_unavailable", "server_error"}
-	deviceKinds      = map[string]tokenservice.Kind{
-		"authorization_pending":  tokenservice.Pending,
-		"slow_down":              tokenservice.SlowDown,
-		"access_denied":          tokenservice.Denied,
-		"authorization_declined": tokenservice.Denied,
-		"expired_token":          tokenservice.Expired,
-	}
-	deviceTexts = map[tokenservice.Kind]string{
-		tokenservice.Pending:  "waits for a person to enter the code.",
-		tokenservice.SlowDown: "waits for a person to enter the code.",
-		tokenservice.Denied:   "says that access was denied. Start the device authorization again if that was a mistake.",
-		tokenservice.Expired:  "says that the time for entering the code is over. Start the device authorization again.",
-	}
-	// otherCodes are the rest of the codes that a text may name: those registered with IANA for the endpoints in use.
-	otherCodes = []string{
+// codes are the error codes that a text may name, by what they mean. The names that no RFC has are those of GitHub, Slack and
+// Microsoft. Those that are Refused here say no more than that, and are registered with IANA for the endpoints in use.
+var codes = map[tokenservice.Kind][]string{
+	tokenservice.RefusedRefreshToken: {"invalid_grant", "bad_refresh_token", "invalid_refresh_token", "token_revoked", "token_expired"},
+	tokenservice.RefusedConnector:    {"invalid_client", "incorrect_client_credentials", "bad_client_secret", "invalid_client_id"},
+	tokenservice.Unavailable:         {"temporarily_unavailable", "server_error"},
+	tokenservice.Pending:             {"authorization_pending"},
+	tokenservice.SlowDown:            {"slow_down"},
+	tokenservice.Denied:              {"access_denied", "authorization_declined"},
+	tokenservice.Expired:             {"expired_token"},
+	tokenservice.Unsupported:         {"unsupported_token_type"},
+	tokenservice.Refused: {
 		"invalid_request", "unauthorized_client", "unsupported_grant_type", "invalid_scope", "invalid_target", "invalid_token",
-		"unsupported_token_type", "insufficient_scope", "interaction_required", "login_required", "consent_required",
+		"insufficient_scope", "interaction_required", "login_required", "consent_required",
 		"account_selection_required", "invalid_dpop_proof", "use_dpop_nonce", "invalid_authorization_details",
 		"insufficient_user_authentication", "unmet_authentication_requirements",
-	}
-)
+	},
+}
 
-// registered returns the usual spelling of a known code, "" for any other: that is the server's own text, which could be a
-// secret.
-func registered(code string) string {
-	code = strings.ToLower(code)
-	_, device := deviceKinds[code]
-	if device || slices.Contains(slices.Concat(refusesToken, refusesConnector, saysItFails, otherCodes), code) {
-		return code
+// pollTexts are what the answer to a poll means.
+var pollTexts = map[tokenservice.Kind]string{
+	tokenservice.Pending:  "waits for a person to enter the code.",
+	tokenservice.SlowDown: "waits for a person to enter the code.",
+	tokenservice.Denied:   "says that access was denied. Start the device authorization again if that was a mistake.",
+	tokenservice.Expired:  "says that the time for entering the code is over. Start the device authorization again.",
+}
+
+// meaning returns what a code means in its usual spelling, 0 for one that is not known.
+func meaning(code string) tokenservice.Kind {
+	for kind, known := range codes {
+		if slices.Contains(known, code) {
+			return kind
+		}
 	}
-	return ""
+	return 0
 }
 
 // failure returns what an answer refuses or fails to do, nil where it is a legible success. What the answer says decides,
@@ -257,32 +256,33 @@ func registered(code string) string {
 func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 	now, success := time.Now(), a.Status/100 == 2
 	sent, isRefusal := a.refused()
-	e := &tokenservice.Failure{Status: a.Status, Code: registered(sent), RetryAfter: tokenservice.RetryAfter(a.Header, now)}
-	with := fmt.Sprintf("HTTP status %d", a.Status)
-	named := ""
-	if e.Code != "" {
-		with += ", " + e.Code
-		named = " (" + e.Code + ")"
+	e := &tokenservice.Failure{Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, now)}
+	with, named := fmt.Sprintf("HTTP status %d", a.Status), ""
+	code := strings.ToLower(sent)
+	means := meaning(code)
+	if means != 0 { // any other is the server's own text, which could be a secret
+		e.Code = code
+		with += ", " + code
+		named = " (" + code + ")"
 	}
-	deviceKind, isDeviceKind := deviceKinds[e.Code]
 	switch {
-	case slices.Contains(refusesToken, e.Code) && p != startingDevice:
+	case means == tokenservice.RefusedRefreshToken && p != startingDevice:
 		e.Kind, e.Text = tokenservice.RefusedRefreshToken, c.sentence("refuses %s%s%s", p.thing, named, p.remedy)
-	case slices.Contains(refusesConnector, e.Code):
+	case means == tokenservice.RefusedConnector:
 		e.Kind = tokenservice.RefusedConnector
 		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them again; "+
 			"if they are right, the operator has to check token_endpoint_auth_method.", named)
-	case p == pollingDevice && isDeviceKind:
-		e.Kind, e.Text = deviceKind, c.sentence("%s", deviceTexts[deviceKind])
-	case e.Code == "unsupported_token_type" && p == revoking:
+	case p == pollingDevice && pollTexts[means] != "":
+		e.Kind, e.Text = means, c.sentence("%s", pollTexts[means])
+	case means == tokenservice.Unsupported && p == revoking:
 		e.Kind = tokenservice.Unsupported
 		e.Text = c.sentence("cannot revoke tokens of this type%s. They work until they expire.", named)
-	case e.Code == "slow_down", a.Status == http.StatusTooManyRequests:
+	case means == tokenservice.SlowDown, a.Status == http.StatusTooManyRequests:
 		if e.RetryAfter == 0 {
 			e.RetryAfter = tokenservice.RateLimitReset(a.Header, now)
 		}
 		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. Try again %s.", later(e.RetryAfter))
-	case slices.Contains(saysItFails, e.Code), a.Status/100 == 5, a.Status == http.StatusConflict:
+	case means == tokenservice.Unavailable, a.Status/100 == 5, a.Status == http.StatusConflict:
 		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(min(e.RetryAfter, tokenservice.LongestRest)))
 	case a.Status/100 == 3:
 		e.Kind = tokenservice.Unavailable

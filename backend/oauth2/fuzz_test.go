@@ -18,7 +18,7 @@ import (
 // not a registered one.
 func requireFiniteText(t *testing.T, c *Client, a tokenservice.Answer, e *tokenservice.Failure) {
 	require.NotEmpty(t, e.Text)
-	require.Equal(t, registered(e.Code), e.Code)
+	require.Equal(t, e.Code != "", meaning(e.Code) != 0)
 	require.True(t, e.RetryAfter >= 0 && e.RetryAfter <= 24*time.Hour)
 	require.Equal(t, a.Status, e.Status)
 	marked := strings.ReplaceAll(string(a.Body), `"`, `"☃`)
