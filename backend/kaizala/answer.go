@@ -9,13 +9,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-const (
-	// maxAccessTokenLife is the longest life of an access token that is believed. It lives 24 hours (doc), and a number that means more
-	// than a refresh token's life is probably in another unit.
-	maxAccessTokenLife = 400 * 24 * time.Hour
-	// clockSkew is how far in the past an expiry may lie so that clocks which differ are named as the likely cause.
-	clockSkew = 24 * time.Hour
-)
+// clockSkew is how far in the past an expiry may lie so that clocks which differ are named as the likely cause.
+const clockSkew = 24 * time.Hour
 
 // documentedCodes are the errorCodes that published clients knew (client). Any other is the service's own text, which
 // no error may hold.
@@ -66,8 +61,8 @@ func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.R
 		return fail("its accessToken has long expired")
 	case !t.Expires.After(now):
 		return fail("its accessToken has expired already. Perhaps this machine's clock and Kaizala's differ: the operator has to check it")
-	case t.Expires.After(now.Add(maxAccessTokenLife)):
-		t.Expires = now.Add(maxAccessTokenLife).UTC().Truncate(time.Millisecond)
+	case t.Expires.After(now.Add(tokenservice.MaxAccessTokenLife)):
+		t.Expires = now.Add(tokenservice.MaxAccessTokenLife).UTC().Truncate(time.Millisecond)
 	}
 	r.AccessToken = t
 	return r
@@ -91,13 +86,9 @@ func withRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string)
 func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now time.Time) *tokenservice.Failure {
 	retry := tokenservice.RetryAfter(a.Header, now)
 	if a.Status == http.StatusTooManyRequests {
-		again := "later"
-		if retry > 0 {
-			again = fmt.Sprintf("in %v", retry.Round(time.Second))
-		}
 		return &tokenservice.Failure{
 			Kind: tokenservice.Limited, Status: a.Status, RetryAfter: retry,
-			Text: "Kaizala's limit of calls is used up. Try again " + again + ".",
+			Text: "Kaizala's limit of calls is used up. " + tokenservice.TryAgain(retry),
 		}
 	}
 	// A refusal has consequences, so it counts only if the whole answer has arrived.

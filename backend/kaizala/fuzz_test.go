@@ -59,7 +59,7 @@ func FuzzResponse(f *testing.F) {
 			require.True(t, status >= 200 && status <= 299)
 			require.Empty(t, broken)
 			require.NoError(t, tokenservice.CheckToken(r.AccessToken.Token))
-			require.True(t, r.AccessToken.Expires.After(now) && !r.AccessToken.Expires.After(now.Add(maxAccessTokenLife)))
+			require.True(t, r.AccessToken.Expires.After(now) && !r.AccessToken.Expires.After(now.Add(tokenservice.MaxAccessTokenLife)))
 			require.LessOrEqual(t, len(r.AccessToken.Scope), tokenservice.MaxScopeBytes)
 			if r.AccessToken.EndpointURL != "" {
 				_, _, problem := tokenservice.ParseTarget(r.AccessToken.EndpointURL)

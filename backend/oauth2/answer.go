@@ -13,12 +13,8 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
-const (
-	// maxAccessTokenLife bounds an access token's life: a larger number is probably in another unit than seconds.
-	maxAccessTokenLife = 400 * 24 * time.Hour
-	// maxTypeBytes bounds a token_type; RFC 6749 knows "Bearer" and "mac".
-	maxTypeBytes = 64
-)
+// maxTypeBytes bounds a token_type; RFC 6749 knows "Bearer" and "mac".
+const maxTypeBytes = 64
 
 // answer is an answer with its fields. A form is read as an object whose values are all strings.
 type answer struct {
@@ -147,9 +143,9 @@ func (c *Client) readGrant(p purpose, a answer, sent string) tokenservice.Result
 		if millis <= 0 {
 			return senseless("its access token has expired already (expires_in)", false)
 		}
-		life = time.Duration(min(millis, maxAccessTokenLife.Milliseconds())) * time.Millisecond
+		life = time.Duration(min(millis, tokenservice.MaxAccessTokenLife.Milliseconds())) * time.Millisecond
 	}
-	expires := a.Sent.Add(min(life, maxAccessTokenLife)).UTC().Truncate(time.Millisecond)
+	expires := a.Sent.Add(min(life, tokenservice.MaxAccessTokenLife)).UTC().Truncate(time.Millisecond)
 	if !expires.After(now) {
 		return senseless("its access token expired before the answer came", false)
 	}
@@ -281,9 +277,9 @@ func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 		if e.RetryAfter == 0 {
 			e.RetryAfter = tokenservice.RateLimitReset(a.Header, now)
 		}
-		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. Try again %s.", later(e.RetryAfter))
+		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. %s", tokenservice.TryAgain(e.RetryAfter))
 	case means == tokenservice.Unavailable, a.Status/100 == 5, a.Status == http.StatusConflict:
-		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). Try again %s.", with, later(min(e.RetryAfter, tokenservice.LongestRest)))
+		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). %s", with, tokenservice.TryAgain(min(e.RetryAfter, tokenservice.LongestRest)))
 	case a.Status/100 == 3:
 		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field)
@@ -304,18 +300,11 @@ func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 	return e
 }
 
-func later(after time.Duration) string {
-	if after == 0 {
-		return "later"
-	}
-	return fmt.Sprintf("in %v", after.Round(time.Second))
-}
-
 // sentence begins with the server's name.
 func (c *Client) sentence(format string, args ...any) string {
-	return "The " + c.name() + " " + fmt.Sprintf(format, args...)
+	return "The " + c.name + " " + fmt.Sprintf(format, args...)
 }
 
 func (c *Client) senseless(why string) string {
-	return "The answer of the " + c.name() + " cannot be used: " + why + "."
+	return "The answer of the " + c.name + " cannot be used: " + why + "."
 }

@@ -21,12 +21,10 @@ var (
 // newRefreshToken is what a person does to get one.
 const newRefreshToken = "authorize the tenant again (tenants/NAME/authorize), or get a new refresh token"
 
-func (c *Client) name() string { return "authorization server " + c.host }
-
 // About implements [tokenservice.Service].
 func (c *Client) About() tokenservice.About {
 	return tokenservice.About{
-		Name:                "the " + c.name(),
+		Name:                "the " + c.name,
 		NewRefreshToken:     newRefreshToken,
 		ExchangeInvalidates: c.config.ExchangeInvalidates,
 		Revocation: map[string]tokenservice.Revocation{

@@ -103,7 +103,7 @@ func (Config) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "oauth2.Con
 type Client struct {
 	config    Config
 	endpoints map[string]*url.URL // by the name of its field; those that are configured
-	host      string              // of the issuer, or else of the token endpoint
+	name      string              // for texts, with the host of the issuer, or else of the token endpoint
 	transport http.RoundTripper
 	closed    atomic.Bool
 }
@@ -172,15 +172,15 @@ func (c *Client) readURLs() error {
 	default:
 		return fieldError("token_url", "is missing: write it, or issuer, whose metadata names it")
 	}
-	c.host = c.endpoints["token_url"].Host
+	host := c.endpoints["token_url"].Host
 	if c.config.Issuer != "" {
 		issuer, err := parseIssuer(c.config.Issuer)
 		if err != nil {
 			return err
 		}
-		c.host = issuer.Host
+		host = issuer.Host
 	}
-	c.host = strings.ToLower(c.host)
+	c.name = "authorization server " + strings.ToLower(host)
 	return nil
 }
 

@@ -73,7 +73,7 @@ func FuzzAnswer(f *testing.F) {
 				require.Equal(t, 2, status/100)
 				require.False(t, broken)
 				require.NoError(t, tokenservice.CheckToken(r.AccessToken.Token))
-				require.True(t, r.AccessToken.Expires.After(now) && !r.AccessToken.Expires.After(now.Add(maxAccessTokenLife)))
+				require.True(t, r.AccessToken.Expires.After(now) && !r.AccessToken.Expires.After(now.Add(tokenservice.MaxAccessTokenLife)))
 				require.True(t, printable(r.AccessToken.Scope+r.AccessToken.Type))
 				require.LessOrEqual(t, len(r.AccessToken.EndpointURL), tokenservice.MaxURLBytes)
 			}

@@ -103,9 +103,9 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 			failure.RetryAfter = tokenservice.RateLimitReset(a.Header, time.Now())
 		}
 		failure.Kind = tokenservice.Limited
-		failure.Text = fmt.Sprintf("%s permits no further calls for now. Try again %s.", name, later(failure.RetryAfter))
+		failure.Text = fmt.Sprintf("%s permits no further calls for now. %s", name, tokenservice.TryAgain(failure.RetryAfter))
 	case a.Status/100 == 5, a.Status == http.StatusForbidden && failure.RetryAfter > 0:
-		failure.Text = fmt.Sprintf("%s is failing (HTTP status %d). Try again %s.", name, a.Status, later(min(failure.RetryAfter, tokenservice.LongestRest)))
+		failure.Text = fmt.Sprintf("%s is failing (HTTP status %d). %s", name, a.Status, tokenservice.TryAgain(min(failure.RetryAfter, tokenservice.LongestRest)))
 	case a.Status == http.StatusOK && a.Broken != "":
 		failure.Text = a.Broken
 	case a.Status == http.StatusOK:

@@ -267,6 +267,14 @@ func RetryAfter(h http.Header, now time.Time) time.Duration {
 	return 0
 }
 
+// TryAgain is the sentence that says to try again after a time, or later where that is 0.
+func TryAgain(after time.Duration) string {
+	if after == 0 {
+		return "Try again later."
+	}
+	return fmt.Sprintf("Try again in %v.", after.Round(time.Second))
+}
+
 // RateLimitReset reads X-Rate-Limit-Reset, seconds since the epoch, which some authorization servers send in place of
 // Retry-After, as a duration from now: 24 hours at most, and 0 for anything else.
 func RateLimitReset(h http.Header, now time.Time) time.Duration {

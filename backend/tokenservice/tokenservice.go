@@ -122,6 +122,9 @@ type Result struct {
 // Format prints no secret, whatever the verb.
 func (Result) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "tokenservice.Result{…}") }
 
+// MaxAccessTokenLife is the longest life of an access token that is believed: a larger number is probably in another unit.
+const MaxAccessTokenLife = 400 * 24 * time.Hour
+
 // AccessToken is an access token as a service issues it.
 type AccessToken struct {
 	Token string
@@ -131,7 +134,7 @@ type AccessToken struct {
 	EndpointURL string
 	// Scope is what the token may do, as sent; "" where unknown.
 	Scope string
-	// Expires is the token's end in UTC, to the millisecond; never more than 400 days ahead.
+	// Expires is the token's end in UTC, to the millisecond; never more than MaxAccessTokenLife ahead.
 	Expires time.Time
 }
 
