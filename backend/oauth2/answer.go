@@ -2,6 +2,7 @@ package oauth2
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -252,7 +253,7 @@ func meaning(code string) tokenservice.Kind {
 func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 	now, success := time.Now(), a.Status/100 == 2
 	sent, isRefusal := a.refused()
-	e := &tokenservice.Failure{Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, now)}
+	e := &tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, now)}
 	with, named := fmt.Sprintf("HTTP status %d", a.Status), ""
 	code := strings.ToLower(sent)
 	means := meaning(code)
@@ -274,21 +275,17 @@ func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 		e.Kind = tokenservice.Unsupported
 		e.Text = c.sentence("cannot revoke tokens of this type%s. They work until they expire.", named)
 	case means == tokenservice.SlowDown, a.Status == http.StatusTooManyRequests:
-		if e.RetryAfter == 0 {
-			e.RetryAfter = tokenservice.RateLimitReset(a.Header, now)
-		}
+		e.RetryAfter = cmp.Or(e.RetryAfter, tokenservice.RateLimitReset(a.Header, now))
 		e.Kind, e.Text = tokenservice.Limited, c.sentence("permits no further calls for now. %s", tokenservice.TryAgain(e.RetryAfter))
 	case means == tokenservice.Unavailable, a.Status/100 == 5, a.Status == http.StatusConflict:
-		e.Kind, e.Text = tokenservice.Unavailable, c.sentence("is failing (%s). %s", with, tokenservice.TryAgain(min(e.RetryAfter, tokenservice.LongestRest)))
+		e.Text = c.sentence("is failing (%s). %s", with, tokenservice.TryAgain(min(e.RetryAfter, tokenservice.LongestRest)))
 	case a.Status/100 == 3:
-		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("redirects the call (%s), and no redirect is followed. If that goes on, the operator has to check %s.", with, p.field)
 	case a.Broken != "":
-		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, a.Lost && success, a.Broken
+		e.Lost, e.Text = success, a.Broken
 	case !a.legible && success:
-		e.Kind, e.Lost, e.Text = tokenservice.Unavailable, true, c.senseless("it is neither JSON nor a form")
+		e.Lost, e.Text = true, c.senseless("it is neither JSON nor a form")
 	case !a.legible:
-		e.Kind = tokenservice.Unavailable
 		e.Text = c.sentence("gave an answer that cannot be used: %s and neither JSON nor a form. "+
 			"If that goes on, the operator has to check %s, and any proxy on the way.", with, p.field)
 	case isRefusal || !success:

@@ -1,6 +1,7 @@
 package oauth2
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -99,9 +100,7 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 	failure := &tokenservice.Failure{Kind: tokenservice.Unavailable, Status: a.Status, RetryAfter: tokenservice.RetryAfter(a.Header, time.Now())}
 	switch {
 	case a.Status == http.StatusTooManyRequests:
-		if failure.RetryAfter == 0 {
-			failure.RetryAfter = tokenservice.RateLimitReset(a.Header, time.Now())
-		}
+		failure.RetryAfter = cmp.Or(failure.RetryAfter, tokenservice.RateLimitReset(a.Header, time.Now()))
 		failure.Kind = tokenservice.Limited
 		failure.Text = fmt.Sprintf("%s permits no further calls for now. %s", name, tokenservice.TryAgain(failure.RetryAfter))
 	case a.Status/100 == 5, a.Status == http.StatusForbidden && failure.RetryAfter > 0:

@@ -229,6 +229,7 @@ func TestNoMetadata(t *testing.T) {
 		"an outage with Retry-After":      {&server{status: 503, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Unavailable, 17 * time.Second},
 		"a refusal with Retry-After":      {&server{status: 403, header: http.Header{"Retry-After": {"17"}}}, tokenservice.Unavailable, 17 * time.Second},
 		"a limit with X-Rate-Limit-Reset": {&server{status: 429, header: http.Header{"X-Rate-Limit-Reset": {"4102444800"}}}, tokenservice.Limited, 24 * time.Hour},
+		"a limit with both":               {&server{status: 429, header: http.Header{"Retry-After": {"17"}, "X-Rate-Limit-Reset": {"4102444800"}}}, tokenservice.Limited, 17 * time.Second},
 	} {
 		t.Run("nothing is asked after "+name, func(t *testing.T) {
 			d := &documents{found: map[string]*server{oauthPath: c.s, openIDPath: metadata(nil)}}
