@@ -24,6 +24,13 @@ const DefaultRequestTimeout = time.Minute
 // inc-000.kaizalamessaging.osi.office.net (doc).
 var DefaultRedirectHosts = []string{"kaiza.la", "osi.office.net"}
 
+// The calls' paths below the api root (doc).
+const (
+	exchangePath  = "/v1/accessToken"
+	sendPINPath   = "/v1/generatePin"
+	redeemPINPath = "/v1/loginWithPinAndApplicationId"
+)
+
 const (
 	// maxHops bounds the redirects of one exchange; each is a call that counts (doc).
 	maxHops = 5
@@ -85,9 +92,14 @@ func New(c Config) (*Client, error) {
 			return nil, fieldError(field.name, "must be plain ASCII in one line, with no space around it")
 		}
 	}
-	root, rootHost, problem := parseRoot(c.APIRoot)
-	if problem != "" {
-		return nil, fieldError("api_root", problem)
+	root, rootHost, problem := tokenservice.ParseTarget(c.APIRoot)
+	switch {
+	case problem != "":
+		return nil, fieldError("api_root", problem+"; give one such as "+DefaultAPIRoot)
+	case strings.ContainsAny(c.APIRoot, "?#"):
+		return nil, fieldError("api_root", "must have no query and no fragment; give a URL such as "+DefaultAPIRoot)
+	case root.Path == "":
+		root.Path = "/" // what JoinPath joins to nothing is relative
 	}
 	roots, problem := tokenservice.ParseCA(c.CACert)
 	if problem != "" {
@@ -102,11 +114,11 @@ func New(c Config) (*Client, error) {
 		transport:       c.Transport,
 	}
 	for _, raw := range c.RedirectHosts {
-		domain, problem := parseDomain(raw)
-		if problem != "" {
-			return nil, fieldError("redirect_hosts", problem)
+		domain, ok := tokenservice.ParseHost(raw)
+		if !ok || domain.IsAddress() {
+			return nil, fieldError("redirect_hosts", "must be domain names without scheme, port, path or *, such as kaiza.la; each stands for its subdomains too")
 		}
-		client.redirectHosts = append(client.redirectHosts, domain)
+		client.redirectHosts = append(client.redirectHosts, domain.String())
 	}
 	if client.timeout <= 0 {
 		client.timeout = DefaultRequestTimeout
@@ -233,6 +245,37 @@ func (x *exchange) hop(a tokenservice.Answer) *tokenservice.Failure {
 		x.Endpoint = next.String()
 	}
 	return nil
+}
+
+// withExchangePath completes a URL that names a base alone. Kaizala's documentation says that Location holds the new
+// endpoint, and not whether it repeats the call's path (guess): a path is taken as the whole call's, no path as the
+// base.
+func withExchangePath(u *url.URL) *url.URL {
+	whole := *u
+	whole.Fragment, whole.RawFragment = "", ""
+	if whole.Path == "" || whole.Path == "/" {
+		whole.Path, whole.RawPath = exchangePath, ""
+	}
+	return &whole
+}
+
+// permitted says why the secrets may not travel on from one URL to another, or "" where they may.
+func (x *exchange) permitted(from, to *url.URL) string {
+	h, problem := tokenservice.CheckTarget(to)
+	switch {
+	case problem != "":
+		return "Its address " + problem + "."
+	case from.Scheme == "https" && to.Scheme != "https":
+		return "It leads from https to http, which is never followed."
+	case h == x.rootHost:
+		return ""
+	}
+	for _, domain := range x.redirectHosts {
+		if h.Within(domain) {
+			return ""
+		}
+	}
+	return "If " + x.nameHost(h.String()) + " is Kaizala's, the operator can add it to redirect_hosts."
 }
 
 // nameHost returns a host's name for the text of an error, or "that host" where the name holds a secret that was sent.

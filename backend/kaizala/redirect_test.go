@@ -168,7 +168,7 @@ func TestFromHTTPSToHTTP(t *testing.T) {
 	plain.requireUntouched(t)
 }
 
-func TestApiRootsOwnHost(t *testing.T) {
+func TestRedirectHosts(t *testing.T) {
 	rt, asked := redirecting(308, map[string]string{"https://10.0.0.1/v1/accessToken": "https://10.0.0.1:8443/"}, body(t, nil))
 	requireGranted(t, client(t, func(c *Config) { c.APIRoot, c.RedirectHosts, c.Transport = "https://10.0.0.1", nil, rt }).exchange(t))
 	assert.Len(t, *asked, 2)
@@ -176,6 +176,10 @@ func TestApiRootsOwnHost(t *testing.T) {
 	rt, asked = redirecting(308, map[string]string{start: "https://eu.kaiza.la/"}, body(t, nil))
 	requireKind(t, tokenservice.Unavailable, client(t, func(c *Config) { c.RedirectHosts, c.Transport = nil, rt }).exchange(t).Err)
 	assert.Len(t, *asked, 1)
+
+	rt, asked = redirecting(308, map[string]string{start: "https://eu.kaiza.la/"}, body(t, nil))
+	requireGranted(t, client(t, func(c *Config) { c.RedirectHosts, c.Transport = []string{"Kaiza.LA."}, rt }).exchange(t))
+	assert.Len(t, *asked, 2, "a host in another spelling")
 }
 
 func TestHops(t *testing.T) {
