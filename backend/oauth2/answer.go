@@ -150,10 +150,14 @@ func (c *Client) readGrant(p purpose, a answer, sent string) tokenservice.Result
 	if !expires.After(now) {
 		return senseless("its access token expired before the answer came", false)
 	}
+	endpointURL := a.fields.Text(c.config.EndpointURLField)
+	if _, problem := parseURL(endpointURL); problem != "" || c.config.EndpointURLField == "" {
+		endpointURL = ""
+	}
 	result.AccessToken = &tokenservice.AccessToken{
 		Token:       token,
 		Type:        bounded(a.fields.Text("token_type"), maxTypeBytes),
-		EndpointURL: c.endpointURL(a.fields),
+		EndpointURL: endpointURL,
 		Scope:       bounded(strings.Join(a.fields.List("scope"), " "), tokenservice.MaxScopeBytes),
 		Expires:     expires,
 	}
@@ -166,17 +170,6 @@ func bounded(s string, most int) string {
 		return ""
 	}
 	return s
-}
-
-func (c *Client) endpointURL(o tokenservice.Object) string {
-	if c.config.EndpointURLField == "" {
-		return ""
-	}
-	value := o.Text(c.config.EndpointURLField)
-	if _, problem := parseURL(value); problem != "" {
-		return ""
-	}
-	return value
 }
 
 // factsOf returns what an answer tells about the refresh token that is to be used from now on: a new one, or else the one

@@ -21,11 +21,7 @@ func (c *Client) ownFacts(token string, from time.Time) *tokenservice.Facts {
 	if issued.IsZero() || issued.After(expires) {
 		issued = from
 	}
-	facts := &tokenservice.Facts{Expires: expires, RotatesFrom: expires}
-	if life := expires.Sub(issued); life > 0 {
-		facts.RotatesFrom = expires.Add(-life / 10)
-	}
-	return facts
+	return &tokenservice.Facts{Expires: expires, RotatesFrom: expires.Add(-expires.Sub(issued) / 10)}
 }
 
 // Check implements [tokenservice.Service].

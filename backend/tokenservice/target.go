@@ -50,14 +50,6 @@ func (h Host) String() string { return h.name }
 // IsAddress says whether the host is an IP address.
 func (h Host) IsAddress() bool { return h.ip.IsValid() }
 
-// Loopback says whether the host is this machine: a loopback address, or localhost.
-func (h Host) Loopback() bool {
-	if h.ip.IsValid() {
-		return h.ip.IsLoopback()
-	}
-	return h.name == "localhost"
-}
-
 // Within says whether the host is the domain or lies below it. An address lies below nothing.
 func (h Host) Within(domain string) bool {
 	return !h.ip.IsValid() && (h.name == domain || strings.HasSuffix(h.name, "."+domain))
@@ -92,7 +84,8 @@ func CheckTarget(u *url.URL) (Host, string) {
 			return Host{}, "must name a port from 1 to 65535, or none"
 		}
 	}
-	if u.Scheme != "https" && (u.Scheme != "http" || !h.Loopback()) {
+	thisMachine := h.ip.IsLoopback() || h.name == "localhost"
+	if u.Scheme != "https" && (u.Scheme != "http" || !thisMachine) {
 		return Host{}, "must be an https URL (http is for loopback addresses alone)"
 	}
 	return h, ""
