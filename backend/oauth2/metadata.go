@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -58,16 +57,13 @@ func Discover(ctx context.Context, issuer string, o DiscoverOptions) (*Metadata,
 		path + "/.well-known/openid-configuration",       // OpenID Connect Discovery, section 4
 	} {
 		document, err := o.get(ctx, u, at)
-		var failure *tokenservice.Failure
-		switch {
-		case err == nil && document.Whole:
-			return readMetadata(issuer, document)
-		case errors.As(err, &failure) && (failure.Kind == tokenservice.Limited || failure.RetryAfter > 0):
-			return nil, failure // the server wants no call for now
-		case errors.As(err, &failure):
+		switch failure, failed := err.(*tokenservice.Failure); {
+		case failed && failure.Kind == tokenservice.Unavailable && failure.RetryAfter == 0: // the server has not said that it wants no call for now
 			outage = failure
 		case err != nil:
 			return nil, err
+		case document.Whole:
+			return readMetadata(issuer, document)
 		}
 	}
 	if outage != nil {
