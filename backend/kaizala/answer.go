@@ -31,7 +31,7 @@ const (
 func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
 	o := tokenservice.ReadObject(a.Body)
 	r := withRefreshToken(a, o, sent)
-	if f := failure(exchanging, a, o, now); f != nil {
+	if f := failure(exchanging, a, o); f != nil {
 		r.Err = f
 		return r
 	}
@@ -83,8 +83,8 @@ func withRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string)
 }
 
 // failure says what is wrong with an answer as a whole; nil for a success, whatever it holds.
-func failure(op operation, a tokenservice.Answer, o tokenservice.Object, now time.Time) *tokenservice.Failure {
-	retry := tokenservice.RetryAfter(a.Header, now)
+func failure(op operation, a tokenservice.Answer, o tokenservice.Object) *tokenservice.Failure {
+	retry := tokenservice.RetryAfter(a.Header, time.Now())
 	if a.Status == http.StatusTooManyRequests {
 		return &tokenservice.Failure{
 			Kind: tokenservice.Limited, Status: a.Status, RetryAfter: retry,

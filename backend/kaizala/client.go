@@ -1,6 +1,7 @@
 package kaizala
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -205,10 +206,8 @@ func (x *exchange) run(ctx context.Context) tokenservice.Result {
 			Field:   "api_root",
 			Timeout: x.timeout,
 		}.Do(ctx)
-		if !a.Sent.IsZero() {
-			x.sent = a.Sent
-			left -= time.Since(a.Sent)
-		}
+		x.sent = cmp.Or(a.Sent, x.sent) // one that does not begin leaves the time of the one before it
+		left -= time.Since(a.Sent)
 		if a.Status != http.StatusPermanentRedirect && a.Status != http.StatusTemporaryRedirect {
 			r := interpret(a, x.RefreshToken, time.Now())
 			if err != nil {

@@ -30,7 +30,7 @@ func (c *Client) SendPIN(ctx context.Context, mobileNumber string, permit tokens
 	if err != nil {
 		return err
 	}
-	if f := failure(sendingPIN, a, tokenservice.ReadObject(a.Body), time.Now()); f != nil {
+	if f := failure(sendingPIN, a, tokenservice.ReadObject(a.Body)); f != nil {
 		return f
 	}
 	if bytes.HasPrefix(bytes.TrimSpace(a.Body), []byte("<")) {
@@ -63,7 +63,7 @@ func (c *Client) RedeemPIN(ctx context.Context, mobileNumber, pin string, permit
 			r.Facts.RotatesFrom = Claims{IssuedAt: now, Expires: expires}.RotatesFrom()
 		}
 	}
-	switch f := failure(redeemingPIN, a, o, now); {
+	switch f := failure(redeemingPIN, a, o); {
 	case err != nil:
 		r.Err = err
 	case f != nil:
