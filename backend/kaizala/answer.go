@@ -16,19 +16,19 @@ const clockSkew = 24 * time.Hour
 // no error may hold.
 var documentedCodes = []string{"InvalidToken", "Unauthenticated", "InvalidParameters"}
 
-// operation is what was asked of the service, for what its refusals mean.
-type operation int
+// purpose is what a request is made for, which says what its refusals mean.
+type purpose int
 
 const (
-	exchanging operation = iota
+	exchanging purpose = iota
 	sendingPIN
 	redeemingPIN
 )
 
-// interpret says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The result lacks Endpoint
+// readGrant says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The result lacks Endpoint
 // and Sent. An endpointUrl or a scope that is too long is left out. An answer without accessToken, endpointUrl or accessTokenExpiry is an
 // error, because apps cannot do without these.
-func interpret(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
+func readGrant(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
 	o := tokenservice.ReadObject(a.Body)
 	r := withRefreshToken(a, o, sent)
 	if f := failure(exchanging, a, o); f != nil {
@@ -83,7 +83,7 @@ func withRefreshToken(a tokenservice.Answer, o tokenservice.Object, sent string)
 }
 
 // failure says what is wrong with an answer as a whole; nil for a success, whatever it holds.
-func failure(op operation, a tokenservice.Answer, o tokenservice.Object) *tokenservice.Failure {
+func failure(p purpose, a tokenservice.Answer, o tokenservice.Object) *tokenservice.Failure {
 	retry := tokenservice.RetryAfter(a.Header, time.Now())
 	if a.Status == http.StatusTooManyRequests {
 		return &tokenservice.Failure{
@@ -93,7 +93,7 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object) *tokens
 	}
 	// A refusal has consequences, so it counts only if the whole answer has arrived.
 	if o.Whole && a.Broken == "" {
-		if f := refusal(op, a.Status, o); f != nil {
+		if f := refusal(p, a.Status, o); f != nil {
 			f.RetryAfter = retry
 			return f
 		}
@@ -110,7 +110,7 @@ func failure(op operation, a tokenservice.Answer, o tokenservice.Object) *tokens
 			"If that goes on, the operator has to check api_root, and any proxy on the way.", a.Status))
 		f.RetryAfter = retry
 		return f
-	case !o.Whole && op != sendingPIN:
+	case !o.Whole && p != sendingPIN:
 		f := senseless(a, "it is not one JSON object")
 		f.Lost = true
 		return f
@@ -128,7 +128,7 @@ func senseless(a tokenservice.Answer, why string) *tokenservice.Failure {
 
 // refusal reads an error body (client), or returns nil. What a refused PIN looks like is not documented (guess): any
 // errorCode that does not blame the connector.
-func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Failure {
+func refusal(p purpose, status int, o tokenservice.Object) *tokenservice.Failure {
 	code := o.Text("errorCode")
 	if v := string(o.Value("errorCode")); code == "" && !strings.HasPrefix(v, `"`) {
 		code = v // a number or another value that is no string: no documented code
@@ -146,7 +146,7 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 	blamesConnector := strings.Contains(message, "applicationid") && strings.Contains(message, "secret")
 	asked := status/100 == 2 || status/100 == 4
 	switch {
-	case blamesConnector && op == sendingPIN:
+	case blamesConnector && p == sendingPIN:
 		// No secret was sent. A connector that was deactivated gets no new tokens, and those that it has go on (doc).
 		f.Kind = tokenservice.Refused
 		f.Text = "Kaizala refuses to send a PIN for this connector. Its owner has to check on Kaizala's portal that it is active, and its connector_id."
@@ -155,14 +155,14 @@ func refusal(op operation, status int, o tokenservice.Object) *tokenservice.Fail
 		f.Text = "Kaizala refuses the connector. Its owner has to check connector_id and connector_secret, and write them again."
 	case code == "":
 		return nil
-	case op == redeemingPIN && asked:
+	case p == redeemingPIN && asked:
 		f.Kind = tokenservice.RefusedRefreshToken
 		f.Text = "Kaizala refuses the PIN (" + named + "): it is wrong, has expired or was used already. The tenant user has to write the right one, or to have a new one sent."
-	case op == sendingPIN && asked:
+	case p == sendingPIN && asked:
 		f.Kind = tokenservice.Refused
 		f.Text = "Kaizala refuses to send a PIN (" + named + "). The tenant user has to check the phone number: " +
 			"it must be the one that Kaizala knows the user by, country code included."
-	case op == exchanging && f.Code == "InvalidToken":
+	case p == exchanging && f.Code == "InvalidToken":
 		f.Kind = tokenservice.RefusedRefreshToken
 		f.Text = "Kaizala refuses the refresh token (InvalidToken). The tenant user has to generate a new one on Kaizala's portal, and write it."
 	case asked:

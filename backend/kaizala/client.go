@@ -209,7 +209,7 @@ func (x *exchange) run(ctx context.Context) tokenservice.Result {
 		x.sent = cmp.Or(a.Sent, x.sent) // one that does not begin leaves the time of the one before it
 		left -= time.Since(a.Sent)
 		if a.Status != http.StatusPermanentRedirect && a.Status != http.StatusTemporaryRedirect {
-			r := interpret(a, x.RefreshToken, time.Now())
+			r := readGrant(a, x.RefreshToken, time.Now())
 			if err != nil {
 				r.AccessToken, r.Err = nil, err
 			}

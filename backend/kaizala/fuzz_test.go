@@ -37,7 +37,7 @@ func FuzzResponse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, status int, retry, b, broken string) {
 		now := time.Now()
 		a := tokenservice.Answer{Status: status, Header: http.Header{"Retry-After": {retry}}, Body: []byte(b), Broken: broken, Lost: broken != ""}
-		r := interpret(a, refreshCanary, now)
+		r := readGrant(a, refreshCanary, now)
 		require.NotEqual(t, r.AccessToken == nil, r.Err == nil)
 		require.Equal(t, r.RefreshToken != "", r.Facts != nil)
 
@@ -52,7 +52,7 @@ func FuzzResponse(f *testing.F) {
 			// The error's text does not depend on the body, apart from a documented code.
 			marked, _ := json.Marshal("\u2603" + bodyCanary)
 			a.Body = []byte(strings.ReplaceAll(b, `"message":"`, `"message":`+string(marked)+`,"x":"`))
-			if other := interpret(a, refreshCanary, now); other.Err != nil {
+			if other := readGrant(a, refreshCanary, now); other.Err != nil {
 				require.NotContains(t, other.Err.Error(), bodyCanary)
 			}
 		} else {
