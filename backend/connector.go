@@ -299,7 +299,7 @@ func (l *loadedConnector) blocked(now time.Time) error {
 // passage permits the requests to the service that one piece of work makes, such as an exchange with its redirects.
 type passage struct {
 	via    *loadedConnector
-	want   share.Want
+	want   share.Want      // of a tenant, if the work is its exchange, and of no other work
 	joined <-chan struct{} // closed when a reader begins to wait for background work, which then waits as a reader does
 	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work asks the service about itself for a write of the connector. A refusal of the present configuration does not stop
@@ -319,7 +319,7 @@ type passage struct {
 }
 
 // permit is asked before every request to the service. Its error is a *share.LimitError, the connector's refusal,
-// errReplaced, errStopping, noted's, storage's or the context's.
+// errReplaced, errStopping, noted's, storage's (for an exchange, what storageTrouble makes of that) or the context's.
 func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	if err := p.via.blocked(time.Now()); err != nil && p.probes == nil && !p.discovery {
 		return nil, err
@@ -345,13 +345,18 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		call.Withdraw()
 		return nil, err
 	}
-	// The call is stored before it is made. If storage takes that, it will probably take the tokens of the answer too.
+	// The call is stored before it is made. If storage takes that, it will probably take the tokens of the answer too. If it does not, no
+	// call is made: a new refresh token would be lost with the process.
 	switch err := call.Note(ctx); {
 	case errors.Is(err, share.ErrRemoved):
 		return nil, errReplaced
 	case err != nil:
 		p.leaveProbe()
-		return nil, storageError(err)
+		err = storageError(err)
+		if p.want.Tenant != "" && ctx.Err() == nil {
+			err = storageTrouble(p.want.Tenant, err)
+		}
+		return nil, err
 	}
 	// Each step above may have waited. Between the last mayCall and the call nothing waits.
 	err = p.mayCall()

@@ -305,7 +305,8 @@ func (x *exchanger) call(f *flight) error {
 		}
 		var result tokenservice.Result
 		if result.Err = via.incomplete; result.Err == nil {
-			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: x.newPermit(f, entry, via)}
+			f.way = x.newPassage(f, entry, via)
+			request := tokenservice.Exchange{RefreshToken: entry.RefreshToken, Permit: f.way.permit}
 			if m := entry.Move; m != nil && m.From == via.entry.address() {
 				request.Endpoint = m.To // the service has moved this tenant
 			}
@@ -332,33 +333,18 @@ func (x *exchanger) call(f *flight) error {
 	}
 }
 
-// newPermit returns what the service's client asks before each request of a flight. A flight that a reader waits for goes before
-// background work.
-func (x *exchanger) newPermit(f *flight, entry *tenantEntry, via *loadedConnector) tokenservice.Permit {
+// newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work.
+func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnector) *passage {
 	stored := f.v.base()
 	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
 		Tenant: f.t.name, Wait: patience,
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
 		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
 	}}
-	f.way = p
 	if f.want.background && !f.urgent() {
 		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined
 	}
-	return func(ctx context.Context) (func(), error) {
-		done, err := p.permit(ctx)
-		if err != nil && isStorages(err) && ctx.Err() == nil {
-			// Where storage takes no writes no call is made: a new refresh token would be lost with the process.
-			err = storageTrouble(f.t.name, err)
-		}
-		return done, err
-	}
-}
-
-// isStorages says whether the error of a permit comes from storage.
-func isStorages(err error) bool {
-	return !errors.As(err, new(*tokenservice.Failure)) && !errors.As(err, new(*share.LimitError)) &&
-		!errors.Is(err, errReplaced) && !errors.As(err, new(logical.HTTPCodedError))
+	return p
 }
 
 func lostAnswer(r tokenservice.Result) bool {
