@@ -274,6 +274,7 @@ func TestDeviceFlowsThatDoNotBegin(t *testing.T) {
 		"refused": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.InvalidScope})
 		}, 400, "invalid_scope"},
+		"storage fails": {func(e *grantEngine) { e.storage.refuse("put", callPrefix) }, 500, "storage"},
 		"hang": {func(e *grantEngine) {
 			e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Hang: true})
 		}, 503, ""},

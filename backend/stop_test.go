@@ -126,6 +126,26 @@ func TestStopWhileStorageHangs(t *testing.T) {
 	})
 }
 
+// The stop ends a verification whose call storage does not finish to note: the writer is told of the stop, and not that storage has failed.
+func TestStopWhileACallIsBeingNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		reached, release := e.storage.hold("put", callPrefix)
+		var writer sync.WaitGroup
+		writer.Go(func() {
+			_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+			assert.Equal(t, http.StatusServiceUnavailable, status)
+			assert.Contains(t, text, "the engine is stopping")
+		})
+		<-reached
+		e.stop()
+		writer.Wait()
+		release()
+		e.storage.heal()
+		e.start()
+	})
+}
+
 // The stop begins while an exchange waits for its place in the share or for its note: it is not made, because the stop could lose its
 // answer. The next process does not take it for an exchange whose answer was lost.
 func TestStopDuringAWaitBeforeTheCall(t *testing.T) {
