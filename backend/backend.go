@@ -141,38 +141,32 @@ type node struct {
 	// defaultTTL and maxTTL are the mount's lease TTLs, as they were when Vault was last asked.
 	defaultTTL, maxTTL atomic.Int64
 
+	asking lock // held while Vault is asked
 	mu     sync.Mutex
-	next   *look         // the one that begins when latest is closed; exchanges that come until then share it. nil: there is none
-	latest chan struct{} // done of the look that was begun last, or is to begin next
+	next   *look // the one that begins when asking is free; exchanges that come until then share it. nil: there is none
 }
 
-// look is one set of questions to Vault.
-type look struct {
-	done     chan struct{}
-	mayWrite bool // to be read once done is closed
-}
+// look is one set of questions to Vault. asking guards it.
+type look struct{ over, mayWrite bool }
 
 // ready says whether an exchange may begin on this node, and notes the lease TTLs for the access token that the exchange brings. Exchanges
 // that come while Vault is being asked wait for that, and share the next question.
 func (n *node) ready() bool {
 	n.mu.Lock()
-	l, before := n.next, n.latest
-	if l != nil {
-		n.mu.Unlock()
-		<-l.done
-		return l.mayWrite
+	if n.next == nil {
+		n.next = &look{}
 	}
-	l = &look{done: make(chan struct{})}
-	n.next, n.latest = l, l.done
+	l := n.next
 	n.mu.Unlock()
-	defer close(l.done)
-	if before != nil {
-		<-before
+	_ = n.asking.acquire(context.Background())
+	defer n.asking.release()
+	if l.over {
+		return l.mayWrite
 	}
 	n.mu.Lock()
 	n.next = nil
 	n.mu.Unlock()
-	l.mayWrite = n.WriteSafeReplicationState()
+	l.over, l.mayWrite = true, n.WriteSafeReplicationState()
 	if l.mayWrite {
 		n.askTTLs()
 	}
