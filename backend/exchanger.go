@@ -186,7 +186,7 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 // left the older token to its leases.
 func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error {
 	_, now, err := x.tenants.load(ctx, t.name)
-	if err != nil || now == nil || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
+	if err != nil || now == noSuchTenant || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
 		return err
 	}
 	connector, err := x.revocations.revokeHeldLater(ctx, t.name, v.access.Generation)
@@ -281,7 +281,7 @@ func (x *exchanger) fly(f *flight) {
 
 // call makes the exchange of a flight, and stores its result.
 func (x *exchanger) call(f *flight) error {
-	entry := f.v.base()
+	entry := f.v.entry
 	if c := f.want.change; c != nil {
 		entry = c.apply(entry)
 	}
@@ -335,7 +335,7 @@ func (x *exchanger) call(f *flight) error {
 
 // newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work.
 func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnector) *passage {
-	stored := f.v.base()
+	stored := f.v.entry
 	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
 		Tenant: f.t.name, Wait: patience,
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
@@ -357,7 +357,7 @@ func (x *exchanger) storeAnswer(f *flight, entry *tenantEntry, via *loadedConnec
 	o := x.outcome(f, entry, via, r)
 	if f.want.change != nil && !o.precious() {
 		f.answered(x.ctx, via, r.Err)
-		if stored := f.v.base(); stored != nil && stored.RefreshToken == o.sent && (f.lost || lostAnswer(r)) {
+		if stored := f.v.entry; stored != nil && stored.RefreshToken == o.sent && (f.lost || lostAnswer(r)) {
 			x.failLost(f, stored.Connector)
 		}
 		return r.Err // the operator's write is not stored

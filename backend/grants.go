@@ -199,7 +199,7 @@ func (g *grants) lookAt(tenant string) {
 
 // storedLineage is the tenant's lineage as storage has it.
 func (v *tenantView) storedLineage() string {
-	if v.base() == nil {
+	if v.entry == nil {
 		return noLineage
 	}
 	return v.entry.Lineage
@@ -208,7 +208,7 @@ func (v *tenantView) storedLineage() string {
 // statusOf returns the status of an attempt, from its entry and its tenant's entry.
 func (b *backend) statusOf(a *attempt, v *tenantView) (status, text string) {
 	now := time.Now()
-	kept := v != nil && v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
+	kept := v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
 	switch lineage := v.storedLineage(); {
 	case a.Status != attemptPending:
 		return a.Status, a.Error
@@ -307,7 +307,7 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 		switch {
 		case err != nil:
 			return false, err
-		case v != nil && v.kept != nil && v.kept.granted():
+		case v.kept != nil && v.kept.granted():
 			return false, keptTrouble(a.Tenant)
 		case v.storedLineage() != a.Lineage:
 			return false, tryAgain("tenant %q was written or deleted meanwhile: nothing was begun; start again", a.Tenant)
@@ -399,7 +399,7 @@ func (b *backend) forgetUnreadable(ctx context.Context, tenant string) error {
 // stored after the tenant was removed and before its attempts were ended.
 func (b *backend) grantedMeanwhile(ctx context.Context, tenant string, begun time.Time) bool {
 	_, v, err := b.tenants.load(ctx, tenant)
-	if err != nil || v == nil {
+	if err != nil {
 		return false
 	}
 	all, err := b.attemptsOf(ctx, tenant)
@@ -804,7 +804,7 @@ func (b *backend) sweep(name string) {
 	defer cancel()
 	var next time.Time
 	err := b.changeAttempts(ctx, name, func(all *attempts) (changed bool, _ error) {
-		_, v, err := b.tenants.load(ctx, name) // a grant may have been stored while this waited
+		t, v, err := b.tenants.load(ctx, name) // a grant may have been stored while this waited
 		if err != nil {
 			return false, err
 		}
@@ -823,7 +823,7 @@ func (b *backend) sweep(name string) {
 			over = over && now.After(a.Expires.Add(attemptsKnown))
 		}
 		switch {
-		case v != nil || len(all.Last) == 0 || !next.IsZero():
+		case t != nil || len(all.Last) == 0 || !next.IsZero():
 		case !over:
 			next = now.Add(attemptsKnown)
 		default:

@@ -690,6 +690,25 @@ func TestRefreshFindsTheNewTokenGivenUp(t *testing.T) {
 	})
 }
 
+// A refresh has joined an exchange that was not begun for it, and by the time it looks at the result the tenant is deleted: the delete has
+// had the older token revoked, and the refresh does not once more.
+func TestRefreshFindsTheTenantDeleted(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.lease("acme")
+		acme := e.tenants.named("acme")
+		before := acme.view.Load()
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait()
+		require.Len(t, e.revocations(), 1)
+		require.NoError(t, e.exchanger.retire(t.Context(), acme, before))
+		e.backend.revocations.wakeAll()
+		synctest.Wait()
+		assert.Len(t, e.revocations(), 1)
+	})
+}
+
 // Memory keeps a refresh token that storage has not taken. A write of the connector alone goes on with that refresh token, and stores it.
 func TestConnectorAloneIsWrittenWhileTokensAreKept(t *testing.T) {
 	for name, verify := range map[string]any{"verified": true, "unverified": false} {

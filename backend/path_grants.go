@@ -157,15 +157,15 @@ func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *frame
 	if err != nil {
 		return nil, nil, err
 	}
-	_, v, err := b.tenants.load(ctx, name)
+	t, v, err := b.tenants.load(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}
-	if v != nil && v.kept != nil && v.kept.granted() {
+	if v.kept != nil && v.kept.granted() {
 		return nil, nil, keptTrouble(name) // which ends this attempt once storage takes it
 	}
 	next := tenantEntry{Connector: defaultConnector, RefreshToken: "to come"}
-	if v != nil {
+	if t != nil {
 		next = *v.entry
 	}
 	if d.Raw["connector"] != nil {

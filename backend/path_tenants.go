@@ -332,11 +332,11 @@ func (b *backend) changeSettings(ctx context.Context, name string, change *tenan
 		return b.tenants.change(ctx, name, change)
 	}
 	for {
-		_, v, err := b.tenants.load(ctx, name)
+		t, v, err := b.tenants.load(ctx, name)
 		if err != nil {
 			return err
 		}
-		if v == nil {
+		if t == nil {
 			return b.tenants.change(ctx, name, change) // which says what is missing
 		}
 		via, err := b.connectors.of(ctx, v.entry.Connector)
@@ -403,7 +403,7 @@ func (b *backend) endWrite(change *tenantChange, end func()) {
 
 // prepare checks what can be known before the service is asked, and returns the connector.
 func (b *backend) prepare(ctx context.Context, v *tenantView, change *tenantChange) (*loadedConnector, error) {
-	change.before = v.base()
+	change.before = v.entry
 	if change.written != nil {
 		change.refreshToken, change.again = change.written, change.repeats(v.newest())
 		if change.again {
@@ -456,7 +456,7 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 	if t == nil {
 		t = b.tenants.record(name)
 	}
-	if v != nil && v.kept != nil && change.refreshToken == nil {
+	if v.kept != nil && change.refreshToken == nil {
 		// The write goes on with the refresh token that the service has sent, once storage has that.
 		if _, err := b.exchanger.exchange(ctx, t, v, want{}); err != nil && !errors.Is(err, errSuperseded) {
 			return err

@@ -919,9 +919,9 @@ func (r *revocations) isGone(i *intent) doubtfulDelete {
 			_, err := r.tenants.giveUp(ctx, i.Tenant, i.id)
 			return true, ignoreUnusable(err)
 		}
-		_, v, err := r.tenants.load(ctx, i.Tenant)
+		t, v, err := r.tenants.load(ctx, i.Tenant)
 		// The exchanges of a tenant whose delete has failed replace its refresh token, and keep its lineage.
-		return v == nil || v.entry.Lineage != i.Lineage && v.entry.RefreshToken != i.Token, ignoreUnusable(err)
+		return t == nil || v.entry.Lineage != i.Lineage && v.entry.RefreshToken != i.Token, ignoreUnusable(err)
 	}
 }
 

@@ -129,6 +129,9 @@ type tenantView struct {
 	*tenantMemory
 }
 
+// noSuchTenant is the view of a tenant that does not exist and has no record.
+var noSuchTenant = &tenantView{knows: absent, tenantMemory: nothing}
+
 // nothing is what all tenants share of which memory has the summary alone. On a large mount these are most.
 var nothing = &tenantMemory{}
 
@@ -676,7 +679,7 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	switch {
 	case busy != nil:
 		return busy, nil
-	case t.dropped, f.v != nil && v != f.v, f.v == nil && v.entry != nil:
+	case t.dropped, f.v != noSuchTenant && v != f.v, f.v == noSuchTenant && v.entry != nil:
 		return nil, errSuperseded
 	}
 	f.from = v.lineage()
@@ -783,18 +786,10 @@ func (t *tenant) wasIssued(generation string) bool {
 
 // newest is the entry with what is kept, nil where there is no tenant.
 func (v *tenantView) newest() *tenantEntry {
-	if v == nil || v.kept == nil || v.entry == nil && v.kept.change == nil {
-		return v.base()
+	if v.kept == nil || v.entry == nil && v.kept.change == nil {
+		return v.entry
 	}
 	return v.kept.onto(v.entry)
-}
-
-// base is the entry that a change is made to, nil where there is no tenant.
-func (v *tenantView) base() *tenantEntry {
-	if v == nil {
-		return nil
-	}
-	return v.entry
 }
 
 // mayEnd says whether an exchange that no reader asked for may begin, though it ends the access token that there is: of a token that has

@@ -100,12 +100,12 @@ func (ts *tenants) cached(name string) (*tenant, *tenantView) {
 	return t, v
 }
 
-// load returns a tenant and its view, from storage where memory has it not or doubts it. Both are nil where there is no
-// such tenant.
+// load returns a tenant and its view, from storage where memory has it not or doubts it: nil and noSuchTenant where there is no such tenant.
 func (ts *tenants) load(ctx context.Context, name string) (t *tenant, v *tenantView, err error) {
 	if t, v := ts.cached(name); v != nil && v.knows == loaded {
 		return t, v, nil
 	}
+	v = noSuchTenant
 	err = ts.locked(ctx, name, func(record *tenant) error {
 		now, err := ts.read(ctx, record)
 		switch {
@@ -134,7 +134,7 @@ func (ts *tenants) loadCreated(ctx context.Context, name string) (*tenant, *tena
 			f = t.flight.Load()
 		}
 		if f == nil || f.want.change == nil || f.outlived.Load() {
-			return nil, nil, nil
+			return nil, v, nil
 		}
 		select {
 		case <-f.done:
@@ -363,8 +363,8 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			ts.doubt(t)
 			lineage := v.storedLineage()
 			tell(func(ctx context.Context) (bool, error) {
-				_, v, err := ts.load(ctx, name) // which fails while memory keeps tokens of a new tenant
-				if v == nil {
+				t, v, err := ts.load(ctx, name) // which fails while memory keeps tokens of a new tenant
+				if t == nil {
 					return true, ignoreUnusable(err)
 				}
 				// A tenant that has moved to another connector since goes on with its refresh token, or with the one that has replaced it.
