@@ -174,21 +174,14 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 		if err != nil {
 			return nil, err
 		}
-		givenUp := false
+		givenUp, fixed := false, false
 		if e != nil {
-			was := accessEntry{}
-			if e.Access != nil {
-				was = *e.Access
-			}
-			if givenUp, err = ts.recover(ctx, t, e); err != nil {
+			if givenUp, fixed, err = ts.recover(ctx, t, e); err != nil {
 				return nil, err
 			}
-			a := e.Access
-			if a != nil && (was.Planned.IsZero() && !a.Planned.IsZero() || !was.Obtained.Equal(a.Obtained)) && ts.revocations.node.WriteSafeReplicationState() {
-				// Leases are given until this planned end, so a later write of the connector must not make it earlier, also after a restart. And
-				// a life that was corrected must not begin anew each time that the tenant is read.
-				_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
-			}
+		}
+		if fixed && ts.revocations.node.WriteSafeReplicationState() {
+			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 		}
 		if t.found(before, e, givenUp) && e != nil {
 			ts.loaded.Add(t.name, t)
@@ -200,8 +193,10 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 // recover makes an entry of storage fit for memory. It corrects times that lie in the future, because the host's clock was wrong when they
 // were written; it plans the end of the access token by the connector as it is now; and it notes an exchange whose answer the process
 // before this one may not have had. givenUp says that the access token is about to be revoked: readers do not get it, and its revocation
-// takes it out of the entry. The caller holds the tenant's lock.
-func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp bool, err error) {
+// takes it out of the entry. fixed says that storage has to have what became of the access token: leases are given until its planned end,
+// so a later write of the connector must not make it earlier, also after a restart; and a life that was corrected must not begin anew each
+// time that the tenant is read. The caller holds the tenant's lock.
+func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp, fixed bool, err error) {
 	changed := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // not corrected: the share's notes have the same clock
 	now := time.Now().UTC()
 	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
@@ -209,19 +204,24 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 			*at = now.Truncate(time.Millisecond)
 		}
 	}
+	via, err := ts.connectors.get(ctx, e.Connector)
+	if err != nil {
+		via = nil // and memory goes by the entry as it is
+	}
 	if a := e.Access; a != nil {
+		was := *a
 		correctLife(&a.Obtained, &a.Expires)
 		if a.Planned.After(a.Expires) {
 			a.Planned = a.Expires
 		}
-		ts.plan(ctx, t.name, e)
+		plan(t.name, e, via)
+		fixed = was.Planned.IsZero() && !a.Planned.IsZero() || !was.Obtained.Equal(a.Obtained)
 		if givenUp, err = ts.revocations.isGivenUp(ctx, e.Connector, a.Generation); err != nil {
-			return false, err
+			return false, false, err
 		}
 	}
-	via, err := ts.connectors.get(ctx, e.Connector)
-	if err != nil || via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
-		return givenUp, nil
+	if via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
+		return givenUp, fixed, nil
 	}
 	if at := via.share.Unsettled(t.name); at.After(changed) {
 		t.cutOff(e.Connector, via)
@@ -229,17 +229,14 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
 		t.postpone(via.share.Recalled(t.name, changed))
 	}
-	return givenUp, nil
+	return givenUp, fixed, nil
 }
 
-// plan sets when the exchange is planned that ends an entry's access token, if exchanges do that by the connector as it is now. No reader
-// has seen the entry yet.
-func (ts *tenants) plan(ctx context.Context, name string, e *tenantEntry) {
-	via, err := ts.connectors.get(ctx, e.Connector)
-	if err != nil || via == nil {
-		return
-	}
+// plan sets when the exchange is planned that ends an entry's access token, if exchanges do that by the tenant's connector as it is now,
+// nil where it cannot be had. No reader has seen the entry yet.
+func plan(name string, e *tenantEntry, via *loadedConnector) {
 	switch a := e.Access; {
+	case via == nil:
 	case !via.about.ExchangeInvalidates:
 		a.Planned = time.Time{}
 	case a.Planned.IsZero():
@@ -263,7 +260,7 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 			t.found(v, nil, false) // another node has deleted it
 			return nil
 		}
-		if _, err := ts.recover(ctx, t, e); err != nil {
+		if _, _, err := ts.recover(ctx, t, e); err != nil {
 			return err
 		}
 		t.summarized(e)
@@ -535,7 +532,9 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	case ended:
 		next.Access, next.Unleased = nil, nil
 	case o.access != nil && !o.ownToken:
-		ts.plan(ctx, t.name, next)
+		if via, err := ts.connectors.get(ctx, next.Connector); err == nil {
+			plan(t.name, next, via)
+		}
 	}
 	err = ts.replace(ctx, t, o, v, kept)
 	if c := o.change; err == nil && c != nil && c.refreshToken != nil {
