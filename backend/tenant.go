@@ -597,21 +597,12 @@ func (t *tenant) forget() {
 	}
 }
 
-// replan lets the tenant leave memory, so that the end of its access token is planned again, by the connector as it is now. The caller
-// holds storing.
-func (t *tenant) replan() {
+// replan lets the tenant leave memory, so that the end of its access token is planned again, by the connector as it is now. busy: another
+// flow holds storing, so what that flow stores leaves memory again; the caller calls replan once more when it holds storing itself.
+func (t *tenant) replan(busy bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.outdated = false
-	t.leave()
-}
-
-// outdate is replan for a connector's write that finds another flow holding storing: what that flow stores leaves memory again. The caller
-// calls replan once the flow has ended.
-func (t *tenant) outdate() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.outdated = true
+	t.outdated = busy
 	t.leave()
 }
 

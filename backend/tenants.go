@@ -690,7 +690,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 		}
 		again := func() {
 			_ = ts.locked(ts.revocations.ctx, t.name, func(t *tenant) error {
-				t.replan()
+				t.replan(false)
 				ts.schedule(t)
 				return nil
 			})
@@ -699,7 +699,7 @@ func (ts *tenants) connectorChanged(connector string, anew bool) {
 		case !anew, v.access == nil && !busy:
 			ts.schedule(t)
 		case busy:
-			t.outdate() // no reader gets a lease by the connector as it was
+			t.replan(true) // no reader gets a lease by the connector as it was
 			ts.revocations.work(again)
 		default:
 			again()
