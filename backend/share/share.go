@@ -102,6 +102,7 @@ type Share struct {
 	ahead        int               // places that are left to further calls of the work whose calls run
 	tenants      map[string]*tally // none without a call that counts
 	queue        []*waiter         // by rank, then first come, first served
+	again        *time.Timer       // goes through the queue when its next call can be permitted; nil before the first
 	paused       time.Time         // the service wants no call before
 
 	places    places // of notes
@@ -163,8 +164,7 @@ type waiter struct {
 	Want
 	deadline time.Time
 	until    time.Time     // when the call is permitted, as far as is known
-	changed  chan struct{} // has a value where answered is set or until is earlier than it was
-	answered bool          // call or err is set
+	answered chan struct{} // closed when call or err is set
 	call     *Call
 	err      error
 }
@@ -177,40 +177,24 @@ func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	w := &waiter{Want: want, deadline: time.Now().Add(want.Wait)}
+	w := &waiter{Want: want, deadline: time.Now().Add(want.Wait), answered: make(chan struct{})}
 	s.queue = slices.Insert(s.queue, s.position(want), w)
 	s.arrange()
-	if w.answered {
-		return w.call, w.err
+	s.mu.Unlock()
+	select {
+	case <-w.answered:
+	case <-ctx.Done():
 	}
-	w.changed = make(chan struct{}, 1)
-	timer := time.NewTimer(time.Until(w.until))
-	defer timer.Stop()
-	for !w.answered {
-		s.mu.Unlock()
-		select {
-		case <-w.changed:
-		case <-timer.C:
-		case <-ctx.Done():
-		}
-		s.mu.Lock()
-		if err := ctx.Err(); err != nil {
-			s.leave(w)
-			return nil, err
+	s.mu.Lock()
+	if err := ctx.Err(); err != nil { // also where the call was permitted at the same moment
+		s.queue = slices.DeleteFunc(s.queue, func(other *waiter) bool { return other == w })
+		if w.call != nil {
+			s.withdraw(w.call)
 		}
 		s.arrange()
-		timer.Reset(time.Until(w.until))
+		return nil, err
 	}
 	return w.call, w.err
-}
-
-// leave removes a waiter that has given up from the queue, or gives back its call.
-func (s *Share) leave(w *waiter) {
-	s.queue = slices.DeleteFunc(s.queue, func(other *waiter) bool { return other == w })
-	if w.call != nil {
-		s.withdraw(w.call)
-	}
-	s.arrange()
 }
 
 // position is where the queue takes a call in.
@@ -235,31 +219,37 @@ func (s *Share) FreeAt(want Want) time.Time {
 	return latest(p.slot(want).at, s.paused)
 }
 
-// arrange goes through the queue: it permits the calls that can be permitted now, and refuses those that would wait too long.
+// arrange goes through the queue: it permits the calls that can be permitted now, and refuses those that would wait too long. It does so
+// again when the next call that waits can be permitted.
 func (s *Share) arrange() {
 	p := s.plan()
 	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
 		slot := p.slot(w.Want)
-		until := latest(slot.at, s.paused)
-		earlier := until.Before(w.until)
-		w.until = until
+		w.until = latest(slot.at, s.paused)
 		switch {
-		case !until.After(p.now): // whether or not the deadline has just passed
-			w.answered, w.call = true, s.begin(w.Want)
+		case !w.until.After(p.now): // whether or not the deadline has just passed
+			w.call = s.begin(w.Want)
 			p.hold(slot)
-		case until.After(w.deadline):
-			w.answered, w.err = true, &LimitError{Until: until, ByService: until.Equal(s.paused)}
+		case w.until.After(w.deadline):
+			w.err = &LimitError{Until: w.until, ByService: w.until.Equal(s.paused)}
 		default:
 			p.hold(slot)
+			return false
 		}
-		if earlier || w.answered {
-			select {
-			case w.changed <- struct{}{}:
-			default:
-			}
-		}
-		return w.answered
+		close(w.answered)
+		return true
 	})
+	if s.again != nil {
+		s.again.Stop()
+	}
+	if len(s.queue) > 0 {
+		next := slices.MinFunc(s.queue, func(a, b *waiter) int { return a.until.Compare(b.until) })
+		s.again = time.AfterFunc(time.Until(next.until), func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.arrange()
+		})
+	}
 }
 
 // begin begins a call that is permitted now.

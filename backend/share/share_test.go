@@ -490,8 +490,15 @@ func TestCancelledAtItsTurn(t *testing.T) {
 		spend(t, s, 1)
 
 		// The same with a waiter who leaves after the permission, in a fixed order.
-		s.Configure(3, timeout)
-		s.leave(&waiter{call: s.begin(Want{Tenant: "b"})})
+		ctx, cancel = context.WithCancel(t.Context())
+		a = ask(t, s, ctx, reader("b"))
+		s.mu.Lock()
+		s.limit = 3
+		s.arrange() // permits the reader's call
+		cancel()
+		s.mu.Unlock()
+		synctest.Wait()
+		assert.Equal(t, context.Canceled, a.err)
 		take(t, s, Want{Tenant: "b"}).End()
 		refused(t, s, Want{}, time.Second)
 		idle(t, s)
