@@ -93,8 +93,8 @@ func (c *Call) Note(ctx context.Context) error {
 	s := c.share
 	s.mu.Lock()
 	now := time.Now().UTC()
-	if c.tenant != "" && !c.unstored {
-		c.at = now.Truncate(time.Millisecond)
+	if c.noted.Tenant != "" && !c.unstored {
+		c.noted.At = now.Truncate(time.Millisecond)
 	}
 	n := s.gathering
 	if n == nil {
@@ -121,7 +121,7 @@ func (c *Call) Note(ctx context.Context) error {
 	if err != nil {
 		s.mu.Lock()
 		if w.cancel == nil {
-			c.at = time.Time{} // its write has not begun: there is nothing to take back
+			c.noted.At = time.Time{} // its write has not begun: there is nothing to take back
 		}
 		s.mu.Unlock()
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
@@ -142,11 +142,11 @@ func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
 	n := c.note
-	if c.at.IsZero() || s.places.taken[n.place] != n {
+	if c.noted.At.IsZero() || s.places.taken[n.place] != n {
 		s.mu.Unlock()
 		return // the note does not have the next process ask about the call, or its place is not the note's any more
 	}
-	c.at = time.Time{}
+	c.noted.At = time.Time{}
 	w := n.join()
 	if n != s.gathering && n.writing == nil {
 		s.write(n)
@@ -196,14 +196,10 @@ func (s *Share) write(n *note) {
 	n.writing, n.next = w, nil
 	s.writes++
 	e := entry{Until: n.until}
-	for i, c := range n.calls {
-		call := notedCall{Tenant: c.tenant, Housekeeping: c.housekeeping, At: c.at}
-		if i == 0 {
-			e.notedCall = call
-		} else {
-			e.With = append(e.With, call)
-		}
+	for _, c := range n.calls {
+		e.With = append(e.With, c.noted)
 	}
+	e.notedCall, e.With = e.With[0], e.With[1:]
 	var ctx context.Context
 	ctx, w.cancel = context.WithCancel(context.Background())
 	if w.waiting == 0 {
@@ -264,7 +260,7 @@ func (s *Share) Recalled(tenant string, after time.Time) (until time.Time) {
 	defer s.mu.Unlock()
 	if t := s.tenants[tenant]; t != nil {
 		for _, c := range t.ended {
-			if c.foreign && c.at.After(after) {
+			if c.foreign && c.noted.At.After(after) {
 				until = latest(until, c.frees)
 			}
 		}
@@ -452,11 +448,9 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			}
 			s.places.taken[place] = n
 			n.counted++
-			calls = append(calls, &Call{
-				share: s, tenant: noted.Tenant, housekeeping: noted.Housekeeping, note: n, foreign: true,
-				at:    e.Until.Add(-s.timeout - countsFor).Truncate(time.Millisecond),
-				frees: bounded(e.Until, Window), // the process that made it has ended by now
-			})
+			noted.At = e.Until.Add(-s.timeout - countsFor).Truncate(time.Millisecond)
+			frees := bounded(e.Until, Window) // the process that made it has ended by now
+			calls = append(calls, &Call{share: s, noted: noted, note: n, foreign: true, frees: frees})
 		}
 	}
 	slices.SortStableFunc(calls, func(a, b *Call) int { return a.frees.Compare(b.frees) })

@@ -84,13 +84,13 @@ func TestNodesAtRandom(t *testing.T) {
 				for _, q := range all {
 					if q.end.IsZero() || time.Since(q.end) < Window {
 						total++
-						if q.tenant == c.tenant {
+						if q.noted.Tenant == c.noted.Tenant {
 							own++
 						}
 					}
 				}
 				require.LessOrEqual(t, total, limit, "seed %d", seed)
-				if c.tenant != "" {
+				if c.noted.Tenant != "" {
 					require.LessOrEqual(t, own, Fifth(limit), "seed %d", seed)
 				}
 			}

@@ -3,6 +3,7 @@
 package share
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -53,22 +54,6 @@ type Want struct {
 	Ahead int
 	// Wait is how long the caller waits at most; less than a [Window].
 	Wait time.Duration
-}
-
-// rank is the place of a call in the queue: the least goes first, equal ones go as they came.
-func (w Want) rank() int {
-	if w.Hop {
-		return 2 * int(w.Class)
-	}
-	return 2*int(w.Class) + 1
-}
-
-// beginner is the tenant whose fifth the call counts against; "" for none.
-func (w Want) beginner() string {
-	if w.Hop {
-		return ""
-	}
-	return w.Tenant
 }
 
 // LimitError says when a call would be permitted.
@@ -147,24 +132,23 @@ func (s *Share) Configure(limit int, requestTimeout time.Duration) {
 // Call is a call that is permitted. Its user calls Note, then makes the call, then calls End; or Withdraw, where the call
 // is not made after all.
 type Call struct {
-	share        *Share
-	tenant       string // whose fifth it counts against; "" for none
-	housekeeping bool
-	ahead        int
-	unstored     bool
-	note         *note     // nil until it is noted
-	at           time.Time // when it was noted, as notedCall.At is
-	running      bool
-	foreign      bool      // another process made it
-	frees        time.Time // from when on it does not count, once it has ended
+	share    *Share
+	noted    notedCall // as storage has it, or is to have it
+	unstored bool
+	ahead    int
+	note     *note // nil until it is noted
+	running  bool
+	foreign  bool      // another process made it
+	frees    time.Time // from when on it does not count, once it has ended
 }
 
-// waiter is a goroutine that waits for a call.
+// waiter is a call in the queue.
 type waiter struct {
 	Want
+	rank     int // the least goes first, equal ones go as they came
 	deadline time.Time
 	until    time.Time     // when the call is permitted, as far as is known
-	answered chan struct{} // closed when call or err is set
+	answered chan struct{} // closed when the call is permitted, or refused with err; nil where nobody wants more than until
 	call     *Call
 	err      error
 }
@@ -178,8 +162,7 @@ func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	w := &waiter{Want: want, deadline: time.Now().Add(want.Wait), answered: make(chan struct{})}
-	s.queue = slices.Insert(s.queue, s.position(want), w)
-	s.arrange()
+	s.enqueue(w)
 	s.mu.Unlock()
 	select {
 	case <-w.answered:
@@ -188,23 +171,14 @@ func (s *Share) Take(ctx context.Context, want Want) (*Call, error) {
 	s.mu.Lock()
 	if err := ctx.Err(); err != nil { // also where the call was permitted at the same moment
 		s.queue = slices.DeleteFunc(s.queue, func(other *waiter) bool { return other == w })
-		if w.call != nil {
-			s.withdraw(w.call)
-		}
+		s.withdraw(w.call)
 		s.arrange()
 		return nil, err
 	}
-	return w.call, w.err
-}
-
-// position is where the queue takes a call in.
-func (s *Share) position(want Want) int {
-	rank := want.rank()
-	i := slices.IndexFunc(s.queue, func(w *waiter) bool { return w.rank() > rank })
-	if i < 0 {
-		return len(s.queue)
+	if w.err != nil {
+		return nil, w.err
 	}
-	return i
+	return w.call, nil
 }
 
 // FreeAt says when a call would be permitted that is wanted now, as far as is known. The time has passed where it would be permitted at
@@ -212,33 +186,40 @@ func (s *Share) position(want Want) int {
 func (s *Share) FreeAt(want Want) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := s.plan()
-	for _, w := range s.queue[:s.position(want)] {
-		p.hold(p.slot(w.Want))
-	}
-	return latest(p.slot(want).at, s.paused)
+	w := &waiter{Want: want}
+	s.enqueue(w)
+	return w.until
 }
 
-// arrange goes through the queue: it permits the calls that can be permitted now, and refuses those that would wait too long. It does so
-// again when the next call that waits can be permitted.
+// enqueue takes a call into the queue.
+func (s *Share) enqueue(w *waiter) {
+	w.rank = 2 * int(w.Class)
+	if w.Hop {
+		w.Tenant = ""
+	} else {
+		w.rank++
+	}
+	noted := notedCall{Tenant: w.Tenant, Housekeeping: w.Class == Housekeeping}
+	w.call = &Call{share: s, noted: noted, unstored: w.Unstored, ahead: w.Ahead}
+	behind, _ := slices.BinarySearchFunc(s.queue, w.rank+1, func(other *waiter, rank int) int { return other.rank - rank })
+	s.queue = slices.Insert(s.queue, behind, w)
+	s.arrange()
+}
+
+// arrange goes through the queue, and does so again when the next call that waits can be permitted. It first drops the calls that have
+// stopped counting.
 func (s *Share) arrange() {
-	p := s.plan()
-	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool {
-		slot := p.slot(w.Want)
-		w.until = latest(slot.at, s.paused)
-		switch {
-		case !w.until.After(p.now): // whether or not the deadline has just passed
-			w.call = s.begin(w.Want)
-			p.hold(slot)
-		case w.until.After(w.deadline):
-			w.err = &LimitError{Until: w.until, ByService: w.until.Equal(s.paused)}
-		default:
-			p.hold(slot)
-			return false
-		}
-		close(w.answered)
-		return true
-	})
+	now := time.Now()
+	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
+		c := s.all.ended[0]
+		s.tallies(c, func(t *tally) {
+			t.ended[0] = nil // frees the memory
+			t.ended = t.ended[1:]
+		})
+		s.forget(c)
+	}
+	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
+	s.queue = slices.DeleteFunc(s.queue, p.answer)
 	if s.again != nil {
 		s.again.Stop()
 	}
@@ -252,20 +233,83 @@ func (s *Share) arrange() {
 	}
 }
 
-// begin begins a call that is permitted now.
-func (s *Share) begin(want Want) *Call {
-	c := &Call{
-		share:        s,
-		tenant:       want.beginner(),
-		housekeeping: want.Class == Housekeeping,
-		ahead:        want.Ahead,
-		unstored:     want.Unstored,
-		running:      true,
-	}
-	s.ahead += c.ahead
-	s.tallies(c, func(t *tally) { t.running++ })
-	return c
+// plan is made in one pass through the queue. It counts what the calls hold that go on waiting: the calls behind them do not get that.
+type plan struct {
+	share        *Share
+	now          time.Time
+	ended        []*Call        // all but those whose places go to a call of the same tenant
+	places       int            // that are free, or will be when one of ended stops counting
+	own          map[string]int // beginnings, by tenant
+	housekeeping int            // calls of that class
+	ahead        int            // places that are left to further calls of their work
 }
+
+// answer permits a call if that can be done now, and refuses it if it would wait too long.
+func (p *plan) answer(w *waiter) (answered bool) {
+	s, fifth := p.share, Fifth(p.share.limit)
+	// The call takes the place of ended[next], once that stops counting; below 0, a place is free.
+	next := s.all.count() + p.places - s.limit
+	if w.Class >= Background {
+		next += s.limit / 5
+	}
+	wait := p.frees(p.ended, next)
+	if !w.Hop {
+		// It looks again after a glance: the work that has begun may not need the places that are left to it.
+		wait = max(wait, min(p.frees(p.ended, next+s.ahead+p.ahead), glance))
+	}
+	if w.Class == Housekeeping {
+		wait = max(wait, p.frees(s.housekeeping.ended, s.housekeeping.count()+p.housekeeping-fifth))
+	}
+	own := cmp.Or(s.tenants[w.Tenant], &tally{})
+	nextOwn := own.count() + p.own[w.Tenant] - fifth
+	behindOwn := w.Tenant != "" && p.frees(own.ended, nextOwn) > wait
+	if behindOwn {
+		wait = p.frees(own.ended, nextOwn)
+	}
+	paused := s.paused.Sub(p.now)
+	wait = max(wait, paused)
+	w.until = p.now.Add(wait)
+	switch {
+	case w.answered == nil:
+		return true
+	case wait <= 0: // whether or not the deadline has just passed
+		w.call.running = true
+		s.ahead += w.Ahead
+		s.tallies(w.call, func(t *tally) { t.running++ })
+	case w.until.After(w.deadline):
+		w.err = &LimitError{Until: w.until, ByService: wait == paused}
+	default:
+		p.own[w.Tenant]++
+		p.ahead += w.Ahead
+		if w.Class == Housekeeping {
+			p.housekeeping++
+		}
+		if !behindOwn {
+			p.places++
+		} else if nextOwn < len(own.ended) { // otherwise it waits for a call that still runs
+			i := slices.Index(p.ended, own.ended[nextOwn])
+			p.ended = slices.Concat(p.ended[:i], p.ended[i+1:])
+		}
+		return false
+	}
+	close(w.answered)
+	return true
+}
+
+// frees says how long it takes until the k-th of some calls, counted from 0, stops counting. Of a call that still runs, or waits, that is
+// not known; it counts for a [Window] at least.
+func (p *plan) frees(ended []*Call, k int) time.Duration {
+	switch {
+	case k < 0:
+		return 0
+	case k < len(ended):
+		return ended[k].frees.Sub(p.now)
+	}
+	return Window
+}
+
+// Fifth is how many calls of a limit one tenant's beginnings, or housekeeping, may have within a [Window]: one at the least.
+func Fifth(limit int) int { return max(1, limit/5) }
 
 // End says that the call has been answered, or has failed. Only the first of End and Withdraw counts.
 func (c *Call) End() {
@@ -326,140 +370,21 @@ func (t *tally) count() int { return t.running + len(t.ended) }
 // tallies has f change every tally that a call counts in.
 func (s *Share) tallies(c *Call, f func(*tally)) {
 	f(&s.all)
-	if c.housekeeping {
+	if c.noted.Housekeeping {
 		f(&s.housekeeping)
 	}
-	if c.tenant == "" {
+	if c.noted.Tenant == "" {
 		return
 	}
-	t := s.tenants[c.tenant]
+	t := s.tenants[c.noted.Tenant]
 	if t == nil {
 		t = &tally{}
-		s.tenants[c.tenant] = t
+		s.tenants[c.noted.Tenant] = t
 	}
 	f(t)
 	if t.count() == 0 {
-		delete(s.tenants, c.tenant)
+		delete(s.tenants, c.noted.Tenant)
 	}
-}
-
-// plan says, for one call after the other in the order of the queue, when it is permitted. Within a pass through the
-// queue, each call takes what the calls before it have left.
-type plan struct {
-	share *Share
-	now   time.Time
-	// next is the index in all.ended of the call whose place the next call takes, once that stops counting; below 0, a place is free.
-	next     int
-	reserved bool // next includes the fifth that is left to readers
-	// own is next among the calls of each tenant that has been looked at.
-	own map[string]int
-	// used are ended calls whose places a call of the same tenant takes.
-	used         map[*Call]bool
-	housekeeping int // next among the calls of that class
-	ahead        int // places that are left to further calls of work that has begun
-}
-
-// slot is when a call is permitted, and what it takes.
-type slot struct {
-	Want
-	at  time.Time
-	own int // next among the calls of the tenant that begins an exchange
-	// byTenant: the call waits until a call of its own tenant, freed, stops counting, and takes the place of that. freed is nil if that
-	// call still runs.
-	byTenant bool
-	freed    *Call
-}
-
-// plan begins a pass through the queue. It first drops the calls that have stopped counting.
-func (s *Share) plan() *plan {
-	now := time.Now()
-	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
-		c := s.all.ended[0]
-		s.tallies(c, func(t *tally) {
-			t.ended[0] = nil // frees the memory
-			t.ended = t.ended[1:]
-		})
-		s.forget(c)
-	}
-	return &plan{
-		share:        s,
-		now:          now,
-		next:         s.all.count() - s.limit,
-		own:          make(map[string]int, len(s.queue)),
-		used:         map[*Call]bool{},
-		housekeeping: s.housekeeping.count() - Fifth(s.limit),
-		ahead:        s.ahead,
-	}
-}
-
-// Fifth is how many calls of a limit one tenant's beginnings, or housekeeping, may have within a [Window]: one at the least.
-func Fifth(limit int) int { return max(1, limit/5) }
-
-// slot looks for the first time at which a call is permitted.
-func (p *plan) slot(want Want) slot {
-	s := p.share
-	if want.Class >= Background && !p.reserved {
-		p.reserved = true // also for the calls behind this one, which do not go before it
-		p.next += s.limit / 5
-	}
-	for p.next >= 0 && p.next < len(s.all.ended) && p.used[s.all.ended[p.next]] {
-		p.next++
-	}
-	found := slot{Want: want, at: p.frees(&s.all, p.next)}
-	if !want.Hop {
-		left, soon := p.frees(&s.all, p.next+p.ahead), p.now.Add(glance)
-		if left.After(soon) {
-			left = soon // the work may not need the places that are left to it
-		}
-		found.at = latest(found.at, left)
-	}
-	if want.Class == Housekeeping {
-		found.at = latest(found.at, p.frees(&s.housekeeping, p.housekeeping))
-	}
-	if tenant := want.beginner(); tenant != "" {
-		own, ok := s.tenants[tenant]
-		if !ok {
-			own = &tally{}
-		}
-		if found.own, ok = p.own[tenant]; !ok {
-			found.own = own.count() - Fifth(s.limit)
-		}
-		if at := p.frees(own, found.own); at.After(found.at) {
-			found.at, found.byTenant = at, true
-			if found.own < len(own.ended) {
-				found.freed = own.ended[found.own]
-			}
-		}
-	}
-	return found
-}
-
-// hold takes a slot for the call that it was found for, so that the calls behind that do not get it.
-func (p *plan) hold(taken slot) {
-	if tenant := taken.beginner(); tenant != "" {
-		p.own[tenant] = taken.own + 1
-	}
-	if taken.Class == Housekeeping {
-		p.housekeeping++
-	}
-	p.ahead += taken.Ahead
-	if !taken.byTenant {
-		p.next++
-	} else if taken.freed != nil {
-		p.used[taken.freed] = true
-	}
-}
-
-// frees says when the k-th call of a tally, counted from 0, stops counting. Of a call that still runs, or waits, that is not known; it
-// counts for a [Window] at least.
-func (p *plan) frees(t *tally, k int) time.Time {
-	if k < 0 {
-		return p.now
-	}
-	if k < len(t.ended) {
-		return t.ended[k].frees
-	}
-	return p.now.Add(Window)
 }
 
 // places numbers the notes of calls that count. A number is used again, so that storage holds few entries.

@@ -86,7 +86,7 @@ func idle(t *testing.T, s *Share) {
 	time.Sleep(Window)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.plan() // drops the calls that have stopped counting
+	s.arrange() // drops the calls that have stopped counting
 	assert.Empty(t, s.queue)
 	assert.Zero(t, s.all.count())
 	assert.Zero(t, s.housekeeping.count())
@@ -646,6 +646,28 @@ func TestLowerClassesLearnAtOnceThatTheyAreOvertaken(t *testing.T) {
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
 		require.NoError(t, first.err)
+	})
+}
+
+// A tenant waits for a place of its own, which comes free before others do: background work, which leaves places free, is not promised it.
+func TestBackgroundIsNotPromisedATenantsOwnPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		for _, tenant := range []string{"", "a", "", ""} { // these places come free in 1, 2, 3 and 4 s
+			take(t, s, Want{Tenant: tenant}).End()
+			time.Sleep(time.Second)
+		}
+		take(t, s, Want{Tenant: "a"}).End()
+		spend(t, s, 5)
+		time.Sleep(Window - 5*time.Second)
+		a := ask(t, s, t.Context(), reader("a"))
+		assert.Equal(t, time.Now().Add(4*time.Second), s.FreeAt(Want{Class: Background}))
+		refused(t, s, Want{Class: Background, Wait: 4*time.Second - 1}, 4*time.Second)
+		background := ask(t, s, t.Context(), Want{Class: Background, Wait: 4 * time.Second})
+		pass(4 * time.Second)
+		assert.Equal(t, 2*time.Second, a.after)
+		require.NoError(t, background.err)
+		assert.Equal(t, 4*time.Second, background.after)
 	})
 }
 

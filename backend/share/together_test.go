@@ -13,6 +13,22 @@ import (
 	"pgregory.net/rapid"
 )
 
+// beginner is the tenant whose fifth the call counts against; "" for none.
+func (w Want) beginner() string {
+	if w.Hop {
+		return ""
+	}
+	return w.Tenant
+}
+
+// rank is the place of a call in the queue: the least goes first, equal ones go as they came.
+func (w Want) rank() int {
+	if w.Hop {
+		return 2 * int(w.Class)
+	}
+	return 2*int(w.Class) + 1
+}
+
 // caller is a goroutine that takes a call, and what it does with the call.
 type caller struct {
 	at       time.Duration
