@@ -98,9 +98,11 @@ func (c *Call) Note(ctx context.Context) error {
 	}
 	n := s.gathering
 	if n == nil {
-		n = &note{}
-		s.places.take(n)
-		s.gathering = n
+		for s.notes[s.free] != nil {
+			s.free++
+		}
+		n = &note{place: s.free}
+		s.notes[n.place], s.gathering = n, n
 		if s.writes > 0 {
 			time.AfterFunc(gather, func() { // even if the write that is under way hangs
 				s.mu.Lock()
@@ -142,7 +144,7 @@ func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
 	n := c.note
-	if c.noted.At.IsZero() || s.places.taken[n.place] != n {
+	if c.noted.At.IsZero() || s.notes[n.place] != n {
 		s.mu.Unlock()
 		return // the note does not have the next process ask about the call, or its place is not the note's any more
 	}
@@ -228,10 +230,12 @@ func (s *Share) write(n *note) {
 	}()
 }
 
-// vacate gives the note's place back, unless a call of it counts, or a write of it is under way or to come. The caller holds s.mu.
+// vacate gives the note's place back, unless a call of it counts, a write of it is under way or to come, or the place is another note's by
+// now. The caller holds s.mu.
 func (s *Share) vacate(n *note) {
-	if n.counted == 0 && n.writing == nil && n.next == nil {
-		s.places.give(n)
+	if n.counted == 0 && n.writing == nil && n.next == nil && s.notes[n.place] == n {
+		delete(s.notes, n.place)
+		s.free = min(s.free, n.place)
 	}
 }
 
@@ -446,7 +450,7 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 			if !e.Until.After(now) {
 				continue
 			}
-			s.places.taken[place] = n
+			s.notes[place] = n
 			n.counted++
 			noted.At = e.Until.Add(-s.timeout - countsFor).Truncate(time.Millisecond)
 			frees := bounded(e.Until, Window) // the process that made it has ended by now

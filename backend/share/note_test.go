@@ -71,7 +71,7 @@ func held(s *Share) map[int]bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	places := map[int]bool{}
-	for place := range s.places.taken {
+	for place := range s.notes {
 		places[place] = true
 	}
 	return places
@@ -385,7 +385,7 @@ func TestNotesAtRandom(t *testing.T) {
 						assert.Same(t, other, c.note, "seed %d", seed)
 					}
 					notes[c.note.place] = c.note
-					assert.Same(t, c.note, s.places.taken[c.note.place], "seed %d", seed)
+					assert.Same(t, c.note, s.notes[c.note.place], "seed %d", seed)
 				}
 				s.mu.Unlock()
 				after := New(&logical.InmemStorage{}, "hr")

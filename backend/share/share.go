@@ -90,9 +90,12 @@ type Share struct {
 	again        *time.Timer       // goes through the queue when its next call can be permitted; nil before the first
 	paused       time.Time         // the service wants no call before
 
-	places    places // of notes
-	gathering *note  // the note to which calls are added until its write begins
-	writes    int    // of notes, that are under way
+	// notes are those of calls that count, by their places. Where another node has written one at the place of a note of this node, recall
+	// gives the place to that.
+	notes     map[int]*note
+	free      int   // no place below is free. The first that is is used, so that storage holds few entries.
+	gathering *note // the note to which calls are added until its write begins
+	writes    int   // of notes, that are under way
 	// noted is, for each place, the latest time that this process has stored.
 	noted   map[int]time.Time
 	stored  time.Time // the pause that this process has stored
@@ -112,7 +115,7 @@ func New(storage logical.Storage, connector string) *Share {
 		pausing: make(chan struct{}, 1),
 		limit:   1,
 		tenants: map[string]*tally{},
-		places:  places{taken: map[int]*note{}},
+		notes:   map[int]*note{},
 		noted:   map[int]time.Time{},
 
 		unsettled: map[string]time.Time{},
@@ -384,39 +387,6 @@ func (s *Share) tallies(c *Call, f func(*tally)) {
 	f(t)
 	if t.count() == 0 {
 		delete(s.tenants, c.noted.Tenant)
-	}
-}
-
-// places numbers the notes of calls that count. A number is used again, so that storage holds few entries.
-type places struct {
-	// taken is the note at each place. Where another node has written one at the place of a note of this node, recall gives the place to that.
-	taken map[int]*note
-	free  []int // given back; take skips one that recall has taken since
-	next  int   // every number below has been taken at least once
-}
-
-func (p *places) take(n *note) {
-	for len(p.free) > 0 {
-		n.place = p.free[len(p.free)-1]
-		p.free = p.free[:len(p.free)-1]
-		if p.taken[n.place] == nil {
-			p.taken[n.place] = n
-			return
-		}
-	}
-	for p.taken[p.next] != nil {
-		p.next++
-	}
-	n.place = p.next
-	p.taken[n.place] = n
-	p.next++
-}
-
-// give gives a note's place back, if it is still that note's.
-func (p *places) give(n *note) {
-	if p.taken[n.place] == n {
-		delete(p.taken, n.place)
-		p.free = append(p.free, n.place)
 	}
 }
 

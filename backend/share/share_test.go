@@ -91,7 +91,7 @@ func idle(t *testing.T, s *Share) {
 	assert.Zero(t, s.all.count())
 	assert.Zero(t, s.housekeeping.count())
 	assert.Empty(t, s.tenants)
-	assert.Empty(t, s.places.taken)
+	assert.Empty(t, s.notes)
 }
 
 func TestLimit(t *testing.T) {
