@@ -72,8 +72,8 @@ type note struct {
 	calls   []*Call
 	counted int // how many of calls still count
 	until   time.Time
-	writing *write // the write that is under way, or nil
-	next    *write // the write after that, or nil: it stores what changes from now on
+	writing bool
+	next    *write // the write that stores what changes from now on, after the one that is under way; nil: none
 	// withdrawn is the last call that counts, if it was withdrawn during a write. It counts until the write ends.
 	withdrawn *Call
 }
@@ -107,25 +107,21 @@ func (c *Call) Note(ctx context.Context) error {
 			time.AfterFunc(gather, func() { // even if the write that is under way hangs
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				s.writeGathered()
+				if s.gathering != nil {
+					s.write(s.gathering)
+				}
 			})
 		}
 	}
 	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
 	n.until = now.Add(s.timeout + countsFor)
 	s.noted[n.place] = n.until
-	w := n.join()
-	if s.writes == 0 || len(n.calls) == mostCalls {
-		s.write(n)
+	err := s.store(ctx, n)
+	if err != nil && n == s.gathering {
+		c.noted.At = time.Time{} // its write has not begun: there is nothing to take back
 	}
 	s.mu.Unlock()
-	err := s.wait(ctx, w)
 	if err != nil {
-		s.mu.Lock()
-		if w.cancel == nil {
-			c.noted.At = time.Time{} // its write has not begun: there is nothing to take back
-		}
-		s.mu.Unlock()
 		c.Cancel(ctx) // storage may have the entry though it says otherwise
 	}
 	return err
@@ -143,50 +139,38 @@ func (c *Call) Cancel(ctx context.Context) {
 func (c *Call) Settle(ctx context.Context) {
 	s := c.share
 	s.mu.Lock()
-	n := c.note
-	if c.noted.At.IsZero() || s.notes[n.place] != n {
-		s.mu.Unlock()
+	defer s.mu.Unlock()
+	if c.noted.At.IsZero() || s.notes[c.note.place] != c.note {
 		return // the note does not have the next process ask about the call, or its place is not the note's any more
 	}
 	c.noted.At = time.Time{}
-	w := n.join()
-	if n != s.gathering && n.writing == nil {
-		s.write(n)
-	}
-	s.mu.Unlock()
-	_ = s.wait(ctx, w)
+	_ = s.store(ctx, c.note)
 }
 
-// join has the caller wait for the note's next write.
-func (n *note) join() *write {
+// store waits until storage has a note as it is now. A write that no caller waits for is given up. The caller holds s.mu, which store
+// unlocks while it waits.
+func (s *Share) store(ctx context.Context, n *note) (err error) {
 	if n.next == nil {
 		n.next = &write{done: make(chan struct{})}
 	}
-	n.next.waiting++
-	return n.next
-}
-
-// wait waits for a write. Once no caller waits for it, it is given up.
-func (s *Share) wait(ctx context.Context, w *write) error {
+	w := n.next
+	w.waiting++
+	if !n.writing && (n != s.gathering || s.writes == 0 || len(n.calls) == mostCalls) {
+		s.write(n)
+	}
+	s.mu.Unlock()
 	select {
 	case <-w.done:
-		return w.err
+		err = w.err
 	case <-ctx.Done():
+		err = ctx.Err()
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	w.waiting--
 	if w.waiting == 0 && w.cancel != nil {
 		w.cancel()
 	}
-	return ctx.Err()
-}
-
-// writeGathered begins the write of the calls that have gathered, if there are any. The caller holds s.mu.
-func (s *Share) writeGathered() {
-	if s.gathering != nil {
-		s.write(s.gathering)
-	}
+	return err
 }
 
 // write begins the next write of a note. The note takes in no more calls after that. The caller holds s.mu.
@@ -195,7 +179,7 @@ func (s *Share) write(n *note) {
 		s.gathering = nil
 	}
 	w := n.next
-	n.writing, n.next = w, nil
+	n.writing, n.next = true, nil
 	s.writes++
 	e := entry{Until: n.until}
 	for _, c := range n.calls {
@@ -213,19 +197,21 @@ func (s *Share) write(n *note) {
 		s.mu.Lock()
 		w.err = err
 		close(w.done)
-		n.writing = nil
+		n.writing = false
 		s.writes--
-		if n.next != nil {
+		switch c := n.withdrawn; {
+		case n.next != nil:
 			s.write(n)
-		}
-		if c := n.withdrawn; c != nil && n.writing == nil {
+		case c != nil:
 			n.withdrawn = nil
 			s.withdraw(c) // which vacates the note
 			s.arrange()
-		} else {
+		default:
 			s.vacate(n)
 		}
-		s.writeGathered()
+		if s.gathering != nil {
+			s.write(s.gathering)
+		}
 		s.mu.Unlock()
 	}()
 }
@@ -233,7 +219,7 @@ func (s *Share) write(n *note) {
 // vacate gives the note's place back, unless a call of it counts, a write of it is under way or to come, or the place is another note's by
 // now. The caller holds s.mu.
 func (s *Share) vacate(n *note) {
-	if n.counted == 0 && n.writing == nil && n.next == nil && s.notes[n.place] == n {
+	if n.counted == 0 && !n.writing && n.next == nil && s.notes[n.place] == n {
 		delete(s.notes, n.place)
 		s.free = min(s.free, n.place)
 	}

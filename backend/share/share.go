@@ -344,7 +344,7 @@ func (s *Share) withdraw(c *Call) {
 	if !c.running {
 		return
 	}
-	if n := c.note; n != nil && n.counted == 1 && n.writing != nil {
+	if n := c.note; n != nil && n.counted == 1 && n.writing {
 		n.withdrawn = c // until storage has answered: it may take the entry, and has no more entries than calls are permitted
 		return
 	}
