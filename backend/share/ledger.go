@@ -3,7 +3,6 @@ package share
 import (
 	"context"
 	"errors"
-	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -409,8 +408,8 @@ func (s *Share) read(ctx context.Context) error {
 func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 	now := time.Now()
 	var calls []*Call
-	for _, c := range s.all.ended {
-		if c.foreign {
+	for len(s.all.ended) > 0 {
+		if c := s.shift(); c.foreign {
 			s.forget(c)
 		} else {
 			calls = append(calls, c)
@@ -444,14 +443,12 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 		}
 	}
 	slices.SortStableFunc(calls, func(a, b *Call) int { return a.frees.Compare(b.frees) })
-	s.all.ended, s.housekeeping.ended = nil, nil
-	for _, t := range s.tenants {
-		t.ended = nil
-	}
 	for _, c := range calls {
-		s.tallies(c, func(t *tally) { t.ended = append(t.ended, c) })
+		s.tallies(c, func(t *tally) {
+			t.count++
+			t.ended = append(t.ended, c)
+		})
 	}
-	maps.DeleteFunc(s.tenants, func(_ string, t *tally) bool { return t.count() == 0 })
 	s.arrange()
 	return cut
 }

@@ -607,7 +607,7 @@ func TestInvalidateDuringALoad(t *testing.T) {
 		storage.write(t, "calls/hr/1", `{"format":1,"until":"`+ahead(time.Minute)+`"}`)
 		s.Invalidate()
 		loads.Wait()
-		assert.Equal(t, 2, s.all.count())
+		assert.Equal(t, 2, s.all.count)
 	})
 }
 

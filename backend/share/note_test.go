@@ -105,10 +105,10 @@ func TestCallsAreNotedTogether(t *testing.T) {
 		s = from(t, &storage, 5)
 		for _, tenant := range []string{"a", "b", "c"} {
 			assert.NotZero(t, s.Unsettled(tenant), tenant)
-			assert.Equal(t, 1, s.tenants[tenant].count(), tenant)
+			assert.Equal(t, 1, s.tenants[tenant].count, tenant)
 		}
-		assert.Equal(t, 1, s.housekeeping.count())
-		assert.Equal(t, 4, s.all.count())
+		assert.Equal(t, 1, s.housekeeping.count)
+		assert.Equal(t, 4, s.all.count)
 		assert.Equal(t, map[int]bool{0: true, 1: true}, held(s))
 		idle(t, s)
 	})
@@ -171,7 +171,7 @@ func TestOneOfManyGivesUp(t *testing.T) {
 			} else {
 				assert.Equal(t, []string{"0", "1"}, *puts)
 			}
-			assert.Equal(t, 2, s.all.count(), "the cancelled calls do not count")
+			assert.Equal(t, 2, s.all.count, "the cancelled calls do not count")
 			after := from(t, &storage, 10)
 			assert.Zero(t, after.Unsettled("gone"))
 			assert.NotZero(t, after.Unsettled("stays"))
@@ -265,7 +265,7 @@ func TestNoteTogetherThatFails(t *testing.T) {
 			assert.Equal(t, broken, n.err)
 		}
 		assert.Equal(t, int32(5), puts.Load(), "two notes, and the writes of these notes without their calls")
-		assert.Zero(t, s.all.count())
+		assert.Zero(t, s.all.count)
 		assert.Empty(t, held(s))
 	})
 }

@@ -214,12 +214,7 @@ func (s *Share) enqueue(w *waiter) {
 func (s *Share) arrange() {
 	now := time.Now()
 	for len(s.all.ended) > 0 && !s.all.ended[0].frees.After(now) {
-		c := s.all.ended[0]
-		s.tallies(c, func(t *tally) {
-			t.ended[0] = nil // frees the memory
-			t.ended = t.ended[1:]
-		})
-		s.forget(c)
+		s.forget(s.shift())
 	}
 	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
 	s.queue = slices.DeleteFunc(s.queue, p.answer)
@@ -251,7 +246,7 @@ type plan struct {
 func (p *plan) answer(w *waiter) (answered bool) {
 	s, fifth := p.share, Fifth(p.share.limit)
 	// The call takes the place of ended[next], once that stops counting; below 0, a place is free.
-	next := s.all.count() + p.places - s.limit
+	next := s.all.count + p.places - s.limit
 	if w.Class >= Background {
 		next += s.limit / 5
 	}
@@ -261,10 +256,10 @@ func (p *plan) answer(w *waiter) (answered bool) {
 		wait = max(wait, min(p.frees(p.ended, next+s.ahead+p.ahead), glance))
 	}
 	if w.Class == Housekeeping {
-		wait = max(wait, p.frees(s.housekeeping.ended, s.housekeeping.count()+p.housekeeping-fifth))
+		wait = max(wait, p.frees(s.housekeeping.ended, s.housekeeping.count+p.housekeeping-fifth))
 	}
 	own := cmp.Or(s.tenants[w.Tenant], &tally{})
-	nextOwn := own.count() + p.own[w.Tenant] - fifth
+	nextOwn := own.count + p.own[w.Tenant] - fifth
 	behindOwn := w.Tenant != "" && p.frees(own.ended, nextOwn) > wait
 	if behindOwn {
 		wait = p.frees(own.ended, nextOwn)
@@ -278,7 +273,7 @@ func (p *plan) answer(w *waiter) (answered bool) {
 	case wait <= 0: // whether or not the deadline has just passed
 		w.call.running = true
 		s.ahead += w.Ahead
-		s.tallies(w.call, func(t *tally) { t.running++ })
+		s.tallies(w.call, func(t *tally) { t.count++ })
 	case w.until.After(w.deadline):
 		w.err = &LimitError{Until: w.until, ByService: wait == paused}
 	default:
@@ -325,10 +320,7 @@ func (c *Call) End() {
 	c.running = false
 	s.ahead -= c.ahead
 	c.frees = time.Now().Add(Window)
-	s.tallies(c, func(t *tally) {
-		t.running--
-		t.ended = append(t.ended, c)
-	})
+	s.tallies(c, func(t *tally) { t.ended = append(t.ended, c) })
 }
 
 // Withdraw gives back the place of a call that was never made.
@@ -350,7 +342,7 @@ func (s *Share) withdraw(c *Call) {
 	}
 	c.running = false
 	s.ahead -= c.ahead
-	s.tallies(c, func(t *tally) { t.running-- })
+	s.tallies(c, func(t *tally) { t.count-- })
 	s.forget(c)
 }
 
@@ -364,11 +356,20 @@ func (s *Share) PausedUntil() time.Time {
 
 // tally counts calls.
 type tally struct {
-	running int
-	ended   []*Call // that still count, by when they stop
+	count int
+	ended []*Call // those that have ended, by when they stop counting
 }
 
-func (t *tally) count() int { return t.running + len(t.ended) }
+// shift takes the call out of the tallies that stops counting first.
+func (s *Share) shift() *Call {
+	c := s.all.ended[0]
+	s.tallies(c, func(t *tally) {
+		t.ended[0] = nil // frees the memory
+		t.ended = t.ended[1:]
+		t.count--
+	})
+	return c
+}
 
 // tallies has f change every tally that a call counts in.
 func (s *Share) tallies(c *Call, f func(*tally)) {
@@ -385,7 +386,7 @@ func (s *Share) tallies(c *Call, f func(*tally)) {
 		s.tenants[c.noted.Tenant] = t
 	}
 	f(t)
-	if t.count() == 0 {
+	if t.count == 0 {
 		delete(s.tenants, c.noted.Tenant)
 	}
 }

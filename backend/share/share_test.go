@@ -88,8 +88,8 @@ func idle(t *testing.T, s *Share) {
 	defer s.mu.Unlock()
 	s.arrange() // drops the calls that have stopped counting
 	assert.Empty(t, s.queue)
-	assert.Zero(t, s.all.count())
-	assert.Zero(t, s.housekeeping.count())
+	assert.Zero(t, s.all.count)
+	assert.Zero(t, s.housekeeping.count)
 	assert.Empty(t, s.tenants)
 	assert.Empty(t, s.notes)
 }
