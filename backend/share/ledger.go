@@ -70,7 +70,6 @@ type note struct {
 	place   int // no other note gets it while a call of this note counts, or a write of it is under way or to come
 	calls   []*Call
 	counted int // how many of calls still count
-	until   time.Time
 	writing bool
 	next    *write // the write that stores what changes from now on, after the one that is under way; nil: none
 	// withdrawn is the last call that counts, if it was withdrawn during a write. It counts until the write ends.
@@ -113,8 +112,7 @@ func (c *Call) Note(ctx context.Context) error {
 		}
 	}
 	c.note, n.calls, n.counted = n, append(n.calls, c), n.counted+1
-	n.until = now.Add(s.timeout + countsFor)
-	s.noted[n.place] = n.until
+	s.noted[n.place] = now.Add(s.timeout + countsFor)
 	err := s.store(ctx, n)
 	if err != nil && n == s.gathering {
 		c.noted.At = time.Time{} // its write has not begun: there is nothing to take back
@@ -180,7 +178,7 @@ func (s *Share) write(n *note) {
 	w := n.next
 	n.writing, n.next = true, nil
 	s.writes++
-	e := entry{Until: n.until}
+	e := entry{Until: s.noted[n.place]}
 	for _, c := range n.calls {
 		e.With = append(e.With, c.noted)
 	}
@@ -337,7 +335,7 @@ func (s *Share) put(ctx context.Context, place string, e entry) error {
 func (s *Share) Load(ctx context.Context) error {
 	for {
 		s.mu.Lock()
-		loaded := s.loaded
+		loaded := s.loaded == s.changes
 		s.mu.Unlock()
 		if loaded {
 			return nil
@@ -362,13 +360,12 @@ func (s *Share) Load(ctx context.Context) error {
 func (s *Share) Invalidate() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.loaded = false
-	s.version++
+	s.changes++
 }
 
 func (s *Share) read(ctx context.Context) error {
 	s.mu.Lock()
-	version := s.version
+	changes := s.changes
 	s.mu.Unlock()
 	places, err := s.storage.List(ctx, s.prefix)
 	if err != nil {
@@ -395,7 +392,7 @@ func (s *Share) read(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	cut := s.recall(places, entries)
-	s.loaded = s.version == version
+	s.loaded = changes
 	s.mu.Unlock()
 	if cut {
 		// Otherwise the day would begin again with each restart. On a standby, which cannot write, it does.
@@ -458,7 +455,12 @@ func (s *Share) recall(at []string, entries []*entry) (cut bool) {
 // error is storage's as it is: some entries may be left then, and calls and pauses are stored as before.
 func (s *Share) Remove(ctx context.Context) error {
 	s.setRemoved(true)
-	err := s.deleteAll(ctx)
+	places, err := s.storage.List(ctx, s.prefix)
+	for _, place := range places {
+		if err == nil {
+			err = s.storage.Delete(ctx, s.prefix+place)
+		}
+	}
 	if err != nil {
 		s.setRemoved(false)
 	}
@@ -470,17 +472,4 @@ func (s *Share) setRemoved(removed bool) {
 	defer s.mu.Unlock()
 	s.removed.Store(removed)
 	s.stored = time.Time{}
-}
-
-func (s *Share) deleteAll(ctx context.Context) error {
-	places, err := s.storage.List(ctx, s.prefix)
-	if err != nil {
-		return err
-	}
-	for _, place := range places {
-		if err := s.storage.Delete(ctx, s.prefix+place); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -99,8 +99,8 @@ type Share struct {
 	// noted is, for each place, the latest time that this process has stored.
 	noted   map[int]time.Time
 	stored  time.Time // the pause that this process has stored
-	loaded  bool      // the calls in storage are counted
-	version uint64    // counts changes of storage by another node: a load that began before the last one is out of date
+	changes int       // of storage by another node
+	loaded  int       // changes, when the load began that has counted the calls in storage; below 0 before the first
 	// removed: the connector has been deleted, and nothing is stored. It changes together with stored, under mu.
 	removed atomic.Bool
 	// unsettled is, by tenant, when an earlier process last noted an exchange without noting that it was answered.
@@ -114,6 +114,7 @@ func New(storage logical.Storage, connector string) *Share {
 		prefix:  callPrefix + connector + "/",
 		pausing: make(chan struct{}, 1),
 		limit:   1,
+		loaded:  -1,
 		tenants: map[string]*tally{},
 		notes:   map[int]*note{},
 		noted:   map[int]time.Time{},
@@ -148,7 +149,7 @@ type Call struct {
 // waiter is a call in the queue.
 type waiter struct {
 	Want
-	rank     int // the least goes first, equal ones go as they came
+	rank     int // its place in the queue: the least goes first, equal ones go as they came
 	deadline time.Time
 	until    time.Time     // when the call is permitted, as far as is known
 	answered chan struct{} // closed when the call is permitted, or refused with err; nil where nobody wants more than until
@@ -235,9 +236,9 @@ func (s *Share) arrange() {
 type plan struct {
 	share        *Share
 	now          time.Time
-	ended        []*Call        // all but those whose places go to a call of the same tenant
-	places       int            // that are free, or will be when one of ended stops counting
-	own          map[string]int // beginnings, by tenant
+	ended        []*Call        // without those whose places go to a call of the same tenant
+	places       int            // places that are free, or come free when one of ended stops counting
+	own          map[string]int // beginnings of each tenant
 	housekeeping int            // calls of that class
 	ahead        int            // places that are left to further calls of their work
 }
@@ -252,7 +253,7 @@ func (p *plan) answer(w *waiter) (answered bool) {
 	}
 	wait := p.frees(p.ended, next)
 	if !w.Hop {
-		// It looks again after a glance: the work that has begun may not need the places that are left to it.
+		// It looks again after a glance, because the work that has begun may not need the places that are left to it.
 		wait = max(wait, min(p.frees(p.ended, next+s.ahead+p.ahead), glance))
 	}
 	if w.Class == Housekeeping {
