@@ -87,7 +87,7 @@ type Share struct {
 	ahead        int               // places that are left to further calls of the work whose calls run
 	tenants      map[string]*tally // none without a call that counts
 	queue        []*waiter         // by rank, then first come, first served
-	again        *time.Timer       // goes through the queue when its next call can be permitted; nil before the first
+	again        *time.Timer       // goes through the queue when its next call can be permitted
 	paused       time.Time         // the service wants no call before
 
 	// notes are those of calls that count, by their places. Where another node has written one at the place of a note of this node, recall
@@ -109,7 +109,7 @@ type Share struct {
 
 // New returns the share of a connector. [Share.Configure] and [Share.Load] come before the first call.
 func New(storage logical.Storage, connector string) *Share {
-	return &Share{
+	s := &Share{
 		storage: storage,
 		prefix:  callPrefix + connector + "/",
 		pausing: make(chan struct{}, 1),
@@ -121,6 +121,12 @@ func New(storage logical.Storage, connector string) *Share {
 
 		unsettled: map[string]time.Time{},
 	}
+	s.again = time.AfterFunc(Window, func() { // or sooner, once a call waits
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.arrange()
+	})
+	return s
 }
 
 // Configure sets how many calls a [Window] may see, 1 or more, and how long one request to the service takes at most. Both also apply to
@@ -219,16 +225,9 @@ func (s *Share) arrange() {
 	}
 	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
 	s.queue = slices.DeleteFunc(s.queue, p.answer)
-	if s.again != nil {
-		s.again.Stop()
-	}
 	if len(s.queue) > 0 {
 		next := slices.MinFunc(s.queue, func(a, b *waiter) int { return a.until.Compare(b.until) })
-		s.again = time.AfterFunc(time.Until(next.until), func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			s.arrange()
-		})
+		s.again.Reset(time.Until(next.until))
 	}
 }
 
@@ -240,7 +239,6 @@ type plan struct {
 	places       int            // places that are free, or come free when one of ended stops counting
 	own          map[string]int // beginnings of each tenant
 	housekeeping int            // calls of that class
-	ahead        int            // places that are left to further calls of their work
 }
 
 // answer permits a call if that can be done now, and refuses it if it would wait too long.
@@ -254,7 +252,7 @@ func (p *plan) answer(w *waiter) (answered bool) {
 	wait := p.frees(p.ended, next)
 	if !w.Hop {
 		// It looks again after a glance, because the work that has begun may not need the places that are left to it.
-		wait = max(wait, min(p.frees(p.ended, next+s.ahead+p.ahead), glance))
+		wait = max(wait, min(p.frees(p.ended, next+s.ahead), glance))
 	}
 	if w.Class == Housekeeping {
 		wait = max(wait, p.frees(s.housekeeping.ended, s.housekeeping.count+p.housekeeping-fifth))
@@ -279,7 +277,6 @@ func (p *plan) answer(w *waiter) (answered bool) {
 		w.err = &LimitError{Until: w.until, ByService: wait == paused}
 	default:
 		p.own[w.Tenant]++
-		p.ahead += w.Ahead
 		if w.Class == Housekeeping {
 			p.housekeeping++
 		}

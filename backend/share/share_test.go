@@ -492,6 +492,7 @@ func TestCancelledAtItsTurn(t *testing.T) {
 		// The same with a waiter who leaves after the permission, in a fixed order.
 		ctx, cancel = context.WithCancel(t.Context())
 		a = ask(t, s, ctx, reader("b"))
+		next := ask(t, s, t.Context(), Want{Wait: 2 * Window})
 		s.mu.Lock()
 		s.limit = 3
 		s.arrange() // permits the reader's call
@@ -499,6 +500,8 @@ func TestCancelledAtItsTurn(t *testing.T) {
 		s.mu.Unlock()
 		synctest.Wait()
 		assert.Equal(t, context.Canceled, a.err)
+		require.True(t, next.done.Load(), "who waits behind it gets its place at once")
+		next.Withdraw()
 		take(t, s, Want{Tenant: "b"}).End()
 		refused(t, s, Want{}, time.Second)
 		idle(t, s)
@@ -532,6 +535,20 @@ func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
 			assert.Equal(t, after, others[i].after, i)
 			assert.Equal(t, i == 3, others[i].err != nil, i)
 		}
+	})
+}
+
+// A tenant that waits for its own fifth leaves no places to further calls of its work, which has not begun.
+func TestNoPlacesAreLeftToWorkThatWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(3)
+		take(t, s, Want{Tenant: "a"}).End()
+		time.Sleep(Window - 4*time.Second)
+		a := ask(t, s, t.Context(), Want{Tenant: "a", Ahead: 2, Wait: patience})
+		take(t, s, Want{Tenant: "b"}).End()
+		pass(4 * time.Second)
+		require.NoError(t, a.err)
+		assert.Equal(t, 4*time.Second, a.after)
 	})
 }
 
