@@ -196,12 +196,11 @@ func (s *Share) write(n *note) {
 		close(w.done)
 		n.writing = false
 		s.writes--
-		switch c := n.withdrawn; {
+		switch {
 		case n.next != nil:
 			s.write(n)
-		case c != nil:
-			n.withdrawn = nil
-			s.withdraw(c) // which vacates the note
+		case n.withdrawn != nil:
+			s.withdraw(n.withdrawn) // which vacates the note
 			s.arrange()
 		default:
 			s.vacate(n)

@@ -637,9 +637,9 @@ func TestRemove(t *testing.T) {
 		late := take(t, s, Want{})
 
 		broken := errors.New("storage is away")
-		for _, fails := range []string{"list", "delete"} {
-			storage.surround(func(_ context.Context, op, _ string) error {
-				if op == fails {
+		for _, fails := range []string{"list calls/hr/", "delete calls/hr/0"} { // the first of two
+			storage.surround(func(_ context.Context, op, key string) error {
+				if op+" "+key == fails {
 					return broken
 				}
 				return nil
