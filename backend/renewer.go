@@ -145,7 +145,7 @@ func (b *backend) warnDue(t *tenant, v *tenantView, now time.Time) time.Time {
 		return time.Time{}
 	}
 	// The log had a line about a rejection already.
-	return latest(t.lastWarned(), v.entry.Rejected).Add(day)
+	return latest(time.Unix(t.warned.Load(), 0), v.entry.Rejected).Add(day)
 }
 
 // ownPart is a part of a duration, between two fractions of it, that differs from tenant to tenant and stays the same after a restart:
@@ -274,7 +274,7 @@ func (b *backend) attend(name string) {
 	}
 	now := time.Now()
 	if warn := b.warnDue(t, v, now); !warn.IsZero() && !warn.After(now) {
-		t.warnNow(now)
+		t.warned.Store(now.Unix())
 		b.announce.expiring(t.name, v.entry, b.danger(t, v, now))
 	}
 	if due := b.exchangeDue(t, v, now); due.IsZero() || due.After(now) {

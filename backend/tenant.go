@@ -94,6 +94,9 @@ type tenant struct {
 	// and while the registry drops the record.
 	planning sync.Mutex
 
+	// warned is when the log last warned of the refresh token's end, in seconds since 1970.
+	warned atomic.Int64
+
 	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
 	mu      sync.Mutex
 	dropped bool // the registry has dropped this record
@@ -105,9 +108,8 @@ type tenant struct {
 	// issued is the generation of the last access token for one lease that has its own record in storage.
 	issued string
 	// used is the generation of the last access token that was read and has left memory.
-	used   string
-	retry  *backoff.Backoff
-	warned int64 // in seconds since 1970, when the log last warned of the refresh token's end
+	used  string
+	retry *backoff.Backoff
 	// cutShort is the latest end, in seconds since 1970, of leases on an access token that a refresh or a write has ended before the
 	// leases.
 	cutShort int64
@@ -496,7 +498,8 @@ func (v *tenantView) supersedes(o *outcome) bool {
 func (t *tenant) deleted(kept *outcome) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.retry, t.replaced, t.warned, t.cutShort = nil, nil, 0, 0
+	t.retry, t.replaced, t.cutShort = nil, nil, 0
+	t.warned.Store(0)
 	if f := t.flight.Load(); f != nil {
 		f.outlived.Store(true)
 	}
@@ -742,24 +745,11 @@ func (t *tenant) drop() bool {
 	return true
 }
 
-// warnNow notes that the log warns of the refresh token's end now.
-func (t *tenant) warnNow(now time.Time) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.warned = now.Unix()
-}
-
 // hasCutShort says whether leases may live on an access token that a refresh or a write has ended before them.
 func (t *tenant) hasCutShort(now time.Time) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return now.Unix() < t.cutShort
-}
-
-func (t *tenant) lastWarned() time.Time {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return time.Unix(t.warned, 0)
 }
 
 // noteIssued notes that storage has the record of an access token for one lease.
