@@ -204,10 +204,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 			*at = now.Truncate(time.Millisecond)
 		}
 	}
-	via, err := ts.connectors.get(ctx, e.Connector)
-	if err != nil {
-		via = nil // and memory goes by the entry as it is
-	}
+	via, _ := ts.connectors.get(ctx, e.Connector) // without the notes of its calls where storage cannot give them
 	if a := e.Access; a != nil {
 		was := *a
 		correctLife(&a.Obtained, &a.Expires)
