@@ -449,17 +449,18 @@ func (l *loadedConnector) nextProbe() time.Time {
 // answer are stored, so that a new refresh token does not wait.
 func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
 	storePause := storesNothing
-	failure := (*tokenservice.Failure)(nil)
+	failure, isFailure := errors.AsType[*tokenservice.Failure](answer)
 	switch {
 	case answer == nil && via.refusal.Load() != nil:
 		return cs.accept(via)
-	case !errors.As(answer, &failure):
+	case !isFailure:
+		return storesNothing
 	case isLimit(failure):
 		storePause = pause(via, restOf(failure))
 	case asksForRest(failure):
 		storePause = pause(via, min(failure.RetryAfter, tokenservice.LongestRest))
 	}
-	if failure == nil || failure.Kind != tokenservice.RefusedConnector {
+	if failure.Kind != tokenservice.RefusedConnector {
 		return storePause
 	}
 	storeRefusal := cs.refuse(via, failure)

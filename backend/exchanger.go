@@ -348,8 +348,8 @@ func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnect
 }
 
 func lostAnswer(r tokenservice.Result) bool {
-	failure := (*tokenservice.Failure)(nil)
-	return r.RefreshToken == "" && errors.As(r.Err, &failure) && failure.Lost
+	failure, ok := errors.AsType[*tokenservice.Failure](r.Err)
+	return ok && failure.Lost && r.RefreshToken == ""
 }
 
 // storeAnswer turns the service's answer into an outcome and stores it. It runs to its end when the callers have gone.
@@ -482,8 +482,8 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 		next.revision, about = via.revision, via.about
 	}
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
-	failure := (*tokenservice.Failure)(nil)
-	if errors.As(err, &failure) {
+	failure, ok := errors.AsType[*tokenservice.Failure](err)
+	if ok {
 		next.lost = next.lost || failure.Lost || f.carriedOut
 		switch {
 		case via == nil:
@@ -518,6 +518,6 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 }
 
 func isRejection(err error) bool {
-	failure := (*tokenservice.Failure)(nil)
-	return errors.As(err, &failure) && failure.Kind == tokenservice.RefusedRefreshToken
+	failure, ok := errors.AsType[*tokenservice.Failure](err)
+	return ok && failure.Kind == tokenservice.RefusedRefreshToken
 }

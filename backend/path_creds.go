@@ -161,8 +161,7 @@ func (b *backend) accessToken(ctx context.Context, r *reader) (*tenant, *tenantV
 		case errors.Is(err, errSuperseded):
 			continue
 		case err != nil:
-			limit := (*share.LimitError)(nil)
-			if errors.As(err, &limit) {
+			if limit, ok := errors.AsType[*share.LimitError](err); ok {
 				t.postpone(limit.Until)
 			}
 			// An access token that the exchange was to end lives until the next try, and is handed out until then, in its last second too.

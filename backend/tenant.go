@@ -275,11 +275,10 @@ func (f *flight) isAbandoned() bool { return f.parting.Load() == abandoned }
 // answered notes in storage that the service has answered the flight's exchange with a refusal, so that the next process does not take it
 // for an exchange whose answer was lost.
 func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
-	failure := (*tokenservice.Failure)(nil)
-	if f.way == nil || f.way.call == nil || via == nil || !via.about.RetryLost || !errors.As(err, &failure) || failure.Lost {
-		return
+	failure, ok := errors.AsType[*tokenservice.Failure](err)
+	if ok && !failure.Lost && f.way != nil && f.way.call != nil && via != nil && via.about.RetryLost {
+		f.way.call.Settle(ctx)
 	}
-	f.way.call.Settle(ctx)
 }
 
 // urgent says whether a reader waits for this flight.
@@ -702,8 +701,8 @@ func (t *tenant) ended(sent string) {
 // land ends the tenant's flight.
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
-	failure := (*tokenservice.Failure)(nil)
-	if a := t.view.Load().access; a != nil && err != nil && !f.carriedOut && !f.lost && (!errors.As(err, &failure) || !failure.Lost) {
+	failure, ok := errors.AsType[*tokenservice.Failure](err)
+	if a := t.view.Load().access; a != nil && err != nil && !f.carriedOut && !f.lost && !(ok && failure.Lost) {
 		a.use.CompareAndSwap(ending, unread) // readers have the access token again that the exchange was to end
 	}
 	t.mu.Lock()
