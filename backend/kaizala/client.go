@@ -188,8 +188,7 @@ type exchange struct {
 
 // run makes the exchange's requests, one for each hop.
 func (x *exchange) run(ctx context.Context) tokenservice.Result {
-	left := x.timeout
-	for hops := 0; ; hops++ {
+	for hops, spent := 0, time.Duration(0); ; hops++ {
 		a, err := tokenservice.Call{
 			Transport: x.transport,
 			Method:    http.MethodGet,
@@ -201,13 +200,13 @@ func (x *exchange) run(ctx context.Context) tokenservice.Result {
 			},
 			Permit:  x.Permit,
 			Closed:  x.closed.Load,
-			Left:    left,
 			Service: "Kaizala's token service at " + x.nameHost(x.at.Hostname()),
 			Field:   "api_root",
 			Timeout: x.timeout,
+			Spent:   spent,
 		}.Do(ctx)
 		x.sent = cmp.Or(a.Sent, x.sent) // one that does not begin leaves the time of the one before it
-		left -= time.Since(a.Sent)
+		spent += time.Since(a.Sent)
 		if a.Status != http.StatusPermanentRedirect && a.Status != http.StatusTemporaryRedirect {
 			r := readGrant(a, x.RefreshToken, time.Now())
 			if err != nil {

@@ -333,6 +333,21 @@ func TestRequestTimeout(t *testing.T) {
 			assert.Equal(t, start.Add(2*time.Minute+6*time.Second), r.Sent, "the time at which the last request began")
 		})
 	})
+	t.Run("three requests together", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c := through(t, transportFunc(func(r *http.Request) (*http.Response, error) {
+				select {
+				case <-time.After(4 * time.Second):
+					return &http.Response{StatusCode: 307, Header: http.Header{"Location": {"/next"}}, Body: http.NoBody}, nil
+				case <-r.Context().Done():
+					return nil, r.Context().Err()
+				}
+			}))
+			start := time.Now()
+			assert.Contains(t, requireKind(t, tokenservice.Unavailable, c.exchange(t).Err).Text, "request_timeout (10s)")
+			assert.Equal(t, 10*time.Second, time.Since(start))
+		})
+	})
 	t.Run("a minute by default", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := kaizalatest.New()

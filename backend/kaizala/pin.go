@@ -86,7 +86,6 @@ func (c *Client) post(ctx context.Context, permit tokenservice.Permit, path stri
 		Body:      string(raw),
 		Permit:    permit,
 		Closed:    c.closed.Load,
-		Left:      c.timeout,
 		Service:   "Kaizala's token service at " + strings.ToLower(at.Hostname()),
 		Field:     "api_root",
 		Timeout:   c.timeout,

@@ -97,7 +97,6 @@ func (c *Client) post(ctx context.Context, p purpose, permit tokenservice.Permit
 		Body:      form.Encode(),
 		Permit:    permit,
 		Closed:    c.closed.Load,
-		Left:      c.config.RequestTimeout,
 		Service:   "The authorization server " + strings.ToLower(u.Host),
 		Field:     p.field,
 		Timeout:   c.config.RequestTimeout,

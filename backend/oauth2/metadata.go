@@ -85,7 +85,6 @@ func (o DiscoverOptions) get(ctx context.Context, issuer *url.URL, path string) 
 		URL:       &at,
 		Header:    http.Header{"Accept": {"application/json"}},
 		Permit:    o.Permit,
-		Left:      o.RequestTimeout,
 		Service:   name,
 		Field:     "issuer",
 		Timeout:   o.RequestTimeout,

@@ -109,14 +109,13 @@ type Call struct {
 	Permit Permit
 	// Closed says whether the client has been closed; nil: it is not closed.
 	Closed func() bool
-	// Left is what the request may take, waiting for Permit not counted.
-	Left time.Duration
 	// Service begins the sentences about the network, and is nowhere else: "Kaizala's token service at api.kaiza.la".
 	Service string
 	// Field is the field of config to check where the service is not at its URL: "api_root".
 	Field string
-	// Timeout is what request_timeout is set to, for the text.
-	Timeout time.Duration
+	// Timeout is request_timeout: what the request may take, waiting for Permit not counted. Spent is what the requests before it
+	// have taken of that, 0 where it is the first.
+	Timeout, Spent time.Duration
 }
 
 // Format prints no secret, whatever the verb.
@@ -157,7 +156,7 @@ func (c Call) Do(ctx context.Context) (a Answer, err error) {
 		}
 	}
 	a.Sent = time.Now()
-	attempt, cancel := context.WithTimeout(ctx, c.Left)
+	attempt, cancel := context.WithTimeout(ctx, c.Timeout-c.Spent)
 	defer cancel()
 
 	// Go's transport tells when it begins to look for a connection, and when it has one, TLS included. Of a transport that

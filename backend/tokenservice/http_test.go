@@ -41,7 +41,7 @@ func call(t *testing.T, rt http.RoundTripper, raw string) Call {
 	t.Helper()
 	u, err := url.Parse(raw)
 	require.NoError(t, err)
-	return Call{Transport: rt, Method: http.MethodPost, URL: u, Header: http.Header{"Token": {canary}}, Body: "x", Left: 10 * time.Second, Timeout: time.Minute, Service: "The service at x", Field: "some_url"}
+	return Call{Transport: rt, Method: http.MethodPost, URL: u, Header: http.Header{"Token": {canary}}, Body: "x", Timeout: time.Minute, Spent: 50 * time.Second, Service: "The service at x", Field: "some_url"}
 }
 
 // served returns a call, with its own transport, of a server on a socket.
@@ -245,7 +245,7 @@ func TestProxy(t *testing.T) {
 
 func TestFailures(t *testing.T) {
 	hang := func(r *http.Request) { _, _ = io.Copy(io.Discard, r.Body); <-r.Context().Done() }
-	short := func(c Call) Call { c.Left = 50 * time.Millisecond; return c }
+	short := func(c Call) Call { c.Spent = c.Timeout - 50*time.Millisecond; return c }
 	to := func(raw, from, into string) string { return strings.Replace(raw, from, into, 1) }
 	closed := httptest.NewServer(nil)
 	closed.Close()
@@ -363,7 +363,7 @@ func TestBrokenAnswers(t *testing.T) {
 				begin(w)
 				<-r.Context().Done()
 			})
-			c.Left = 100 * time.Millisecond
+			c.Spent = c.Timeout - 100*time.Millisecond
 			return c
 		}()},
 		"a byte too much": {" gave an answer that cannot be used: it is longer than 256 KiB.", MaxAnswerBytes + 1,
@@ -491,7 +491,7 @@ func TestClosed(t *testing.T) {
 	}
 }
 
-func TestLeft(t *testing.T) {
+func TestSpent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := call(t, transportFunc(func(r *http.Request) (*http.Response, error) {
 			<-r.Context().Done()
