@@ -333,7 +333,8 @@ func (x *exchanger) call(f *flight) error {
 	}
 }
 
-// newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work.
+// newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work, unless several
+// exchanges of its tenant have failed: readers of many such tenants would take the places of those whose exchanges succeed.
 func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnector) *passage {
 	stored := f.v.entry
 	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
@@ -341,8 +342,11 @@ func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnect
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
 		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
 	}}
+	if f.want.change == nil && !f.want.force && f.t.fails() {
+		p.want.Class = share.Retry
+	}
 	if f.want.background && !f.urgent() {
-		p.want.Class, p.want.Wait, p.joined = share.Background, 0, f.joined
+		p.forReader, p.want.Class, p.joined = p.want.Class, share.Background, f.joined
 	}
 	return p
 }

@@ -28,7 +28,10 @@ const (
 	// hopPatience is how long background work that has begun waits for a further call.
 	hopPatience = 30 * time.Second
 
-	// patience is how long a reader waits for a place in the share.
+	// lineAhead is how long before a place is free background work begins to wait for it: later, a reader who waits already would always get
+	// the place.
+	lineAhead = time.Second
+	// patience is how long a reader, or background work whose place is near, waits for a place in the share.
 	patience = 5 * time.Second
 )
 
@@ -214,8 +217,9 @@ func (b *backend) serveLine(connector string) {
 			return
 		}
 		if via != nil {
-			if free := via.share.FreeAt(share.Want{Class: share.Background}); free.After(time.Now()) {
-				b.index.pause(connector, free)
+			soon := time.Now().Add(lineAhead)
+			if free := via.share.FreeAt(share.Want{Class: share.Background}); free.After(soon) {
+				b.index.pause(connector, free.Add(-lineAhead))
 				return
 			}
 		}
@@ -225,7 +229,7 @@ func (b *backend) serveLine(connector string) {
 		}
 		if via != nil {
 			// The tenant's own part of the share may be used up.
-			if free := via.share.FreeAt(share.Want{Tenant: name, Class: share.Background}); free.After(time.Now()) {
+			if free := via.share.FreeAt(share.Want{Tenant: name, Class: share.Background}); free.After(time.Now().Add(lineAhead)) {
 				b.index.at(name, free)
 				continue
 			}

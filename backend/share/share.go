@@ -29,8 +29,10 @@ const (
 	// RevocationWait: a revocation waits for the call.
 	RevocationWait
 	// Background: an exchange that no reader waits for; or a code or a PIN, because a client that may start a grant can start any number of
-	// them. It leaves a fifth of the limit free, rounded down.
+	// them. It leaves a fifth of the limit free, rounded down, but it gets one call in ten in any case.
 	Background
+	// Retry: a reader waits for an exchange of a tenant that has failed several times. It leaves as much free as Background does.
+	Retry
 	// Revocation: a revocation that no request waits for. It leaves as much free as Background does.
 	Revocation
 	// Housekeeping: polls. It leaves as much free as Background does, and takes no more than a fifth of the limit (but at least one call).
@@ -87,6 +89,7 @@ type Share struct {
 	ahead        int               // places that are left to further calls of the work whose calls run
 	tenants      map[string]*tally // none without a call that counts
 	queue        []*waiter         // by rank, then first come, first served
+	turn         time.Time         // when the next call of the class Background is permitted where a reader's would be
 	again        *time.Timer       // goes through the queue when its next call can be permitted
 	paused       time.Time         // the service wants no call before
 
@@ -224,7 +227,19 @@ func (s *Share) arrange() {
 		s.forget(s.shift())
 	}
 	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
-	s.queue = slices.DeleteFunc(s.queue, p.answer)
+	var first *waiter // the one whose turn it is goes before readers
+	i := slices.IndexFunc(s.queue, func(w *waiter) bool { return w.Class == Background })
+	if i >= 0 && now.Sub(s.turn) > Window {
+		s.turn = now.Add(s.turnEvery()) // none has waited for the turn that has passed
+	}
+	p.turn = s.turn.Sub(now)
+	if i >= 0 && p.turn <= 0 {
+		first = s.queue[i]
+		if p.answer(first) {
+			s.queue = slices.Delete(s.queue, i, i+1)
+		}
+	}
+	s.queue = slices.DeleteFunc(s.queue, func(w *waiter) bool { return w != first && p.answer(w) })
 	if len(s.queue) > 0 {
 		next := slices.MinFunc(s.queue, func(a, b *waiter) int { return a.until.Compare(b.until) })
 		s.again.Reset(time.Until(next.until))
@@ -239,17 +254,27 @@ type plan struct {
 	places       int            // places that are free, or come free when one of ended stops counting
 	own          map[string]int // beginnings of each tenant
 	housekeeping int            // calls of that class
+	turn         time.Duration  // as the share's, from now on
 }
+
+// turnEvery is how often work of the class Background gets a place for sure, beside readers who take all that there are. Without that, refresh
+// tokens would die of disuse.
+func (s *Share) turnEvery() time.Duration { return 10 * Window / time.Duration(s.limit) }
 
 // answer permits a call if that can be done now, and refuses it if it would wait too long.
 func (p *plan) answer(w *waiter) (answered bool) {
 	s, fifth := p.share, Fifth(p.share.limit)
 	// The call takes the place of ended[next], once that stops counting; below 0, a place is free.
 	next := s.all.count + p.places - s.limit
-	if w.Class >= Background {
-		next += s.limit / 5
-	}
 	wait := p.frees(p.ended, next)
+	if byTurn := max(wait, p.turn); w.Class >= Background {
+		wait = p.frees(p.ended, next+s.limit/5)
+		if w.Class == Background && byTurn < wait {
+			wait = byTurn
+		} else {
+			next += s.limit / 5
+		}
+	}
 	if !w.Hop {
 		// It looks again after a glance, because the work that has begun may not need the places that are left to it.
 		wait = max(wait, min(p.frees(p.ended, next+s.ahead), glance))
@@ -273,6 +298,10 @@ func (p *plan) answer(w *waiter) (answered bool) {
 		w.call.running = true
 		s.ahead += w.Ahead
 		s.tallies(w.call, func(t *tally) { t.count++ })
+		if w.Class == Background {
+			p.turn = min(max(p.turn, 0)+s.turnEvery(), max(Window, s.turnEvery()))
+			s.turn = p.now.Add(p.turn)
+		}
 	case w.until.After(w.deadline):
 		w.err = &LimitError{Until: w.until, ByService: wait == paused}
 	default:
@@ -282,6 +311,9 @@ func (p *plan) answer(w *waiter) (answered bool) {
 		}
 		if !behindOwn {
 			p.places++
+			if w.Class == Background {
+				p.turn = wait + s.turnEvery()
+			}
 		} else if nextOwn < len(own.ended) { // otherwise it waits for a call that still runs
 			i := slices.Index(p.ended, own.ended[nextOwn])
 			p.ended = slices.Concat(p.ended[:i], p.ended[i+1:])

@@ -793,3 +793,116 @@ func TestManyAtOnce(t *testing.T) {
 		idle(t, s)
 	})
 }
+
+// Readers take each place that comes free. Background work gets one call in ten all the same, and readers get the others.
+func TestBackgroundHasItsTurnBesideReaders(t *testing.T) {
+	for limit, turns := range map[int]int{1: 6, 10: 60, 50: 300} { // in an hour, one call in ten
+		synctest.Test(t, func(t *testing.T) {
+			s := limited(limit)
+			for range limit {
+				take(t, s, Want{}).End()
+				time.Sleep(Window / time.Duration(limit))
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			var served [Background + 1]atomic.Int64
+			for range 3 {
+				go func() {
+					for ctx.Err() == nil {
+						if c, err := s.Take(ctx, Want{Wait: patience}); err == nil {
+							c.End()
+							served[Reader].Add(1)
+						} else {
+							time.Sleep(100 * time.Millisecond)
+						}
+					}
+				}()
+			}
+			go func() {
+				for ctx.Err() == nil { // as the engine does: it waits for a place from a second before it is free
+					time.Sleep(time.Until(s.FreeAt(Want{Class: Background})) - time.Second)
+					if c, err := s.Take(ctx, Want{Class: Background, Wait: patience}); err == nil {
+						c.End()
+						served[Background].Add(1)
+					}
+				}
+			}()
+			time.Sleep(time.Hour)
+			stop()
+			idle(t, s)
+			assert.InEpsilon(t, turns, served[Background].Load(), 0.2, "limit %d", limit)
+			assert.InEpsilon(t, 60*limit-turns, served[Reader].Load(), 0.1, "limit %d", limit)
+		})
+	}
+}
+
+// The turn of background work is no right to the readers' fifth: background work that has had its part of the share waits for it.
+func TestTurnIsForBackgroundWorkThatHasHadNoPart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		background := Want{Class: Background}
+		spend(t, s, 10)
+		refused(t, s, background, Window) // and waits for its turn from now on
+		time.Sleep(Window)
+		for range 8 {
+			take(t, s, background).End()
+		}
+		refused(t, s, background, Window)
+		time.Sleep(Window - time.Second)
+		assert.Equal(t, time.Now().Add(time.Second), s.FreeAt(background))
+
+		// A turn that nobody has waited for does not go before readers a long time later.
+		time.Sleep(time.Hour)
+		spend(t, s, 9)
+		refused(t, s, background, Window)
+		time.Sleep(time.Second)
+		refused(t, s, background, Window-time.Second)
+	})
+}
+
+// A reader of a tenant that has failed several times waits behind background work, and leaves a fifth to other readers.
+func TestRetriesGiveWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		for range 8 {
+			take(t, s, Want{Class: Retry}).End()
+		}
+		refused(t, s, Want{Class: Retry, Tenant: "failing"}, Window)
+		spend(t, s, 2)
+		time.Sleep(Window - time.Second)
+		retry := ask(t, s, t.Context(), Want{Class: Retry, Tenant: "failing", Wait: patience})
+		var sound []*answer
+		for range 8 {
+			sound = append(sound, ask(t, s, t.Context(), Want{Class: Background, Wait: patience}))
+		}
+		synctest.Wait()
+		assert.Error(t, retry.err, "the places go to the others")
+		time.Sleep(time.Second)
+		synctest.Wait()
+		for _, a := range sound {
+			require.NoError(t, a.err)
+		}
+	})
+}
+
+// Two background calls that wait for their turn have it one after the other, and a burst of background calls delays the next turn by a [Window] at
+// most.
+func TestTurnsComeOneAfterTheOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(20) // a turn each 30 s
+		background := Want{Class: Background, Wait: Window - 1}
+		for range 5 {
+			for range 16 {
+				take(t, s, background).End()
+			}
+			time.Sleep(Window)
+		}
+		time.Sleep(Window / 2)
+		spend(t, s, 17)        // only readers may have the other three places
+		take(t, s, background) // five minutes of background calls have delayed the turn by one
+		assert.Equal(t, time.Now().Add(30*time.Second), s.FreeAt(background))
+		second := ask(t, s, t.Context(), background)
+		assert.Equal(t, time.Now().Add(Window), s.FreeAt(background))
+		pass(Window)
+		assert.Equal(t, 30*time.Second, second.after)
+	})
+}

@@ -1,0 +1,78 @@
+package backend
+
+import (
+	"fmt"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/stretchr/testify/assert"
+
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+)
+
+// Readers whose every read is an exchange take nearly all calls of the share, and each read is answered. A tenant that no reader reads is
+// exchanged as often as keep_alive says all the same.
+func TestReadersLeaveCallsToBackgroundWork(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, with(with(classA, "keep_alive", "1h"), "exchanges_per_minute", 10))
+		e.add("quiet", nil)
+		e.pass(50 * time.Minute)
+		stop := make(chan struct{})
+		defer close(stop)
+		for i := range 5 {
+			name := fmt.Sprint("busy", i)
+			e.add(name, map[string]any{"token_per_lease": true})
+			go func() {
+				for {
+					select {
+					case <-stop:
+						return
+					case <-time.After(36 * time.Second):
+						_, status, _ := e.try(logical.ReadOperation, "creds/"+name, nil)
+						assert.Equal(t, http.StatusOK, status)
+					}
+				}
+			}()
+			time.Sleep(7 * time.Second)
+		}
+		e.pass(25 * time.Minute)
+		assert.Less(t, time.Since(e.stored("quiet").LastExchange), 20*time.Minute)
+	})
+}
+
+// Readers of tenants whose exchanges have failed several times ask for more exchanges than the share has. Neither readers of another tenant nor its
+// keep_alive wait for them.
+func TestReadersOfFailingTenantsGiveWay(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, with(with(classA, "keep_alive", "1h"), "exchanges_per_minute", 10))
+		e.add("quiet", nil)
+		e.add("read", map[string]any{"token_per_lease": true})
+		e.pass(30 * time.Minute)
+		stop := make(chan struct{})
+		defer close(stop)
+		for i := range 30 {
+			name := fmt.Sprint("failing", i)
+			e.server.Inject(oauth2test.Fault{User: name, Answer: oauth2test.InvalidScope})
+			e.add(name, nil)
+			go func() {
+				for {
+					select {
+					case <-stop:
+						return
+					case <-time.After(10 * time.Second):
+						_, _, _ = e.try(logical.ReadOperation, "creds/"+name, nil)
+					}
+				}
+			}()
+		}
+		e.pass(20 * time.Minute) // each of them has failed often by now
+		for range 10 {
+			_, status, text := e.try(logical.ReadOperation, "creds/read", nil)
+			assert.Equal(t, http.StatusOK, status, text)
+			e.pass(2 * time.Minute)
+		}
+		assert.Less(t, time.Since(e.stored("quiet").LastExchange), 20*time.Minute)
+	})
+}
