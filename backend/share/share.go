@@ -204,11 +204,11 @@ func (s *Share) FreeAt(want Want) time.Time {
 	return w.until
 }
 
-// enqueue takes a call into the queue.
+// enqueue takes a call into the queue, behind those of its rank, and goes through the queue. The caller holds s.mu.
 func (s *Share) enqueue(w *waiter) {
 	w.rank = 2 * int(w.Class)
 	if w.Hop {
-		w.Tenant = ""
+		w.Tenant = "" // it begins nothing
 	} else {
 		w.rank++
 	}
