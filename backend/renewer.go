@@ -87,12 +87,8 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 	}
 	var keepAlive time.Duration
 	via := b.connectors.present(e.Connector)
-	trouble, owed := v.trouble, v.summary.owes(via, now)
 	if via != nil {
 		keepAlive = via.service.KeepAlive(e.Facts)
-		if trouble != nil && trouble.revision != via.revision {
-			trouble = trouble.over() // the connector has changed since the failure, so there is no backoff
-		}
 	} else if e.Facts.RotatesFrom.IsZero() {
 		keepAlive = 30 * day
 	}
@@ -107,9 +103,11 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 			return v.bound
 		}
 		return latest(due, v.bound)
-	case trouble != nil:
-		return trouble.until
-	case owed:
+	case v.trouble != nil && via != nil && v.trouble.revision != via.revision:
+		return v.trouble.at // the connector has changed since the failure, so there is no backoff
+	case v.trouble != nil:
+		return v.trouble.until
+	case v.summary.owes(via, now):
 		return latest(now, v.postponed)
 	case handedOut && a.Planned.IsZero():
 		renew := a.Expires.Add(-a.margin(e.MinTTL)).Add(-ownPart(t.name, a.life(), leadLeast, leadMost))

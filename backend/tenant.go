@@ -222,13 +222,6 @@ type trouble struct {
 	revision uint64    // of the connector: at another revision the next exchange does not wait for until
 }
 
-// over is the trouble without its backoff.
-func (t *trouble) over() *trouble {
-	next := *t
-	next.until = t.at
-	return &next
-}
-
 // flight is a tenant's one exchange under way, or a new try to store what an exchange has brought.
 type flight struct {
 	t    *tenant
