@@ -516,7 +516,6 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 		o = o.rotationAlone(v.entry)
 	}
 	current := v.access != nil && v.access.current()
-	again := !o.ownToken && o.isIn(v.entry) && v.entry.Access.Generation != o.access.Generation
 	kept := v.kept == o
 	next := o.onto(v.entry)
 	if o.change != nil {
@@ -548,8 +547,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	}
 	switch {
 	case ended:
-	case again:
-		o.access.leases.Store(leasesUnknown) // there may be leases on it
+	case o.isIn(v.entry) && v.entry.Access.Generation != o.access.Generation:
+		o.access.leases.Store(leasesUnknown) // the service has sent the same token again: there may be leases on it
 	case o.access != nil && !o.retires && !o.ownToken && current && !v.access.leases.CompareAndSwap(0, givenUp):
 		// A replaced token without leases gets none any more. One with leases may have got its first since replace looked.
 		_ = ts.revocations.hold(ctx, v.entry.Connector, t.name, v.access.accessEntry, false)
