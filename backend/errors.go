@@ -55,8 +55,9 @@ func badStored(name string, err error) error {
 	return fmt.Errorf("the stored configuration of connector %q %w by this version of the plugin: %w; write %s again", name, errUnreadable, err, configPath(name))
 }
 
-// errStopping is the answer of an engine that Vault is shutting down.
-var errStopping = tryAgain("the engine is stopping: try again in a moment; nothing was lost")
+// errStopping is the answer of an engine that Vault is shutting down. It does not say that nothing was lost, because the stop may have given up
+// an exchange whose answer had a new refresh token in it.
+var errStopping = tryAgain("the engine is stopping: try again in a moment")
 
 // errStorage says that storage has failed, where its own error is not passed on.
 var errStorage = errors.New("storage failed")

@@ -53,7 +53,7 @@ var pageTexts = map[string]pageText{
 	attemptGranted: {"The tenant is connected",
 		"Vault keeps the access that you have granted. You can close this page."},
 	attemptPending: {"Not finished yet",
-		"The service has not answered yet. Vault goes on by itself, and you can close this page. The person who started this can see the result in Vault."},
+		"The service has not answered yet. Vault waits for it, and you can close this page. The person who started this can see the result in Vault."},
 	attemptDenied: {"Access was denied",
 		"Nothing was connected. If that was a mistake, start again in Vault."},
 	attemptExpired: {"Too late",

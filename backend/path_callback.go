@@ -133,7 +133,7 @@ func (e *verdict) response(d *framework.FieldData) (*logical.Response, error) {
 	case attemptGranted, attemptPending:
 		resp := &logical.Response{Data: map[string]any{"tenant": e.attempt.Tenant, "status": e.what}}
 		if e.what == attemptPending {
-			resp.AddWarning("The service has not answered yet. The engine goes on by itself: read tenants/" + e.attempt.Tenant + "/authorize in a minute.")
+			resp.AddWarning("The service has not answered yet. The engine waits for it: read tenants/" + e.attempt.Tenant + "/authorize in a minute.")
 		}
 		return resp, nil
 	case endLater:

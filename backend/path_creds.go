@@ -279,7 +279,7 @@ func (b *backend) notYet(v *tenantView, r *reader) error {
 	if r.own {
 		return tryAgain("%s has not answered for tenant %q in time: this read gets no access token, and one that still comes for it will be revoked; nothing else was lost, try again later", service, r.tenant)
 	}
-	return tryAgain("%s has not answered for tenant %q yet: the exchange goes on and its result will be kept; nothing was lost, try again later", service, r.tenant)
+	return tryAgain("%s has not answered for tenant %q yet: the exchange goes on and its result will be kept, unless Vault is stopped before that; nothing was lost, try again later", service, r.tenant)
 }
 
 // warn adds what a reader should pass on.

@@ -482,7 +482,7 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 		if !own {
 			return tryAgain("another exchange of tenant %q is under way: nothing of this write was stored; write again in a minute", name)
 		}
-		return tryAgain("%s has not answered yet, so nothing is stored for now: if it accepts the refresh token later, the write will be stored then; read tenants/%s in a minute, and write again if it is not there", upperFirst(via.about.Name), name)
+		return tryAgain("%s has not answered yet, so nothing is stored for now: if it accepts the refresh token later, the write will be stored then, unless Vault is stopped before that; read tenants/%s in a minute, and write again if it is not there", upperFirst(via.about.Name), name)
 	}
 	switch {
 	case !own:
@@ -605,7 +605,7 @@ func (b *backend) refreshTenant(ctx context.Context, _ *logical.Request, d *fram
 		case errors.Is(err, context.DeadlineExceeded) && t.isVerifying():
 			return answer(tryAgain("%s has not answered yet to the exchange that verifies a write of tenant %q: the present access token was not retired; refresh again in a minute", upperFirst(b.serviceName(v.entry.Connector)), name))
 		case errors.Is(err, context.DeadlineExceeded):
-			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there; nothing was lost", upperFirst(b.serviceName(v.entry.Connector)), name))
+			return answer(tryAgain("%s has not answered for tenant %q yet: the exchange goes on, and its access token will be handed out once it is there, unless Vault is stopped before that; nothing was lost", upperFirst(b.serviceName(v.entry.Connector)), name))
 		default:
 			return answer(b.readerError(name, v.entry.Connector, err))
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/kaizala/kaizalatest"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
@@ -79,6 +80,36 @@ func TestStopWaitsForAnExchange(t *testing.T) {
 	})
 }
 
+// The service has replaced the refresh token, and its answer takes longer than a stop waits for it: the new refresh token is lost. No text
+// says the opposite: neither to a reader who has waited too long, nor to one whom the stop cuts off, nor in the status after the start.
+func TestStopLosesALateAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.write("config", map[string]any{"request_timeout": "1m"})
+		e.add("acme", nil)
+		time.Sleep(time.Second)
+		e.server.Inject(oauth2test.Fault{Hold: true, Times: 1})
+		for op, path := range map[logical.Operation]string{logical.ReadOperation: "creds/acme", logical.UpdateOperation: "tenants/acme/refresh"} {
+			_, status, text := e.try(op, path, nil)
+			assert.Equal(t, http.StatusServiceUnavailable, status)
+			assert.Contains(t, text, ", unless Vault is stopped before that; nothing was lost")
+		}
+		var reader sync.WaitGroup
+		reader.Go(func() {
+			_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+			assert.Equal(t, http.StatusServiceUnavailable, status)
+			assert.Equal(t, "the engine is stopping: try again in a moment", text)
+		})
+		synctest.Wait()
+		e.restart()
+		reader.Wait()
+		assert.Equal(t, "no access token for tenant \"acme\": Vault or the plugin ended before the answer to an exchange came. The exchange is tried again.",
+			e.read("tenants/acme")["last_error"])
+		e.pass(time.Minute)
+		assert.Equal(t, statusRejected, e.status("acme"))
+	})
+}
+
 func TestStopDuringALateVerification(t *testing.T) {
 	for name, delay := range map[string]time.Duration{"in time": 13 * time.Second, "too late": 40 * time.Second} {
 		t.Run(name, func(t *testing.T) {
@@ -87,8 +118,9 @@ func TestStopDuringALateVerification(t *testing.T) {
 				token := e.newToken("acme")
 				time.Sleep(inWindow)
 				e.kaizala.Inject(kaizalatest.Fault{Delay: delay, Times: 1})
-				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
+				_, status, text := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token})
 				assert.Equal(t, http.StatusServiceUnavailable, status)
+				assert.Contains(t, text, "the write will be stored then, unless Vault is stopped before that")
 				time.Sleep(time.Second)
 				begun := time.Now()
 				e.stop()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"maps"
 	"math"
 	"slices"
@@ -559,14 +560,15 @@ func (t *tenant) failed(next *trouble, of ...string) (news, superseded bool) {
 
 // cutOff records that a process has ended while it waited for the answer to the tenant's exchange. The next is made as soon as
 // it can: services give a replaced refresh token some seconds' grace.
-func (t *tenant) cutOff(connector string, via *loadedConnector) {
+func (t *tenant) cutOff(via *loadedConnector) {
 	now := time.Now()
 	failure := &tokenservice.Failure{
 		Kind: tokenservice.Unavailable, Lost: true,
 		Text: "Vault or the plugin ended before the answer to an exchange came. The exchange is tried again.",
 	}
 	t.failed(&trouble{
-		err: failure, text: readerError(via.about, t.name, connector, failure).Error(),
+		// Unlike the text of another lost answer, this one does not say that nothing was lost: the service may have sent a new refresh token.
+		err: failure, text: fmt.Sprintf("no access token for tenant %q: %s", t.name, failure.Text),
 		at: now, until: now, lost: true, revision: via.revision,
 	})
 }

@@ -221,7 +221,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 		return givenUp, fixed, nil
 	}
 	if at := via.share.Unsettled(t.name); at.After(changed) {
-		t.cutOff(e.Connector, via)
+		t.cutOff(via)
 	} else if e.Access != nil && !e.Access.Planned.IsZero() {
 		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
 		t.postpone(via.share.Recalled(t.name, changed))

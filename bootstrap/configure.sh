@@ -199,7 +199,7 @@ if type=$(vault read -field=type "sys/mounts/$mount" 2>/dev/null); then
   say "Tuning $mount/"
   vault secrets tune "${options[@]}" "$mount" >/dev/null
   if [[ $running != "$version" ]]; then
-    say "Upgrading $mount/ from $running: every mount of the plugin is reloaded, with no exchange lost"
+    say "Upgrading $mount/ from $running: every mount of the plugin is reloaded"
     scope=()
     [[ $enterprise == no ]] || scope=(-scope=global) # other nodes and clusters run the plugin too
     vault plugin reload -type=secret -plugin="$name" ${scope[@]+"${scope[@]}"} >/dev/null
