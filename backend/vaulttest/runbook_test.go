@@ -30,7 +30,7 @@ func runbook(t *testing.T) map[string][]step {
 	t.Helper()
 	text, _, found := strings.Cut(fileText(t, runbookFile(t)), "\n# Watching")
 	require.True(t, found)
-	require.LessOrEqual(t, len(regexp.MustCompile(`(?m)^.+$`).FindAllString(text, -1)), 140, "three screens of lines that are not empty")
+	require.LessOrEqual(t, len(regexp.MustCompile(`(?m)^.+$`).FindAllString(text, -1)), 150, "three screens of lines that are not empty")
 	title := regexp.MustCompile(`(?m)^\*\*(.+?)\.\*\*`)
 	block := regexp.MustCompile("(?ms)^```sh\n# ([^\n]+)\n(.*?)^```$")
 	require.Equal(t, strings.Count(text, "\n```sh"), len(block.FindAllString(text, -1)), "each block begins with the person who runs it")
@@ -283,6 +283,29 @@ var badDays = map[string]func(*badDay){
 		require.Regexp(d.t, `(?m)^contoso .* ok$`, out)
 		d.write(d.t, "kaizala/tenants/acme", map[string]any{"refresh_token": d.newRefreshToken()})
 		require.Equal(d.t, "ok", d.status())
+	},
+	"Another path for the mount": func(d *badDay) {
+		d.moveToOAuth()
+		d.write(d.t, "sys/quotas/rate-limit/kaizala-callback", map[string]any{"path": "kaizala/callback*", "rate": 60, "interval": "1m"})
+		version := PluginVersion(d.t, PluginBinary(d.t))
+		callback := d.Addr + "/v1/oauth/callback"
+		d.env = []string{"KAIZALA_PLUGIN=" + filepath.Join(d.PluginDir, PluginName+"-"+version), "REDIRECT_URI=" + callback}
+		d.t.Cleanup(func() {
+			_, err := d.Client.Logical().Delete("sys/quotas/rate-limit/oauth-callback")
+			require.NoError(d.t, err)
+			_, err = d.Client.Sys().StartRemount("oauth", "kaizala")
+			require.NoError(d.t, err)
+			Eventually(d.t, "the move back", func() bool {
+				mounts, err := d.Client.Sys().ListMounts()
+				return err == nil && mounts["kaizala/"] != nil
+			})
+		})
+		d.next("")
+		require.Zero(d.t, d.leases())
+		require.Equal(d.t, []any{callback}, d.read(d.t, "oauth/config")["redirect_uris"])
+		require.Equal(d.t, "oauth/callback*", d.read(d.t, "sys/quotas/rate-limit/oauth-callback")["path"])
+		status, answer := d.request(d.t, d.TokenWith(d.t, "oauth-app-acme"), http.MethodGet, "oauth/creds/acme", nil)
+		require.Equal(d.t, 200, status, answer)
 	},
 	"Two mounts or clusters on one connector": func(d *badDay) {
 		d.next("")
