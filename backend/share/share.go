@@ -124,11 +124,12 @@ func New(storage logical.Storage, connector string) *Share {
 
 		unsettled: map[string]time.Time{},
 	}
-	s.again = time.AfterFunc(Window, func() { // or sooner, once a call waits
+	s.again = time.AfterFunc(Window, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.arrange()
 	})
+	s.again.Stop() // until a call waits
 	return s
 }
 
