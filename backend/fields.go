@@ -189,7 +189,7 @@ var tenantFields = map[string]*framework.FieldSchema{
 	"token_per_lease": {
 		Type:        framework.TypeBool,
 		Default:     false,
-		Description: "Whether each read of creds gets an access token of its own, which is revoked with its lease. Needs a connector with revocation=access_token and exchange_invalidates=false. Each read is an exchange, and a tenant may begin a fifth of exchanges_per_minute.",
+		Description: "Whether each read of creds gets an access token of its own, which is revoked with its lease. Needs a connector with revocation=access_token and exchange_invalidates=false. Each read is an exchange, and the end of its lease one more call; a tenant may begin a fifth of exchanges_per_minute as exchanges.",
 	},
 	"verify": {
 		Type:        framework.TypeBool,
