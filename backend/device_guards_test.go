@@ -2,6 +2,7 @@ package backend
 
 import (
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -92,6 +93,57 @@ func TestDeviceStartThatTheServiceRefuses(t *testing.T) {
 		assert.Equal(t, 400, status)
 		assert.Contains(t, text, "invalid_scope")
 		assert.NotContains(t, text, `tenant "acme"`, "there is no such tenant yet")
+	})
+}
+
+// The device authorization endpoint answers invalid_client, as some servers do where a client may not use this flow: the person reads what to
+// do, and the connector's exchanges go on. Such a start takes no probe of a connector that the token endpoint has refused.
+func TestDeviceStartShowsNothingAboutTheConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		start := func() (status int, text string) {
+			_, status, text = e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
+			return status, text
+		}
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Answer: oauth2test.InvalidClient, Times: 1})
+		status, text := start()
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, "has to check that this client may use the device flow")
+		e.read("creds/beta")
+
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
+		_, status, _ = e.try(logical.UpdateOperation, "tenants/beta/refresh", nil)
+		require.Equal(t, 400, status)
+		time.Sleep(probeEvery - time.Second)
+		calls := len(e.server.Calls())
+		for range 20 {
+			status, text = start()
+			assert.Equal(t, 400, status)
+			assert.Contains(t, text, "refuses connector")
+			time.Sleep(time.Second)
+		}
+		assert.Len(t, e.server.Calls(oauth2test.EndpointDevice), 1)
+		e.ok(logical.UpdateOperation, "tenants/beta/refresh", nil)
+		assert.Len(t, e.server.Calls(), calls+1)
+	})
+}
+
+// A device authorization that begins while the token endpoint refuses the connector does not accept the connector.
+func TestDeviceStartDuringARefusalAcceptsNoConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointDevice, Delay: 2 * time.Second, Times: 1})
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidClient, Times: 1})
+		var starts sync.WaitGroup
+		starts.Go(func() { e.start(byDevice, nil) })
+		time.Sleep(time.Second)
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		require.Equal(t, 400, status)
+		starts.Wait()
+		_, status, _ = e.try(logical.ReadOperation, "creds/beta", nil)
+		assert.Equal(t, 400, status)
 	})
 }
 

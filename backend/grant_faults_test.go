@@ -350,7 +350,7 @@ func TestGrantsShowWhetherTheConnectorIsGood(t *testing.T) {
 			require.Equal(t, 400, status)
 			e.ok(logical.DeleteOperation, "tenants/beta", nil) // an exchange of this tenant would show it too
 			time.Sleep(probeEvery + time.Second)
-			e.start(byDevice, nil)
+			require.Equal(t, 200, e.confirm(e.authorize(nil)).status)
 			e.write("tenants/beta", beta)
 			e.read("creds/beta")
 		})

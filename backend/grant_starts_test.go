@@ -156,10 +156,7 @@ func TestGrantsLeaveReadersAFifth(t *testing.T) {
 // secret.
 func TestAGrantFindsTheConnectorRefused(t *testing.T) {
 	for name, ask := range map[string]func(e *grantEngine){
-		"code": func(e *grantEngine) { assert.Equal(e.t, 400, e.confirm(e.authorize(nil)).status) },
-		"device": func(e *grantEngine) {
-			e.ask(logical.UpdateOperation, "tenants/acme/device", map[string]any{"connector": "as"})
-		},
+		"code":        func(e *grantEngine) { assert.Equal(e.t, 400, e.confirm(e.authorize(nil)).status) },
 		"device poll": func(*grantEngine) { time.Sleep(6 * time.Second) },
 	} {
 		t.Run(name, func(t *testing.T) {

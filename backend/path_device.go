@@ -42,12 +42,11 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	if err != nil {
 		return answer(err)
 	}
-	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}}
+	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, tellsNothing: true}
 	start, err := via.service.(tokenservice.DeviceFlow).StartDevice(ctx, tokenservice.DeviceRequest{Scopes: scopes, LoginHint: hint, Permit: p.permit})
 	if err != nil {
 		return answer(b.notBegun(ctx, a, via, err))
 	}
-	b.connectors.judge(via, nil)(ctx)
 	a.DeviceCode, a.Interval, a.Expires = start.DeviceCode, start.Interval, start.Expires
 	if err := b.begin(ctx, a); err != nil {
 		return answer(err)

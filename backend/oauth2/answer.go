@@ -258,6 +258,11 @@ func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 	switch {
 	case means == tokenservice.RefusedRefreshToken && p != startingDevice:
 		e.Kind, e.Text = tokenservice.RefusedRefreshToken, c.sentence("refuses %s%s%s", p.thing, named, p.remedy)
+	case means == tokenservice.RefusedConnector && p == startingDevice:
+		// Servers say so of a client that may not use this flow, and take its exchanges.
+		e.Kind = tokenservice.Refused
+		e.Text = c.sentence("refuses connector_id for the device flow%s. The operator has to check that this client may use the device flow there; "+
+			"if exchanges are refused too, the connector's owner has to check connector_id and connector_secret.", named)
 	case means == tokenservice.RefusedConnector:
 		e.Kind = tokenservice.RefusedConnector
 		e.Text = c.sentence("refuses the connector%s. Its owner has to check connector_id and connector_secret and write them again; "+

@@ -269,7 +269,7 @@ func TestStartDevice(t *testing.T) {
 		kind   tokenservice.Kind
 		text   string
 	}{
-		{401, `{"error":"invalid_client"}`, tokenservice.RefusedConnector, "connector_id"},
+		{401, `{"error":"invalid_client"}`, tokenservice.Refused, "refuses connector_id for the device flow (invalid_client)"},
 		{400, `{"error":"invalid_scope"}`, tokenservice.Refused, "says neither that the tenant nor that the connector is wrong"},
 		{400, `{"error":"invalid_grant"}`, tokenservice.Refused, "invalid_grant"},
 		{404, `<html>`, tokenservice.Unavailable, "device_authorization_url"},
