@@ -451,25 +451,24 @@ func (l *loadedConnector) nextProbe() time.Time {
 // even if the work of the request is superseded. The function that it returns stores the same; the caller calls it after the tokens of the
 // answer are stored, so that a new refresh token does not wait.
 func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
-	storePause := storesNothing
+	storePause, storeVerdict := storesNothing, storesNothing
 	failure, isFailure := errors.AsType[*tokenservice.Failure](answer)
 	switch {
-	case answer == nil && via.refusal.Load() != nil:
-		return cs.accept(via)
 	case !isFailure:
-		return storesNothing
 	case isLimit(failure):
 		storePause = pause(via, restOf(failure))
 	case asksForRest(failure):
 		storePause = pause(via, min(failure.RetryAfter, tokenservice.LongestRest))
 	}
-	if failure.Kind != tokenservice.RefusedConnector {
-		return storePause
+	switch {
+	case answer == nil, isFailure && failure.TakesConnector:
+		storeVerdict = cs.accept(via)
+	case isFailure && failure.Kind == tokenservice.RefusedConnector:
+		storeVerdict = cs.refuse(via, failure)
 	}
-	storeRefusal := cs.refuse(via, failure)
 	return func(ctx context.Context) {
 		storePause(ctx)
-		storeRefusal(ctx)
+		storeVerdict(ctx)
 	}
 }
 

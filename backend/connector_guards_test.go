@@ -160,3 +160,51 @@ func TestRefusalIsStoredOnceInTenMinutes(t *testing.T) {
 		assert.Equal(t, 1, e.log.count("the service refuses a connector"))
 	})
 }
+
+// A token endpoint that refuses a refresh token, a code or a device code takes the client, which it authenticates first (RFC 6749, section
+// 5.2): such an answer to the probe of a refused connector ends the refusal, so nobody's bad token keeps the others out.
+func TestProbeThatFindsABadTokenAcceptsTheConnector(t *testing.T) {
+	for name, probe := range map[string]func(*grantEngine) int{
+		"refresh token": func(e *grantEngine) int {
+			_, status, _ := e.try(logical.UpdateOperation, "tenants/mallory", map[string]any{"connector": "as", "refresh_token": "junk"})
+			return status
+		},
+		"code": func(e *grantEngine) int {
+			state := query(e.t, e.start(byCode, nil)["authorization_url"].(string))["state"]
+			_, status, _ := e.ask(logical.UpdateOperation, "callback", map[string]any{"state": state, "code": "junk"})
+			return status
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				beta := map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false}
+				e.write("tenants/beta", beta)
+				e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
+				_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+				require.Equal(t, http.StatusBadRequest, status)
+				e.ok(logical.DeleteOperation, "tenants/beta", nil) // an exchange of this tenant would be the probe
+				time.Sleep(probeEvery)
+				calls := len(e.server.Calls(oauth2test.EndpointToken))
+				assert.Equal(t, http.StatusBadRequest, probe(e))
+				assert.Len(t, e.server.Calls(oauth2test.EndpointToken), calls+1)
+				e.write("tenants/beta", beta)
+				e.read("creds/beta")
+			})
+		})
+	}
+}
+
+// The same at Kaizala, for a refresh token.
+func TestProbeThatFindsABadTokenAcceptsTheConnectorOfKaizala(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newRefusedEngine(t, 1)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil) // an exchange of this tenant would be the probe
+		time.Sleep(probeEvery)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/mallory", map[string]any{"refresh_token": "junk"})
+		assert.Equal(t, http.StatusBadRequest, status)
+		assert.Equal(t, 2, e.kaizala.CallCount())
+		e.addTenant("beta")
+		e.read("creds/beta")
+	})
+}

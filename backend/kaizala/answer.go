@@ -163,7 +163,7 @@ func refusal(p purpose, status int, o tokenservice.Object) *tokenservice.Failure
 		f.Text = "Kaizala refuses to send a PIN (" + named + "). The tenant user has to check the phone number: " +
 			"it must be the one that Kaizala knows the user by, country code included."
 	case p == exchanging && f.Code == "InvalidToken":
-		f.Kind = tokenservice.RefusedRefreshToken
+		f.Kind, f.TakesConnector = tokenservice.RefusedRefreshToken, true // it has another answer for a wrong ID or secret (guess: which it checks first)
 		f.Text = "Kaizala refuses the refresh token (InvalidToken). The tenant user has to generate a new one on Kaizala's portal, and write it."
 	case asked:
 		f.Kind = tokenservice.Refused

@@ -353,6 +353,7 @@ func TestRefusals(t *testing.T) {
 				e := requireKind(t, c.kind, r.Err)
 				assert.Equal(t, status, e.Status)
 				assert.Equal(t, c.code, e.Code)
+				assert.Equal(t, c.kind == tokenservice.RefusedRefreshToken, e.TakesConnector)
 				requireRescued(t, "", r)
 				if c.kind == tokenservice.Refused && c.code == "" {
 					assert.Contains(t, e.Text, "an unknown errorCode")

@@ -23,6 +23,7 @@ const pinCanary = "918273"
 func requirePINFailure(t *testing.T, want tokenservice.Kind, err error) *tokenservice.Failure {
 	t.Helper()
 	f := requireKind(t, want, err)
+	require.False(t, f.TakesConnector, "what the refusal of a PIN looks like is not documented")
 	for _, canary := range []string{phoneCanary, phoneCanary[1:], pinCanary} {
 		require.NotContains(t, f.Text, canary)
 	}

@@ -258,6 +258,7 @@ func (c *Client) failure(p purpose, a answer) *tokenservice.Failure {
 	switch {
 	case means == tokenservice.RefusedRefreshToken && p != startingDevice:
 		e.Kind, e.Text = tokenservice.RefusedRefreshToken, c.sentence("refuses %s%s%s", p.thing, named, p.remedy)
+		e.TakesConnector = true // a server authenticates the client first (RFC 6749, sections 3.2.1 and 5.2)
 	case means == tokenservice.RefusedConnector && p == startingDevice:
 		// Servers say so of a client that may not use this flow, and take its exchanges.
 		e.Kind = tokenservice.Refused

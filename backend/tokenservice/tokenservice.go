@@ -200,6 +200,8 @@ type Failure struct {
 	// Lost: the request was sent, the service may have carried it out, and its answer did not come or cannot be read. A
 	// new refresh token may be lost with it.
 	Lost bool
+	// TakesConnector: the service refuses what was sent, and the answer shows that it takes the connector's ID and secret.
+	TakesConnector bool
 	// Text says what happened and what a person has to do: whole sentences, for people.
 	Text string
 }
