@@ -26,8 +26,8 @@ const (
 )
 
 // readGrant says what the answer to an exchange means. sent is the refresh token that the exchange was made with. The result lacks Endpoint
-// and Sent. An endpointUrl or a scope that is too long is left out. An answer without accessToken, endpointUrl or accessTokenExpiry is an
-// error, because apps cannot do without these.
+// and Sent. An endpointUrl or a scope that is too long or cannot be shown is left out. An answer without accessToken, endpointUrl or
+// accessTokenExpiry is an error, because apps cannot do without these.
 func readGrant(a tokenservice.Answer, sent string, now time.Time) tokenservice.Result {
 	o := tokenservice.ReadObject(a.Body)
 	r := withRefreshToken(a, o, sent)
@@ -39,17 +39,17 @@ func readGrant(a tokenservice.Answer, sent string, now time.Time) tokenservice.R
 		r.Err = senseless(a, why)
 		return r
 	}
-	t := &tokenservice.AccessToken{Token: o.Text("accessToken"), EndpointURL: o.Text("endpointUrl"), Scope: strings.Join(o.List("scope"), ",")}
+	endpointURL := o.Text("endpointUrl")
+	t := &tokenservice.AccessToken{
+		Token:       o.Text("accessToken"),
+		EndpointURL: tokenservice.ShownURL(endpointURL),
+		Scope:       tokenservice.ShownText(strings.Join(o.List("scope"), ","), tokenservice.MaxScopeBytes),
+	}
 	if tokenservice.CheckToken(t.Token) != nil {
 		return fail("its accessToken is missing, or cannot be sent in a header")
 	}
-	if len(t.EndpointURL) > tokenservice.MaxURLBytes {
-		t.EndpointURL = ""
-	} else if _, _, problem := tokenservice.ParseTarget(t.EndpointURL); problem != "" {
+	if _, _, problem := tokenservice.ParseTarget(t.EndpointURL); problem != "" && t.EndpointURL == endpointURL {
 		return fail("its endpointUrl is missing, or no https URL")
-	}
-	if len(t.Scope) > tokenservice.MaxScopeBytes {
-		t.Scope = ""
 	}
 	millis, ok := o.Millis("accessTokenExpiry", time.Millisecond)
 	if !ok {

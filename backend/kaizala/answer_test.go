@@ -154,6 +154,8 @@ func TestSpellings(t *testing.T) {
 		"a scope that is none":   {"scope", map[string]any{"a": 1}, ""},
 		"the longest scope":      {"scope", strings.Repeat("a", 4<<10), strings.Repeat("a", 4<<10)},
 		"a longer scope":         {"scope", strings.Repeat("a", 4<<10+1), ""},
+		"a scope with ESC":       {"scope", "a\x1b[2J", ""},
+		"a scope with LF":        {"scope", "a\nb", ""},
 	} {
 		g := requireGranted(t, through(t, answering(200, nil, body(t, map[string]any{c.field: c.value}))).exchange(t))
 		assert.Equal(t, c.want, g.Scope, name)
@@ -163,6 +165,8 @@ func TestSpellings(t *testing.T) {
 		" " + e + "\n":                         e,
 		e + strings.Repeat("a", 2048-len(e)):   e + strings.Repeat("a", 2048-len(e)),
 		e + strings.Repeat("a", 2048-len(e)+1): "",
+		e + "\u202e":                           "",
+		e + "\x1b":                             "",
 	} {
 		g := requireGranted(t, through(t, answering(200, nil, body(t, map[string]any{"endpointUrl": url}))).exchange(t))
 		assert.Equal(t, want, g.EndpointURL)

@@ -150,26 +150,18 @@ func (c *Client) readGrant(p purpose, a answer, sent string) tokenservice.Result
 	if !expires.After(now) {
 		return senseless("its access token expired before the answer came", false)
 	}
-	endpointURL := a.fields.Text(c.config.EndpointURLField)
-	if _, problem := parseURL(endpointURL); problem != "" || c.config.EndpointURLField == "" {
-		endpointURL = ""
+	endpointURL := tokenservice.ShownURL(a.fields.Text(c.config.EndpointURLField))
+	if u, problem := parseURL(endpointURL); problem != "" || u.Scheme != "https" || c.config.EndpointURLField == "" {
+		endpointURL = "" // apps send access tokens there, and not from this machine, so http on a loopback address is none
 	}
 	result.AccessToken = &tokenservice.AccessToken{
 		Token:       token,
-		Type:        bounded(a.fields.Text("token_type"), maxTypeBytes),
+		Type:        tokenservice.ShownText(a.fields.Text("token_type"), maxTypeBytes),
 		EndpointURL: endpointURL,
-		Scope:       bounded(strings.Join(a.fields.List("scope"), " "), tokenservice.MaxScopeBytes),
+		Scope:       tokenservice.ShownText(strings.Join(a.fields.List("scope"), " "), tokenservice.MaxScopeBytes),
 		Expires:     expires,
 	}
 	return result
-}
-
-// bounded returns s, or "" where it is too long or not plain ASCII in one line.
-func bounded(s string, most int) string {
-	if len(s) > most || !printable(s) {
-		return ""
-	}
-	return s
 }
 
 // factsOf returns what an answer tells about the refresh token that is to be used from now on: a new one, or else the one

@@ -126,7 +126,7 @@ func (c *Client) StartDevice(ctx context.Context, r tokenservice.DeviceRequest) 
 // webURL returns the first of the fields that a person can be sent to.
 func webURL(o tokenservice.Object, names ...string) string {
 	for _, name := range names {
-		value := o.Text(name)
+		value := tokenservice.ShownURL(o.Text(name))
 		if _, _, problem := tokenservice.ParseTarget(value); problem == "" {
 			return value
 		}

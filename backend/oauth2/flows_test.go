@@ -226,6 +226,7 @@ func TestStartDevice(t *testing.T) {
 		{"Google's", map[string]any{"verification_uri": nil, "verification_url": url1, "verification_url_complete": url2},
 			func(d *tokenservice.DeviceStart) { d.VerificationURIComplete = url2 }},
 		{"a complete URL that is none", map[string]any{"verification_uri_complete": "javascript:" + bodyCanary}, func(*tokenservice.DeviceStart) {}},
+		{"a complete URL that cannot be shown", map[string]any{"verification_uri_complete": url2 + "\u202e"}, func(*tokenservice.DeviceStart) {}},
 		{"no interval", map[string]any{"interval": nil}, func(d *tokenservice.DeviceStart) { d.Interval = 5 * time.Second }},
 		{"an interval of 0", map[string]any{"interval": 0}, func(d *tokenservice.DeviceStart) { d.Interval = 5 * time.Second }},
 		{"an interval as a string", map[string]any{"interval": "1"}, func(d *tokenservice.DeviceStart) { d.Interval = time.Second }},
@@ -255,6 +256,8 @@ func TestStartDevice(t *testing.T) {
 		"a user code with BEL":           {"user_code": "a\ab"},
 		"no verification_uri":            {"verification_uri": nil},
 		"a verification_uri without TLS": {"verification_uri": "http://as.example.com"},
+		"a verification_uri with CSI":    {"verification_uri": "https://as.example.com/\u009b2J"},
+		"a verification_uri with spaces": {"verification_uri": "https://as.example.com/a b"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := start(t, &server{status: 200, body: device(changes)}, nil, tokenservice.DeviceRequest{})

@@ -10,6 +10,16 @@ import (
 // MaxURLBytes bounds a URL that is configured, remembered or handed to apps.
 const MaxURLBytes = 2 << 10
 
+// ShownURL returns a URL that a service has sent and that people and apps are shown; "" where it is too long, or holds what no URL has
+// (RFC 3986, section 2), such as control characters, marks that turn the direction of the text, white space and quotes, or what a shell
+// would read within quotes. It does not parse the URL.
+func ShownURL(raw string) string {
+	if strings.ContainsAny(raw, " \"<>\\^`{|}$'") {
+		return ""
+	}
+	return ShownText(raw, MaxURLBytes)
+}
+
 // Host is a URL's host in the one form in which hosts are compared: lower case, no trailing dot, and the address where it
 // is an IP literal. Two Hosts are the same host when they are equal.
 type Host struct {

@@ -108,3 +108,14 @@ func TestHost(t *testing.T) {
 	assert.False(t, parse("10.0.0.1").Within("0.1"))
 	assert.False(t, parse("10.0.0.1").Within("10.0.0.1"))
 }
+
+func TestShownURL(t *testing.T) {
+	const url = "https://user-1.example:8443/a/b;c=1/%20@(d)*+,~_?x=1&y=!#z"
+	assert.Equal(t, url, ShownURL(url))
+	for _, odd := range []string{"\x1b[2J", "\u009b2J", "\x7f", "\n", " ", "\t", "\u202e", "\u200b", "\u2028", "é", "\xff", `"`, "'", "`", "$(id)", "<", `\`, "^", "{", "|"} {
+		assert.Empty(t, ShownURL("https://example/"+odd), "%q", odd)
+	}
+	longest := "https://example/" + strings.Repeat("a", MaxURLBytes-len("https://example/"))
+	assert.Equal(t, longest, ShownURL(longest))
+	assert.Empty(t, ShownURL(longest+"a"))
+}

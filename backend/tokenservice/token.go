@@ -62,6 +62,15 @@ func Sendable(s string) bool {
 	return strings.TrimSpace(s) == s && httpguts.ValidHeaderFieldValue(s) && !strings.ContainsFunc(s, notASCII)
 }
 
+// ShownText returns a text that a service has sent and that people are shown, perhaps in a terminal; "" where it is longer than most bytes
+// or not plain ASCII in one line.
+func ShownText(s string, most int) string {
+	if len(s) > most || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return ""
+	}
+	return s
+}
+
 // Claims reads the claims of a JWT (RFC 7519) without checking its signature, which only the service can: they are good for
 // planning and for telling a person of a mistake, never for a decision about trust. What is no signed JWT has none.
 func Claims(token string) Object {

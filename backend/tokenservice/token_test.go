@@ -110,3 +110,12 @@ func TestClaims(t *testing.T) {
 		assert.Equal(t, Object{}, Claims(token), name)
 	}
 }
+
+func TestShownText(t *testing.T) {
+	const signs = "a Z09 ~!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}"
+	assert.Equal(t, signs, ShownText(signs, len(signs)))
+	assert.Empty(t, ShownText(signs, len(signs)-1))
+	for _, odd := range []string{"\x1b", "\n", "\t", "\x7f", "\u009b", "\u202e", "\u200b", "é", "\xff"} {
+		assert.Empty(t, ShownText("a"+odd, 100), "%q", odd)
+	}
+}
