@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
 // The writer of a connector goes away when storage is about to take the write or the delete: it is carried out, and memory goes by it.
@@ -257,5 +258,33 @@ func TestChangeOfServiceKeepsCommonSettings(t *testing.T) {
 		e.ok(logical.PatchOperation, "config", map[string]any{"service": nil})
 		assert.EqualValues(t, 60, e.read("config")["request_timeout"])
 		assert.Equal(t, 20, e.read("config")["exchanges_per_minute"])
+	})
+}
+
+// A write of a Kaizala connector bounds redirect_hosts and ca_cert. A connector that an older version has stored with more goes on, and its
+// other fields can be written.
+func TestBoundsOfKaizalasLists(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		hosts := make([]string, maxRedirectHosts)
+		for i := range hosts {
+			hosts[i] = fmt.Sprintf("h%d.kaiza.la", i)
+		}
+		e.write("config", map[string]any{"redirect_hosts": hosts})
+		for field, value := range map[string]any{
+			"redirect_hosts": append(hosts, "kaiza.la"), "ca_cert": strings.Repeat("\n", tokenservice.MaxCABytes+1),
+		} {
+			_, status, text := e.try(logical.UpdateOperation, "config", map[string]any{field: value})
+			assert.Equal(t, http.StatusBadRequest, status)
+			assert.Contains(t, text, field+" must not be")
+		}
+		stored := e.get(connectorPrefix + defaultConnector)
+		e.stop()
+		e.put(connectorPrefix+defaultConnector, []byte(strings.Replace(stored, `"h0.kaiza.la"`, `"h0.kaiza.la","more.kaiza.la"`, 1)))
+		e.start()
+		e.read("creds/acme")
+		e.write("config", map[string]any{"request_timeout": "7s"})
+		assert.Len(t, e.read("config")["redirect_hosts"], maxRedirectHosts+1)
 	})
 }

@@ -12,6 +12,9 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/tokenservice"
 )
 
+// maxRedirectHosts bounds redirect_hosts in a write. What an older version has stored is used as it is.
+const maxRedirectHosts = 100
+
 // kaizalaKind is Microsoft Kaizala.
 var kaizalaKind = serviceKind{
 	fields: map[string]*framework.FieldSchema{
@@ -49,6 +52,9 @@ func (s *kaizalaSettings) set(d *framework.FieldData, name string) error {
 		s.RedirectHosts = d.Get(name).([]string)
 		if isNull {
 			s.RedirectHosts = slices.Clone(kaizala.DefaultRedirectHosts)
+		}
+		if len(s.RedirectHosts) > maxRedirectHosts {
+			return badValue("redirect_hosts must not be more than %d", maxRedirectHosts)
 		}
 	}
 	return nil

@@ -135,7 +135,9 @@ func (c *connectorEntry) change(d *framework.FieldData) (err error) {
 				err = badValue("%s %s", name, mistake)
 			}
 		case "ca_cert":
-			c.CACert = d.Get(name).(string)
+			if c.CACert = d.Get(name).(string); len(c.CACert) > tokenservice.MaxCABytes {
+				err = badValue("%s must not be longer than %d bytes", name, tokenservice.MaxCABytes)
+			}
 		case "request_timeout":
 			c.RequestTimeout = serviceKinds[c.Service].requestTimeout
 			if raw != nil {

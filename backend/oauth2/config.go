@@ -41,7 +41,6 @@ const (
 	maxScopes      = 100
 	maxScopeBytes  = 4 << 10 // all scopes, joined
 	maxRedirects   = 10
-	maxCABytes     = 64 << 10
 )
 
 // maxLife bounds the durations that are configured.
@@ -212,8 +211,8 @@ func parseIssuer(raw string) (*url.URL, error) {
 }
 
 func parseCA(text string) (*x509.CertPool, error) {
-	if len(text) > maxCABytes {
-		return nil, fieldError("ca_cert", "must not be longer than %d bytes", maxCABytes)
+	if len(text) > tokenservice.MaxCABytes {
+		return nil, fieldError("ca_cert", "must not be longer than %d bytes", tokenservice.MaxCABytes)
 	}
 	roots, problem := tokenservice.ParseCA(text)
 	if problem != "" {

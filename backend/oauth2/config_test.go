@@ -64,7 +64,7 @@ func TestNewAccepts(t *testing.T) {
 		"revocation of a grant":  func(c *Config) { c.RevokeOnDelete, c.RevocationURL = true, "https://as.example.com/revoke" },
 		"no revocation, by name": func(c *Config) { c.Revocation = RevokeNothing },
 		"a certificate":          func(c *Config) { c.CACert = cert },
-		"a long file":            func(c *Config) { c.CACert = cert + strings.Repeat("\n", maxCABytes-len(cert)) },
+		"a long file":            func(c *Config) { c.CACert = cert + strings.Repeat("\n", tokenservice.MaxCABytes-len(cert)) },
 	} {
 		t.Run(name, func(t *testing.T) { client(t, edit) })
 	}
@@ -119,7 +119,7 @@ func TestNewRefuses(t *testing.T) {
 		{"an exchange that ends nothing", "revocation", "exchange_invalidates is false", func(c *Config) { c.Revocation = RevokeByExchange }},
 		{"no URL for deletes", "revoke_on_delete", "needs revocation_url", func(c *Config) { c.RevokeOnDelete = true }},
 		{"junk", "ca_cert", "in PEM", func(c *Config) { c.CACert = bodyCanary }},
-		{"a certificate file too long", "ca_cert", "65536 bytes", func(c *Config) { c.CACert = certificate(t) + strings.Repeat("\n", maxCABytes) }},
+		{"a certificate file too long", "ca_cert", "65536 bytes", func(c *Config) { c.CACert = certificate(t) + strings.Repeat("\n", tokenservice.MaxCABytes) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			config := config()

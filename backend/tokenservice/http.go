@@ -71,6 +71,9 @@ func httpsOnly(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) 
 	}
 }
 
+// MaxCABytes bounds the certificates of a connector that is written; a system's own bundle is larger.
+const MaxCABytes = 64 << 10
+
 // ParseCA returns the certificates of a PEM text, nil for "". All of the text must be certificates: one that is left out without an error
 // is noticed much later. Otherwise the second result says what is wrong, as the end of a sentence that begins with the field's name.
 func ParseCA(text string) (*x509.CertPool, string) {
