@@ -1,7 +1,10 @@
 package backend
 
 import (
+	"context"
+	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -470,5 +473,39 @@ func TestGrantOfADeletedTenantIsRevokedThoughItsEndIsNotNoted(t *testing.T) {
 		e.pass(2 * time.Minute)
 		assert.False(t, e.server.RefreshTokenAlive(brought))
 		assert.Nil(t, e.stored("acme"))
+	})
+}
+
+// The lock of a tenant's attempts is one for all that hold or await it, and no lock is kept for a tenant whose attempts nobody changes.
+func TestLocksOfAttemptsAreNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGrants()
+		holders := 0 // the lock guards it
+		var all sync.WaitGroup
+		for i := range 100 {
+			all.Go(func() {
+				time.Sleep(time.Duration(i%7) * time.Millisecond)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*time.Millisecond)
+				defer cancel()
+				release, err := g.lock(ctx, "acme")
+				if err != nil {
+					return // it has waited for too long
+				}
+				holders++
+				assert.Equal(t, 1, holders)
+				time.Sleep(time.Millisecond)
+				holders--
+				release()
+			})
+		}
+		all.Wait()
+		assert.Empty(t, g.locks)
+
+		e := newGrantEngine(t)
+		e.start(byCode, nil)
+		for i := range 3 {
+			e.ok(logical.DeleteOperation, fmt.Sprintf("tenants/none%d", i), nil)
+		}
+		assert.Empty(t, e.grants.locks)
 	})
 }

@@ -122,35 +122,53 @@ type stateEntry struct {
 // grants is what memory has of attempts: those that are worked on, and when each is to be checked. Their entries are in storage alone.
 type grants struct {
 	mu        sync.Mutex
-	locks     map[string]*lock     // by tenant: the right to change its attempts
-	working   map[string]bool      // attempts, by ID, whose code, device code or PIN is on its way or has come through
-	due       map[string]time.Time // tenants whose attempts need a look then
-	forget    map[string]time.Time // states, by SHA-256, that storage forgets then
-	polls     map[string]*poll     // by tenant
+	locks     map[string]*attemptsLock // by tenant, while somebody holds or awaits it
+	working   map[string]bool          // attempts, by ID, whose code, device code or PIN is on its way or has come through
+	due       map[string]time.Time     // tenants whose attempts need a look then
+	forget    map[string]time.Time     // states, by SHA-256, that storage forgets then
+	polls     map[string]*poll         // by tenant
 	loaded    bool
 	attending bool
 }
 
 func newGrants() *grants {
 	return &grants{
-		locks: map[string]*lock{}, working: map[string]bool{}, due: map[string]time.Time{},
+		locks: map[string]*attemptsLock{}, working: map[string]bool{}, due: map[string]time.Time{},
 		forget: map[string]time.Time{}, polls: map[string]*poll{},
 	}
 }
 
-// lock takes the right to change a tenant's attempts. There are as many locks as tenants with attempts.
+// attemptsLock is the right to change a tenant's attempts.
+type attemptsLock struct {
+	lock
+	users int // how many hold the lock or wait for it; the grants' mu guards it
+}
+
+// lock takes the right to change a tenant's attempts. A lock that nobody uses is not kept: any name can be asked for.
 func (g *grants) lock(ctx context.Context, tenant string) (release func(), err error) {
 	g.mu.Lock()
 	l := g.locks[tenant]
 	if l == nil {
-		l = &lock{}
+		l = &attemptsLock{}
 		g.locks[tenant] = l
 	}
+	l.users++
 	g.mu.Unlock()
+	leave := func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if l.users--; l.users == 0 {
+			delete(g.locks, tenant)
+		}
+	}
 	if err := l.acquire(ctx); err != nil {
+		leave()
 		return nil, err
 	}
-	return l.release, nil
+	return func() {
+		l.release()
+		leave()
+	}, nil
 }
 
 func (g *grants) work(id string, on bool) {
