@@ -798,7 +798,8 @@ func (r *revocations) drop(ctx context.Context, connector string, about tokenser
 	return dropped, nil
 }
 
-// load reads what storage has into memory, unless that has been done.
+// load reads what storage has into memory, unless that has been done. It does not read again what memory has already: a load that ends with
+// its caller leaves the rest to the next one.
 func (r *revocations) load(ctx context.Context) error {
 	r.mu.Lock()
 	loaded, told := r.loaded, r.told
@@ -811,11 +812,18 @@ func (r *revocations) load(ctx context.Context) error {
 		return err
 	}
 	err = forEach(keys, func(key string) error {
+		connector, id, _ := strings.Cut(key, "/")
+		r.mu.Lock()
+		known := r.intents[connector][id] != nil
+		r.mu.Unlock()
+		if known {
+			return nil
+		}
 		i, err := getEntry[intent](ctx, r.storage, intentPrefix+key)
 		if i == nil {
 			return ignoreUnusable(err)
 		}
-		i.connector, i.id, _ = strings.Cut(key, "/")
+		i.connector, i.id = connector, id
 		i.isDeleted = r.isGone(i)
 		correctLife(&i.Obtained, &i.Expires)
 		if i.Type == tokenservice.TypeRefreshToken {
@@ -837,6 +845,12 @@ func (r *revocations) load(ctx context.Context) error {
 		return err
 	}
 	err = forEach(keys, func(key string) error {
+		r.mu.Lock()
+		_, known := r.records[key]
+		r.mu.Unlock()
+		if known {
+			return nil
+		}
 		h, err := r.record(ctx, key)
 		if h == nil {
 			return ignoreUnusable(err)
