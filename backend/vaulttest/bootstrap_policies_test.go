@@ -31,6 +31,7 @@ func TestPolicies(t *testing.T) {
 	connects := s.TokenWith(t, "tenant-connect")
 	templated := s.entityToken(t, "acme-app", "app-templated", map[string]string{"tenant": "acme"})
 	unnamed := s.entityToken(t, "nobodys-app", "app-templated", nil)
+	wildcard := s.entityToken(t, "everybodys-app", "app-templated", map[string]string{"tenant": "a*"})
 
 	type fields = map[string]any
 	const (
@@ -220,6 +221,8 @@ func TestPolicies(t *testing.T) {
 
 		{templated, get, "kaizala/creds/acme", nil, ok},
 		{templated, get, "kaizala/creds/other", nil, denied},
+		{wildcard, get, "kaizala/creds/acme", nil, ok},
+		{wildcard, get, "kaizala/creds/other", nil, denied},
 		{templated, get, "kaizala/token/acme", nil, denied},
 		{templated, get, "kaizala/tenants/acme", nil, denied},
 		{unnamed, get, "kaizala/creds/acme", nil, denied},
