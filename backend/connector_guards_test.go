@@ -208,3 +208,23 @@ func TestProbeThatFindsABadTokenAcceptsTheConnectorOfKaizala(t *testing.T) {
 		e.read("creds/beta")
 	})
 }
+
+// An answer that refuses a refresh token and names a limit does both: it ends the refusal of the connector, and pauses it.
+func TestAnswerThatAcceptsAndPausesAConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil) // an exchange of this tenant would be the probe
+		time.Sleep(probeEvery)
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.Answer{
+			Status: http.StatusTooManyRequests, Header: http.Header{"Retry-After": {"60"}}, Body: `{"error":"invalid_grant"}`,
+		}})
+		_, _, _ = e.try(logical.UpdateOperation, "tenants/mallory", map[string]any{"refresh_token": "junk"})
+		via := e.connectors.present(defaultConnector)
+		assert.Nil(t, via.refusal.Load())
+		assert.Equal(t, time.Now().Add(time.Minute), via.share.PausedUntil())
+	})
+}
