@@ -382,9 +382,10 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call, error) {
 	asBackground, cancel := context.WithCancel(ctx)
 	defer cancel()
+	joined := p.joined
 	go func() {
 		select {
-		case <-p.joined:
+		case <-joined:
 			cancel()
 		case <-asBackground.Done():
 		}
