@@ -267,14 +267,13 @@ func (p *plan) answer(w *waiter) (answered bool) {
 	s, fifth := p.share, Fifth(p.share.limit)
 	// The call takes the place of ended[next], once that stops counting; below 0, a place is free.
 	next := s.all.count + p.places - s.limit
+	byTurn := max(p.frees(p.ended, next), p.turn)
+	if w.Class >= Background {
+		next += s.limit / 5
+	}
 	wait := p.frees(p.ended, next)
-	if byTurn := max(wait, p.turn); w.Class >= Background {
-		wait = p.frees(p.ended, next+s.limit/5)
-		if w.Class == Background && byTurn < wait {
-			wait = byTurn
-		} else {
-			next += s.limit / 5
-		}
+	if w.Class == Background && byTurn < wait {
+		wait, next = byTurn, next-s.limit/5
 	}
 	if !w.Hop {
 		// It looks again after a glance, because the work that has begun may not need the places that are left to it.
