@@ -82,10 +82,29 @@ func TestOrderOfALine(t *testing.T) {
 		assert.Equal(t, []string{"hr"}, connectors)
 		assert.Equal(t, []string{"failed"}, order(), "a line of failed tenants alone")
 
-		wait("first", endOf(tenantSummary{}), false)
-		wait("second", endOf(tenantSummary{}), false)
-		wait("third", endOf(tenantSummary{}), false)
-		wait("known", time.Now().Add(1000*day).Unix(), false)
+		come := func(name string, end time.Duration) {
+			s := tenantSummary{}
+			if end != 0 {
+				s.expires = time.Now().Add(end).Unix()
+			}
+			wait(name, placeInLine(s, time.Now()), false)
+		}
+		come("first", 0)
+		come("second", 0)
+		come("third", 0)
+		come("known", 1000*day)
 		assert.Equal(t, []string{"known", "first", "second", "third"}, order(), "tenants whose ends are unknown go as they have come")
+
+		come("in 40 days", 40*day)
+		come("unknown", 0)
+		come("in 30 days", 30*day)
+		time.Sleep(time.Hour)
+		come("in 20 days", 20*day)
+		come("in 10 days", 10*day)
+		come("soon", 2*time.Hour)
+		time.Sleep(day - 2*time.Hour)
+		come("tomorrow", day)
+		assert.Equal(t, []string{"soon", "in 30 days", "in 40 days", "unknown", "in 10 days", "in 20 days", "tomorrow"}, order(),
+			"a tenant waits an hour at most for those that come later, if these end later than a day after its coming")
 	})
 }

@@ -185,7 +185,7 @@ func (b *backend) tick() {
 					b.attend(name) // no call is needed
 					continue
 				}
-				b.index.wait(v.summary.connector, name, endOf(v.summary), v.trouble != nil)
+				b.index.wait(v.summary.connector, name, placeInLine(v.summary, time.Now()), v.trouble != nil)
 				lines[v.summary.connector] = true
 			}
 		}
@@ -195,12 +195,16 @@ func (b *backend) tick() {
 	})
 }
 
-// endOf is when a tenant's refresh token ends, in seconds since 1970. Tenants whose end is unknown go behind the others, as they come.
-func endOf(s tenantSummary) int64 {
-	if s.expires == 0 {
-		return time.Now().AddDate(1000, 0, 0).Unix()
+// placeInLine is the place of a tenant that is due now: the least goes first. It goes by the end of the refresh token, in seconds since 1970,
+// and of all ends later than tomorrow by the hour in which the tenant comes, before it goes by the end. Otherwise tenants that are due again and
+// again would always go before one that is due once in a while, and ends later or at an unknown time.
+func placeInLine(s tenantSummary, now time.Time) int64 {
+	end := now.AddDate(1000, 0, 0).Unix()
+	if s.expires != 0 {
+		end = s.expires
 	}
-	return s.expires
+	hour := min(end, now.Add(day).Unix()) / 3600
+	return hour<<36 + min(end, 1<<36-1)
 }
 
 // serveLine attends to the tenants that are due at a connector, as its share allows, in the order that [line] says.
@@ -329,12 +333,12 @@ type index struct {
 	stopped bool
 }
 
-// line is the tenants that wait for a place in a connector's share. When calls are scarce, the one whose refresh token ends first goes first.
+// line is the tenants that wait for a place in a connector's share. When calls are scarce, they go by [placeInLine].
 // But a tenant that always fails is due again within a minute, and many of them would take all places. So tenants whose last exchange has
 // failed get every other place at most while others wait, and half of these places go by who has waited longest: a tenant that has failed
 // once is not kept waiting by those that always fail.
 type line struct {
-	sound   *queue.PriorityQueue // tenants whose last exchange has not failed, by the end of the refresh token, in seconds since 1970
+	sound   *queue.PriorityQueue // tenants whose last exchange has not failed, by placeInLine
 	failed  *queue.PriorityQueue // the others, by the same
 	patient *queue.PriorityQueue // those in failed once more, by when they came, in nanoseconds since 1970
 	turn    int                  // how many turns the queues have had
@@ -430,8 +434,8 @@ func (x *index) due(now time.Time) (names, connectors []string) {
 	return names, connectors
 }
 
-// wait puts a tenant that is due into the line of its connector. failed: its last exchange has failed.
-func (x *index) wait(connector, name string, end int64, failed bool) {
+// wait puts a tenant that is due into the line of its connector, at a place of [placeInLine]. failed: its last exchange has failed.
+func (x *index) wait(connector, name string, place int64, failed bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.takeOut(name)
@@ -441,10 +445,10 @@ func (x *index) wait(connector, name string, end int64, failed bool) {
 		x.waiting[connector] = l
 	}
 	if failed {
-		_ = l.failed.Push(&queue.Item{Key: name, Priority: end})
+		_ = l.failed.Push(&queue.Item{Key: name, Priority: place})
 		_ = l.patient.Push(&queue.Item{Key: name, Priority: time.Now().UnixNano()})
 	} else {
-		_ = l.sound.Push(&queue.Item{Key: name, Priority: end})
+		_ = l.sound.Push(&queue.Item{Key: name, Priority: place})
 	}
 	x.waitsAt[name] = connector
 }
