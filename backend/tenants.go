@@ -528,9 +528,8 @@ func (ts *tenants) store(ctx context.Context, t *tenant, o *outcome) error {
 	case ended:
 		next.Access, next.Unleased = nil, nil
 	case o.access != nil && !o.ownToken:
-		if via, err := ts.connectors.get(ctx, next.Connector); err == nil {
-			plan(t.name, next, via)
-		}
+		via, _ := ts.connectors.get(ctx, next.Connector) // without the notes of its calls where storage cannot give them
+		plan(t.name, next, via)
 	}
 	err = ts.replace(ctx, t, o, v, kept)
 	if c := o.change; err == nil && c != nil && c.refreshToken != nil {
