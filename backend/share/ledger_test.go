@@ -667,6 +667,19 @@ func TestRemove(t *testing.T) {
 	})
 }
 
+// A pause outlives its connector in memory. After the connector is created again, storage gets the pause again.
+func TestPauseIsStoredAgainAfterRemove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 1)
+		require.NoError(t, s.pauseAndStore(t.Context(), time.Now().Add(time.Hour)))
+		require.NoError(t, s.Remove(t.Context()))
+		s.Configure(1, timeout)
+		require.NoError(t, s.StorePause(t.Context()))
+		assert.Equal(t, time.Now().Add(time.Hour), from(t, &storage, 1).PausedUntil())
+	})
+}
+
 // A connector is deleted while notes of it are written: storage has nothing of it afterwards.
 func TestRemoveDuringAWrite(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -146,6 +146,24 @@ func TestNotesBesideAWriteThatHangs(t *testing.T) {
 	})
 }
 
+// The end of an earlier exchange is written while calls gather for the next note: that note is written all the same.
+func TestNoteGathersBesideAnotherWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		s := from(t, &storage, 10)
+		answered := noted(t, s, Want{Tenant: "a"})
+		answered.End()
+		storage.slow(slowly)
+		begin(t, s, t.Context(), Want{})
+		next := begin(t, s, t.Context(), Want{})
+		answered.Settle(t.Context())
+		pass(time.Second)
+		require.True(t, next.over.Load())
+		require.NoError(t, next.err)
+		assert.Equal(t, 2*slowly, next.after)
+	})
+}
+
 // One of several callers of a note cancels: the calls of the others stay noted, and Unsettled does not return the cancelled one.
 func TestOneOfManyGivesUp(t *testing.T) {
 	for _, during := range []string{"before the write", "the write"} {

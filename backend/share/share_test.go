@@ -472,6 +472,23 @@ func TestPlaceOfWhoGivesUp(t *testing.T) {
 	})
 }
 
+// A reader whose context has ended already sends nobody away who waits behind readers.
+func TestReaderWhoIsGoneAlreadyTakesNoPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(1)
+		spend(t, s, 1)
+		time.Sleep(Window - time.Second)
+		background := ask(t, s, t.Context(), Want{Class: Background, Wait: patience})
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := s.Take(ctx, reader("a"))
+		assert.Equal(t, context.Canceled, err)
+		pass(time.Second)
+		require.NoError(t, background.err)
+		assert.Equal(t, time.Second, background.after)
+	})
+}
+
 // A call is permitted at the moment when its reader gives up: its place is free again.
 func TestCancelledAtItsTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -243,6 +243,33 @@ func TestProxy(t *testing.T) {
 	}
 }
 
+// https reaches the service through a proxy that connects it, and trusts the service's certificate alone.
+func TestProxyThatConnects(t *testing.T) {
+	service := listen(t, (*httptest.Server).StartTLS, func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.Proto) })
+	proxy := listen(t, (*httptest.Server).Start, func(w http.ResponseWriter, r *http.Request) {
+		to, err := net.Dial("tcp", r.Host)
+		if !assert.NoError(t, err) {
+			return
+		}
+		defer to.Close()
+		from, buffered, err := http.NewResponseController(w).Hijack()
+		if !assert.NoError(t, err) {
+			return
+		}
+		defer from.Close()
+		_, _ = io.WriteString(from, "HTTP/1.1 200 OK\r\n\r\n")
+		go func() { _, _ = io.Copy(to, buffered) }()
+		_, _ = io.Copy(from, to)
+	})
+	at, err := url.Parse(proxy.URL)
+	require.NoError(t, err)
+	transport := NewTransport(pool(t, pemOf(service.Certificate().Raw)))
+	transport.Proxy = httpsOnly(http.ProxyURL(at))
+	a, err := call(t, transport, service.URL).Do(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, "HTTP/1.1", string(a.Body))
+}
+
 func TestFailures(t *testing.T) {
 	hang := func(r *http.Request) { _, _ = io.Copy(io.Discard, r.Body); <-r.Context().Done() }
 	short := func(c Call) Call { c.Spent = c.Timeout - 50*time.Millisecond; return c }
