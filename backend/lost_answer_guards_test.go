@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"encoding/json"
 	"net/http"
 	"testing"
 	"testing/synctest"
@@ -28,6 +29,29 @@ func TestNextProcessGoesOnAfterLostAnswers(t *testing.T) {
 		synctest.Wait()
 		time.Sleep(2 * time.Second)
 		assert.Equal(t, 2, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
+// An answer breaks off behind its new refresh token. The engine does not send the older one once more, which ends the grant at a service that
+// takes that for theft: the next exchange goes on with the new one.
+func TestAnswerThatBreaksOffBehindItsRefreshToken(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		access := accessTokenOf(e.lease("acme"))
+		// The server sends the members in the order of their names, and all tokens of a kind have the same length.
+		answer, err := json.Marshal(map[string]any{"access_token": access, "expires_in": 3600, "refresh_token": e.held("acme")})
+		require.NoError(t, err)
+		e.server.Inject(oauth2test.Fault{Truncate: true, TruncateAt: len(answer) - len("}"), Times: 1})
+		exchanges := e.server.TotalExchanges()
+		before := e.held("acme")
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, status)
+		assert.Equal(t, exchanges+1, e.server.TotalExchanges())
+		assert.NotEqual(t, before, e.held("acme"))
+		e.pass(time.Minute)
+		assert.True(t, e.server.Alive(accessTokenOf(e.lease("acme"))))
 		e.kept()
 	})
 }

@@ -690,6 +690,21 @@ func TestRefreshFindsTheNewTokenGivenUp(t *testing.T) {
 	})
 }
 
+// A refresh joins a tenant's first exchange, which a reader has begun: there is no older token, and the new one stays.
+func TestRefreshJoinsTheFirstExchange(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Delay: time.Second, Times: 1})
+		lease, _ := e.ask(logical.ReadOperation, "creds/acme", nil)
+		_, status, text := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		assert.Equal(t, http.StatusOK, status, text)
+		assert.True(t, e.server.Alive(accessTokenOf(<-lease)))
+		assert.Equal(t, 1, e.server.Exchanges("acme"))
+		e.kept()
+	})
+}
+
 // A refresh has joined an exchange that was not begun for it, and by the time it looks at the result the tenant is deleted: the delete has
 // had the older token revoked, and the refresh does not once more.
 func TestRefreshFindsTheTenantDeleted(t *testing.T) {

@@ -8,8 +8,10 @@ import (
 
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 // Readers whose every read is an exchange take nearly all calls of the share, and each read is answered. A tenant that no reader reads is
@@ -74,5 +76,31 @@ func TestReadersOfFailingTenantsGiveWay(t *testing.T) {
 			e.pass(2 * time.Minute)
 		}
 		assert.Less(t, time.Since(e.stored("quiet").LastExchange), 20*time.Minute)
+	})
+}
+
+// A tenant's exchanges have failed several times, and only the fifth of the share is left that is the readers'. Who has it exchanged, or writes
+// it, waits as a reader of any other tenant does.
+func TestOperatorsOfFailingTenantsDoNotGiveWay(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, with(classA, "exchanges_per_minute", 20))
+		e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidScope})
+		e.add("failing", nil)
+		for range 10 {
+			_, _, _ = e.try(logical.ReadOperation, "creds/failing", nil)
+			e.pass(2 * time.Minute)
+		}
+		via, err := e.connectors.of(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		for !via.share.FreeAt(share.Want{Class: share.Retry}).After(time.Now()) {
+			call, err := via.share.Take(t.Context(), share.Want{})
+			require.NoError(t, err)
+			call.End()
+		}
+		calls := len(e.server.Calls(oauth2test.EndpointToken))
+		_, _, text := e.try(logical.UpdateOperation, "tenants/failing/refresh", nil)
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), calls+1, text)
+		_, _, text = e.try(logical.UpdateOperation, "tenants/failing", map[string]any{"refresh_token": e.server.Grant(e.clientID, "failing")})
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), calls+2, text)
 	})
 }
