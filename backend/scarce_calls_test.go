@@ -79,6 +79,18 @@ func TestReadersOfFailingTenantsGiveWay(t *testing.T) {
 	})
 }
 
+// leaveReaders makes calls until only the fifth of the share is left that is the readers'.
+func (e *oauthEngine) leaveReaders() {
+	e.t.Helper()
+	via, err := e.connectors.of(e.t.Context(), defaultConnector)
+	require.NoError(e.t, err)
+	for !via.share.FreeAt(share.Want{Class: share.Retry}).After(time.Now()) {
+		call, err := via.share.Take(e.t.Context(), share.Want{})
+		require.NoError(e.t, err)
+		call.End()
+	}
+}
+
 // A tenant's exchanges have failed several times, and only the fifth of the share is left that is the readers'. Who has it exchanged, or writes
 // it, waits as a reader of any other tenant does.
 func TestOperatorsOfFailingTenantsDoNotGiveWay(t *testing.T) {
@@ -90,17 +102,35 @@ func TestOperatorsOfFailingTenantsDoNotGiveWay(t *testing.T) {
 			_, _, _ = e.try(logical.ReadOperation, "creds/failing", nil)
 			e.pass(2 * time.Minute)
 		}
-		via, err := e.connectors.of(t.Context(), defaultConnector)
-		require.NoError(t, err)
-		for !via.share.FreeAt(share.Want{Class: share.Retry}).After(time.Now()) {
-			call, err := via.share.Take(t.Context(), share.Want{})
-			require.NoError(t, err)
-			call.End()
-		}
+		e.leaveReaders()
 		calls := len(e.server.Calls(oauth2test.EndpointToken))
 		_, _, text := e.try(logical.UpdateOperation, "tenants/failing/refresh", nil)
 		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), calls+1, text)
 		_, _, text = e.try(logical.UpdateOperation, "tenants/failing", map[string]any{"refresh_token": e.server.Grant(e.clientID, "failing")})
 		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), calls+2, text)
 	})
+}
+
+// A tenant's exchange has failed once: its readers still get the places that are left to readers. Nor do readers give way whose tenant has been
+// exchanged since it failed.
+func TestReadersGiveWayAfterSeveralFailuresAlone(t *testing.T) {
+	for name, fails := range map[string]int{"it has failed once": 1, "it works again": 8} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, with(classA, "exchanges_per_minute", 20))
+				e.server.Inject(oauth2test.Fault{Answer: oauth2test.InvalidScope, Times: fails})
+				e.add("acme", map[string]any{"token_per_lease": true})
+				_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+				require.NotEqual(t, http.StatusOK, status)
+				if fails > 1 {
+					e.pass(20 * time.Minute)
+					e.lease("acme")
+				}
+				e.leaveReaders()
+				time.Sleep(2 * time.Second) // the backoff
+				_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+				assert.Equal(t, http.StatusOK, status, text)
+			})
+		})
+	}
 }
