@@ -555,6 +555,24 @@ func TestTenantsFifthBlocksNobodyElse(t *testing.T) {
 	})
 }
 
+// Background work whose call runs finds the places of its redirects, and leaves the readers' fifth free all the same: other background work begins
+// in neither.
+func TestPlacesAreLeftToBackgroundWorkBesideTheReadersFifth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		spend(t, s, 5)
+		first := take(t, s, Want{Class: Background, Ahead: 2})
+		refused(t, s, Want{Class: Background}, glance)
+		first.End()
+		next := take(t, s, Want{Class: Background, Hop: true, Ahead: 1})
+		refused(t, s, Want{Class: Background}, glance)
+		next.End()
+		take(t, s, Want{Class: Background, Hop: true}).End()
+		spend(t, s, 2)
+		idle(t, s)
+	})
+}
+
 // A tenant that waits for its own fifth leaves no places to further calls of its work, which has not begun.
 func TestNoPlacesAreLeftToWorkThatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
