@@ -894,6 +894,18 @@ func TestTurnIsForBackgroundWorkThatHasHadNoPart(t *testing.T) {
 	})
 }
 
+// The turn of background work permits no call beyond the limit, nor a redirect of work that has begun.
+func TestTurnKeepsTheLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		s.FreeAt(Want{Class: Background}) // it waits for its turn from now on
+		time.Sleep(Window)
+		spend(t, s, 10)
+		refused(t, s, Want{Class: Background}, Window)
+		refused(t, s, Want{Class: Background, Hop: true}, Window)
+	})
+}
+
 // A reader of a tenant that has failed several times waits behind background work, and leaves a fifth to other readers.
 func TestRetriesGiveWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
