@@ -385,6 +385,18 @@ func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 	}
 }
 
+// No exchange begins on a record that the registry has dropped: another one could begin on the next record of the same name, with the same refresh
+// token.
+func TestNoExchangeBeginsOnADroppedRecord(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		dropped := e.tenants.record("acme")
+		e.tenants.drop(dropped)
+		_, err := dropped.begin(&flight{t: dropped, v: noSuchTenant}, func() bool { return true })
+		assert.Equal(t, errSuperseded, err)
+	})
+}
+
 // A record that the registry has dropped does not change the index entry of the record with the same name.
 func TestDroppedRecordLeavesTheIndexAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

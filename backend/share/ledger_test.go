@@ -195,6 +195,19 @@ func TestRecalled(t *testing.T) {
 	})
 }
 
+// Storage has two exchanges of a tenant that nobody settled, at places whose order is not theirs: Unsettled returns the later one.
+func TestUnsettledIsTheLatest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, first := range []time.Duration{-2 * time.Second, -time.Second} {
+			var storage store
+			for place, at := range []time.Duration{first, -3*time.Second - first} {
+				storage.write(t, fmt.Sprint("calls/hr/", place), `{"format":1,"tenant":"acme","at":"`+ahead(at)+`","until":"`+ahead(time.Minute)+`"}`)
+			}
+			assert.Equal(t, ahead(-time.Second), from(t, &storage, 5).Unsettled("acme").UTC().Format(time.RFC3339Nano))
+		}
+	})
+}
+
 // An exchange was noted while the clock was far ahead: Unsettled does not return it, because its time cannot be compared with later ones.
 func TestUnsettledUnderAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
