@@ -227,7 +227,7 @@ func check(facts []*fact, limit int) error {
 			if !other.counts(at) {
 				continue
 			}
-			// Within the same moment, readers may have come after all others, and background work that has its turn after the classes above it.
+			// Within the same moment, readers may have come after all others, and background work that has its turn after the classes behind it.
 			if other.answered.Before(at) || other.want.Class >= min(f.want.Class, Retry) {
 				total++
 			}
