@@ -298,13 +298,10 @@ func (l *loadedConnector) blocked(now time.Time) error {
 
 // passage permits the requests to the service that one piece of work makes, such as an exchange with its redirects.
 type passage struct {
-	via  *loadedConnector
-	want share.Want // of a tenant, if the work is its exchange, and of no other work
-	// joined is closed when a reader begins to wait for background work, which then waits as work of the class forReader does. It is nil for
-	// other work.
-	joined    <-chan struct{}
-	forReader share.Class
-	probes    *refusal // the refusal in spite of which this work is done
+	via    *loadedConnector
+	want   share.Want      // of a tenant, if the work is its exchange, and of no other work
+	joined <-chan struct{} // closed when a reader begins to wait for background work, which then waits as a reader does; nil for other work
+	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work asks the service about itself for a write of the connector. A refusal of the present configuration does not stop
 	// it.
 	discovery bool
@@ -395,7 +392,7 @@ func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call,
 	}
 	call, err := p.via.share.Take(asBackground, want)
 	if errors.Is(err, context.Canceled) && ctx.Err() == nil {
-		p.want.Class, p.want.Wait, p.joined = p.forReader, patience, nil
+		p.want.Class, p.want.Wait, p.joined = share.Reader, patience, nil
 		return p.via.share.Take(ctx, p.want)
 	}
 	return call, err

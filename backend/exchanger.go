@@ -333,8 +333,7 @@ func (x *exchanger) call(f *flight) error {
 	}
 }
 
-// newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work, unless several
-// exchanges of its tenant have failed: readers of many such tenants would take the places of those whose exchanges succeed.
+// newPassage returns what permits the requests of a flight. A flight that a reader waits for goes before background work.
 func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnector) *passage {
 	stored := f.v.entry
 	p := &passage{via: via, stopping: x.stopping, placed: f.place, want: share.Want{
@@ -342,11 +341,8 @@ func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnect
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
 		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
 	}}
-	if f.want.change == nil && !f.want.force && f.t.fails() {
-		p.want.Class = share.Retry
-	}
 	if f.want.background && !f.urgent() {
-		p.forReader, p.want.Class, p.joined = p.want.Class, share.Background, f.joined
+		p.want.Class, p.want.Wait, p.joined = share.Background, 2*lineAhead, f.joined
 	}
 	return p
 }

@@ -30,8 +30,8 @@ const (
 
 	// lineAhead is how long before a place is free background work begins to wait for it: later, a reader who waits already would always get
 	// the place.
-	lineAhead = time.Second
-	// patience is how long a reader, or background work whose place is near, waits for a place in the share.
+	lineAhead = time.Second / 2
+	// patience is how long a reader waits for a place in the share.
 	patience = 5 * time.Second
 )
 
@@ -219,9 +219,9 @@ func (b *backend) serveLine(connector string) {
 			return
 		}
 		if via != nil {
-			soon := time.Now().Add(lineAhead)
-			if free := via.share.FreeAt(share.Want{Class: share.Background}); free.After(soon) {
-				b.index.pause(connector, free.Add(-lineAhead))
+			free := via.share.FreeAt(share.Want{Class: share.Background})
+			if next := latest(free.Add(-lineAhead), via.share.PausedUntil()); next.After(time.Now()) {
+				b.index.pause(connector, next)
 				return
 			}
 		}

@@ -573,25 +573,15 @@ func (t *tenant) cutOff(via *loadedConnector) {
 	})
 }
 
-// leastBackOff is how long a tenant rests after a first failure.
-const leastBackOff = time.Second
-
 // backOff says how long the tenant rests after another failure: seconds at first, a minute at most, with jitter.
 func (t *tenant) backOff() time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.retry == nil {
-		t.retry = backoff.NewBackoff(math.MaxInt, leastBackOff, time.Minute)
+		t.retry = backoff.NewBackoff(math.MaxInt, time.Second, time.Minute)
 	}
 	d, _ := t.retry.Next()
 	return d
-}
-
-// fails says whether several exchanges of the tenant have failed, one after the other.
-func (t *tenant) fails() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.retry != nil && t.retry.Current() > 4*leastBackOff // which doubles each time
 }
 
 // forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a write works on the

@@ -31,8 +31,6 @@ const (
 	// Background: an exchange that no reader waits for; or a code or a PIN, because a client that may start a grant can start any number of
 	// them. It leaves a fifth of the limit free, rounded down, but it gets one call in ten in any case.
 	Background
-	// Retry: a reader waits for an exchange of a tenant that has failed several times. It leaves as much free as Background does.
-	Retry
 	// Revocation: a revocation that no request waits for. It leaves as much free as Background does.
 	Revocation
 	// Housekeeping: polls. It leaves as much free as Background does, and takes no more than a fifth of the limit (but at least one call).
@@ -230,8 +228,8 @@ func (s *Share) arrange() {
 	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
 	var first *waiter // the one whose turn it is goes before readers
 	i := slices.IndexFunc(s.queue, func(w *waiter) bool { return w.Class == Background })
-	if i >= 0 && now.Sub(s.turn) > Window {
-		s.turn = now.Add(s.turnEvery()) // none has waited for the turn that has passed
+	if i >= 0 && (now.Sub(s.turn) > Window+s.timeout || s.turn.Sub(now) > max(Window, s.turnEvery())) {
+		s.turn = now.Add(s.turnEvery()) // none has waited for the turn that has passed, or the limit was smaller
 	}
 	p.turn = s.turn.Sub(now)
 	if i >= 0 && p.turn <= 0 {

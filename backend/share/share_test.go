@@ -906,33 +906,8 @@ func TestTurnKeepsTheLimit(t *testing.T) {
 	})
 }
 
-// A reader of a tenant that has failed several times waits behind background work, and leaves a fifth to other readers.
-func TestRetriesGiveWay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := limited(10)
-		for range 8 {
-			take(t, s, Want{Class: Retry}).End()
-		}
-		refused(t, s, Want{Class: Retry, Tenant: "failing"}, Window)
-		spend(t, s, 2)
-		time.Sleep(Window - time.Second)
-		retry := ask(t, s, t.Context(), Want{Class: Retry, Tenant: "failing", Wait: patience})
-		var sound []*answer
-		for range 8 {
-			sound = append(sound, ask(t, s, t.Context(), Want{Class: Background, Wait: patience}))
-		}
-		synctest.Wait()
-		assert.Error(t, retry.err, "the places go to the others")
-		time.Sleep(time.Second)
-		synctest.Wait()
-		for _, a := range sound {
-			require.NoError(t, a.err)
-		}
-	})
-}
-
 // Two background calls that wait for their turn have it one after the other, and a burst of background calls delays the next turn by a [Window] at
-// most.
+// most. A turn of a smaller limit does not hold for a larger one.
 func TestTurnsComeOneAfterTheOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(20) // a turn each 30 s
@@ -951,5 +926,12 @@ func TestTurnsComeOneAfterTheOther(t *testing.T) {
 		assert.Equal(t, time.Now().Add(Window), s.FreeAt(background))
 		pass(Window)
 		assert.Equal(t, 30*time.Second, second.after)
+
+		s = limited(1) // a turn in ten minutes
+		take(t, s, background).End()
+		time.Sleep(Window)
+		s.Configure(100, timeout) // a turn each 6 s
+		spend(t, s, 80)
+		assert.Equal(t, time.Now().Add(6*time.Second), s.FreeAt(background))
 	})
 }

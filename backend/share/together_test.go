@@ -73,7 +73,7 @@ var callers = rapid.Custom(func(r *rapid.T) caller {
 		at: half("at", 300),
 		want: Want{
 			Tenant: rapid.SampledFrom([]string{"", "", "a", "b", "c"}).Draw(r, "tenant"),
-			Class:  rapid.SampledFrom([]Class{Reader, Reader, RevocationWait, Background, Retry, Revocation, Housekeeping}).Draw(r, "class"),
+			Class:  rapid.SampledFrom([]Class{Reader, Reader, RevocationWait, Background, Revocation, Housekeeping}).Draw(r, "class"),
 			Hop:    rapid.IntRange(0, 3).Draw(r, "hop") == 0,
 			Wait:   rapid.SampledFrom([]time.Duration{0, patience, patience, 30 * time.Second}).Draw(r, "wait"),
 		},
@@ -228,7 +228,7 @@ func check(facts []*fact, limit int) error {
 				continue
 			}
 			// Within the same moment, readers may have come after all others, and background work that has its turn after the classes behind it.
-			if other.answered.Before(at) || other.want.Class >= min(f.want.Class, Retry) {
+			if other.answered.Before(at) || other.want.Class >= min(f.want.Class, Revocation) {
 				total++
 			}
 			if other.want.Class == Housekeeping {
