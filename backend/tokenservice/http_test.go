@@ -566,6 +566,11 @@ func TestPermit(t *testing.T) {
 	assert.Equal(t, Answer{}, a)
 }
 
+func TestTryAgain(t *testing.T) {
+	assert.Equal(t, "Try again later.", TryAgain(0))
+	assert.Equal(t, "Try again in 1m30s.", TryAgain(90*time.Second+time.Millisecond))
+}
+
 func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	in := func(d time.Duration) string { return now.Add(d).Format(http.TimeFormat) }
