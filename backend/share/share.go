@@ -270,7 +270,7 @@ func (p *plan) answer(w *waiter) (answered bool) {
 		next += s.limit / 5
 	}
 	wait := p.frees(p.ended, next)
-	if w.Class == Background && byTurn < wait {
+	if w.Class == Background && byTurn <= wait {
 		wait, next = byTurn, next-s.limit/5
 	}
 	if !w.Hop {

@@ -870,6 +870,19 @@ func TestBackgroundHasItsTurnBesideReaders(t *testing.T) {
 	}
 }
 
+// In its turn, background work gets a place where a reader would, beside work that has places left to it.
+func TestBackgroundInItsTurnIsPermittedWhereAReaderIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := limited(10)
+		s.FreeAt(Want{Class: Background}) // waits for its turn from now on
+		time.Sleep(Window)
+		spend(t, s, 6)
+		take(t, s, Want{Ahead: 2})
+		assert.Equal(t, time.Now(), s.FreeAt(Want{}))
+		take(t, s, Want{Class: Background})
+	})
+}
+
 // The turn of background work is no right to the readers' fifth: background work that has had its part of the share waits for it.
 func TestTurnIsForBackgroundWorkThatHasHadNoPart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
