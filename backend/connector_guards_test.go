@@ -228,3 +228,23 @@ func TestAnswerThatAcceptsAndPausesAConnector(t *testing.T) {
 		assert.Equal(t, time.Now().Add(time.Minute), via.share.PausedUntil())
 	})
 }
+
+// A refresh token is sent before the service refuses the connector, and refused after that: the server may look at the token first. The connector
+// stays refused.
+func TestLateRefusalOfATokenAcceptsNoConnector(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.server.Inject(oauth2test.Fault{Times: 1, Delay: 2 * time.Second, Process: true})
+		e.server.Inject(oauth2test.Fault{Times: 1, Answer: oauth2test.InvalidClient})
+		go func() {
+			_, _, _ = e.try(logical.UpdateOperation, "tenants/mallory", map[string]any{"refresh_token": "junk"})
+		}()
+		time.Sleep(time.Second)
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusBadRequest, status)
+		time.Sleep(5 * time.Second)
+		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
+		assert.NotNil(t, e.connectors.present(defaultConnector).refusal.Load())
+	})
+}
