@@ -55,7 +55,7 @@ func TestDueTenantsGoOnWithALargerShare(t *testing.T) {
 		e.addTenants(5)
 		e.setShare(1)
 		e.stop()
-		time.Sleep(340 * day)
+		time.Sleep(inWindow)
 		e.kaizala.ResetCalls()
 		e.start()
 		e.minute()

@@ -119,19 +119,19 @@ func (b *backend) exchangeDue(t *tenant, v *tenantView, now time.Time) time.Time
 }
 
 // refreshDue says when a refresh token has to be exchanged for its own sake: in the last tenth of its life, until the service sends one
-// with a later end; and as often as the service's keepAlive says. Zero: never. It does not go by the clock: until the exchange, the status
-// shows the time at which the index has the tenant.
+// with a later end; and as often as the service's keepAlive says. Zero: never.
 func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.Time) {
+	now := time.Now()
 	if rotates := e.Facts.RotatesFrom; !rotates.IsZero() {
 		last := e.Facts.Expires.Sub(rotates) // the last tenth of its life
 		switch {
-		case !e.LastExchange.Before(rotates): // and the end is the same
+		case now.Before(rotates):
+			due = rotates.Add(ownPart(name, last, 0, 0.2))
+		case e.LastExchange.Before(rotates):
+			due = rotates
+		default: // it was exchanged since, and its end is the same
 			again := min(max(last/30, time.Second), day)
 			due = e.LastExchange.Add(again - ownPart(name, again, 0, 0.25))
-		case e.RefreshTokenSet.Before(rotates):
-			due = rotates.Add(ownPart(name, last, 0, 0.2))
-		default: // the last tenth had begun when it was written
-			due = rotates
 		}
 	}
 	if keepAlive > 0 {

@@ -99,35 +99,6 @@ func TestRefreshTokenThatIsNotReplacedIsDueAgain(t *testing.T) {
 	})
 }
 
-// The status says when a refresh token in its last tenth is exchanged. Neither time nor a write nor a restart moves that, and the exchange
-// comes then.
-func TestNextExchangeTimeHoldsUntilTheExchange(t *testing.T) {
-	bubble(t, func(t *testing.T) {
-		e := newConfiguredEngine(t)
-		e.addTenant("acme")
-		next := e.read("tenants/acme")["next_exchange_time"]
-		due, err := time.Parse(time.RFC3339, next.(string))
-		require.NoError(t, err)
-		rotates := e.stored("acme").Facts.RotatesFrom
-		require.Greater(t, due.Sub(rotates), 4*time.Hour, "the tenant's own part of the last tenth")
-		unmoved := func() {
-			e.pass(time.Hour)
-			assert.Equal(t, next, e.read("tenants/acme")["next_exchange_time"])
-			assert.Zero(t, e.kaizala.CallCount())
-		}
-		time.Sleep(time.Until(rotates) - 30*time.Minute)
-		unmoved()
-		e.write("tenants/acme", map[string]any{"ttl": "1h"})
-		unmoved()
-		e.restart()
-		unmoved()
-		time.Sleep(time.Until(due) - time.Minute)
-		require.Zero(t, e.kaizala.CallCount())
-		time.Sleep(2 * time.Minute)
-		assert.Equal(t, 1, e.kaizala.CallCount())
-	})
-}
-
 func TestTenantPastItsTimeGoesAtTheNextTick(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
