@@ -458,8 +458,10 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 	case asksForRest(failure):
 		storePause = pause(via, min(failure.RetryAfter, tokenservice.LongestRest))
 	}
+	r := via.refusal.Load()
+	lately := r != nil && time.Since(time.Unix(0, r.noted.Load())) < via.entry.RequestTimeout // the call may have been made before that refusal
 	switch {
-	case answer == nil, isFailure && failure.TakesConnector && !via.wasRefusedLately():
+	case answer == nil, isFailure && failure.TakesConnector && !lately:
 		storeVerdict = cs.accept(via)
 	case isFailure && failure.Kind == tokenservice.RefusedConnector:
 		storeVerdict = cs.refuse(via, failure)
@@ -471,12 +473,6 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 }
 
 func storesNothing(context.Context) {}
-
-// wasRefusedLately says whether the service has refused the connector so lately that a call which is answered now may have been made before.
-func (l *loadedConnector) wasRefusedLately() bool {
-	r := l.refusal.Load()
-	return r != nil && time.Since(time.Unix(0, r.noted.Load())) < l.entry.RequestTimeout
-}
 
 // isLimit says whether the service permits no further calls for now: by what it says, or by the status 429 whatever it says.
 func isLimit(failure *tokenservice.Failure) bool {

@@ -162,7 +162,7 @@ func TestRefusalIsStoredOnceInTenMinutes(t *testing.T) {
 }
 
 // A token endpoint that refuses a refresh token, a code or a device code takes the client, which it authenticates first (RFC 6749, section
-// 5.2): such an answer to the probe of a refused connector ends the refusal, so nobody's bad token keeps the others out.
+// 5.2): such an answer to the probe of a refused connector ends the refusal, so one tenant's bad token does not keep the others out.
 func TestProbeThatFindsABadTokenAcceptsTheConnector(t *testing.T) {
 	for name, probe := range map[string]func(*grantEngine) int{
 		"refresh token": func(e *grantEngine) int {

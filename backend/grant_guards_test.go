@@ -476,7 +476,7 @@ func TestGrantOfADeletedTenantIsRevokedThoughItsEndIsNotNoted(t *testing.T) {
 	})
 }
 
-// The lock of a tenant's attempts is one for all that hold or await it, and no lock is kept for a tenant whose attempts nobody changes.
+// The lock of a tenant's attempts is one for all that hold or await it, and no lock is kept for a tenant whose attempts no flow changes.
 func TestLocksOfAttemptsAreNotKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGrants()

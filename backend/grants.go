@@ -122,7 +122,7 @@ type stateEntry struct {
 // grants is what memory has of attempts: those that are worked on, and when each is to be checked. Their entries are in storage alone.
 type grants struct {
 	mu        sync.Mutex
-	locks     map[string]*attemptsLock // by tenant, while somebody holds or awaits it
+	locks     map[string]*attemptsLock // by tenant, while a flow holds or awaits it
 	working   map[string]bool          // attempts, by ID, whose code, device code or PIN is on its way or has come through
 	due       map[string]time.Time     // tenants whose attempts need a look then
 	forget    map[string]time.Time     // states, by SHA-256, that storage forgets then
@@ -144,7 +144,7 @@ type attemptsLock struct {
 	users int // how many hold the lock or wait for it; the grants' mu guards it
 }
 
-// lock takes the right to change a tenant's attempts. A lock that nobody uses is not kept: any name can be asked for.
+// lock takes the right to change a tenant's attempts. A lock that no flow uses is not kept, because any name can be asked for.
 func (g *grants) lock(ctx context.Context, tenant string) (release func(), err error) {
 	g.mu.Lock()
 	l := g.locks[tenant]

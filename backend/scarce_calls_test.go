@@ -12,6 +12,19 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
+// readEach reads a tenant's creds again and again until stop is closed.
+func (e *oauthEngine) readEach(every time.Duration, tenant string, stop <-chan struct{}, then func(status int)) {
+	for {
+		select {
+		case <-stop:
+			return
+		case <-time.After(every):
+			_, status, _ := e.try(logical.ReadOperation, "creds/"+tenant, nil)
+			then(status)
+		}
+	}
+}
+
 // Readers whose every read is an exchange take nearly all calls of the share, and each read is answered; or they want more calls than there are. A
 // tenant that no reader reads is exchanged as often as keep_alive says all the same.
 func TestReadersLeaveCallsToBackgroundWork(t *testing.T) {
@@ -30,18 +43,11 @@ func TestReadersLeaveCallsToBackgroundWork(t *testing.T) {
 				for i := range c.tenants {
 					name := fmt.Sprint("busy", i)
 					e.add(name, map[string]any{"token_per_lease": true})
-					go func() {
-						for {
-							select {
-							case <-stop:
-								return
-							case <-time.After(c.each):
-								if _, status, _ := e.try(logical.ReadOperation, "creds/"+name, nil); c.answered {
-									assert.Equal(t, http.StatusOK, status)
-								}
-							}
+					go e.readEach(c.each, name, stop, func(status int) {
+						if c.answered {
+							assert.Equal(t, http.StatusOK, status)
 						}
-					}()
+					})
 					time.Sleep(7 * time.Second)
 				}
 				e.pass(16 * time.Minute)
@@ -64,16 +70,7 @@ func TestReadersOfFailingTenantsLeaveCallsToBackgroundWork(t *testing.T) {
 			name := fmt.Sprint("failing", i)
 			e.server.Inject(oauth2test.Fault{User: name, Answer: oauth2test.InvalidScope})
 			e.add(name, nil)
-			go func() {
-				for {
-					select {
-					case <-stop:
-						return
-					case <-time.After(10 * time.Second):
-						_, _, _ = e.try(logical.ReadOperation, "creds/"+name, nil)
-					}
-				}
-			}()
+			go e.readEach(10*time.Second, name, stop, func(int) {})
 		}
 		e.pass(40 * time.Minute)
 		assert.Less(t, time.Since(e.stored("quiet").LastExchange), 20*time.Minute)

@@ -195,7 +195,7 @@ func TestRecalled(t *testing.T) {
 	})
 }
 
-// Storage has two exchanges of a tenant that nobody settled, at places whose order is not theirs: Unsettled returns the later one.
+// Storage has two exchanges of a tenant whose answers were not noted, at places in either order: Unsettled returns the later one.
 func TestUnsettledIsTheLatest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, first := range []time.Duration{-2 * time.Second, -time.Second} {

@@ -160,7 +160,7 @@ type waiter struct {
 	rank     int // its place in the queue: the least goes first, equal ones go as they came
 	deadline time.Time
 	until    time.Time     // when the call is permitted, as far as is known
-	answered chan struct{} // closed when the call is permitted, or refused with err; nil where nobody wants more than until
+	answered chan struct{} // closed when the call is permitted, or refused with err; nil in FreeAt, which wants until alone
 	call     *Call
 	err      error
 }

@@ -472,7 +472,7 @@ func TestPlaceOfWhoGivesUp(t *testing.T) {
 	})
 }
 
-// A reader whose context has ended already sends nobody away who waits behind readers.
+// A reader whose context has ended already does not have a call refused that waits behind readers.
 func TestReaderWhoIsGoneAlreadyTakesNoPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := limited(1)
@@ -898,7 +898,7 @@ func TestTurnIsForBackgroundWorkThatHasHadNoPart(t *testing.T) {
 		time.Sleep(Window - time.Second)
 		assert.Equal(t, time.Now().Add(time.Second), s.FreeAt(background))
 
-		// A turn that nobody has waited for does not go before readers a long time later.
+		// A turn that no call has waited for does not go before readers a long time later.
 		time.Sleep(time.Hour)
 		spend(t, s, 9)
 		refused(t, s, background, Window)
