@@ -606,6 +606,19 @@ func TestInvalidate(t *testing.T) {
 	})
 }
 
+// An invalidation comes before storage is read: storage is read.
+func TestInvalidateBeforeTheFirstLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var storage store
+		storage.write(t, "calls/hr/0", `{"format":1,"until":"`+ahead(time.Minute)+`"}`)
+		s := New(&storage, "hr")
+		s.Configure(5, timeout)
+		s.Invalidate()
+		require.NoError(t, s.Load(t.Context()))
+		assert.Equal(t, 1, s.all.count)
+	})
+}
+
 // An invalidation comes during a read of storage: storage is read again.
 func TestInvalidateDuringALoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

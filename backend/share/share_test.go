@@ -870,17 +870,20 @@ func TestBackgroundHasItsTurnBesideReaders(t *testing.T) {
 	}
 }
 
-// In its turn, background work gets a place where a reader would, beside work that has places left to it.
+// In its turn, background work gets a place where a reader would, beside work that has places left to it. Those places it leaves.
 func TestBackgroundInItsTurnIsPermittedWhereAReaderIs(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := limited(10)
-		s.FreeAt(Want{Class: Background}) // waits for its turn from now on
-		time.Sleep(Window)
-		spend(t, s, 6)
-		take(t, s, Want{Ahead: 2})
-		assert.Equal(t, time.Now(), s.FreeAt(Want{}))
-		take(t, s, Want{Class: Background})
-	})
+	for spent, wait := range map[int]time.Duration{6: 0, 7: glance} {
+		synctest.Test(t, func(t *testing.T) {
+			s := limited(10)
+			s.FreeAt(Want{Class: Background}) // waits for its turn from now on
+			time.Sleep(Window)
+			spend(t, s, spent)
+			take(t, s, Want{Ahead: 2})
+			for _, class := range []Class{Reader, Background} {
+				assert.Equal(t, wait, time.Until(s.FreeAt(Want{Class: class})), "class %d, %d calls spent", class, spent)
+			}
+		})
+	}
 }
 
 // The turn of background work is no right to the readers' fifth: background work that has had its part of the share waits for it.
