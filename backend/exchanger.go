@@ -186,7 +186,7 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 // left the older token to its leases.
 func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error {
 	_, now, err := x.tenants.load(ctx, t.name)
-	if err != nil || now == noSuchTenant || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
+	if err != nil || now.entry == nil || v.access == nil || now.access != nil && now.access.Token == v.access.Token {
 		return err
 	}
 	connector, err := x.revocations.revokeHeldLater(ctx, t.name, v.access.Generation)
@@ -275,7 +275,7 @@ func (x *exchanger) fly(f *flight) {
 	}
 	t.land(f, err)
 	x.landed(t, err)
-	x.tenants.drop(t)
+	x.tenants.release(t)
 	x.revocations.wakeAll() // the flight may have given up tokens
 }
 

@@ -671,13 +671,10 @@ func (b *backend) tryGrant(a *attempt, w want) error {
 		if err != nil {
 			return err
 		}
-		if t == nil {
-			t = b.tenants.record(a.Tenant)
-		}
 		if err := via.binding.Acquire(ctx, 1); err != nil {
 			return err
 		}
-		f, own, err := b.startVerified(ctx, t, v, w)
+		f, own, err := b.startVerified(ctx, a.Tenant, t, v, w)
 		via.binding.Release(1)
 		switch {
 		case errors.Is(err, errSuperseded):

@@ -453,9 +453,6 @@ func (b *backend) storeUnverified(ctx context.Context, name string, via *loadedC
 // writer's patience: its answer may hold the only refresh token that is still good. errSuperseded says to look at the tenant
 // again: nothing of the write has been tried yet.
 func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantView, via *loadedConnector, change *tenantChange) error {
-	if t == nil {
-		t = b.tenants.record(name)
-	}
 	if v.kept != nil && change.refreshToken == nil {
 		// The write goes on with the refresh token that the service has sent, once storage has that.
 		if _, err := b.exchanger.exchange(ctx, t, v, want{}); err != nil && !errors.Is(err, errSuperseded) {
@@ -468,7 +465,7 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 	if err := via.binding.Acquire(ctx, 1); err != nil {
 		return err
 	}
-	f, own, err := b.startVerified(ctx, t, v, w)
+	f, own, err := b.startVerified(ctx, name, t, v, w)
 	via.binding.Release(1)
 	if err != nil {
 		return err
@@ -496,8 +493,13 @@ func (b *backend) verify(ctx context.Context, name string, t *tenant, v *tenantV
 }
 
 // startVerified starts the exchange that verifies a write, while its connector cannot be deleted or changed: it may have been
-// since the write was checked.
-func (b *backend) startVerified(ctx context.Context, t *tenant, v *tenantView, w want) (*flight, bool, error) {
+// since the write was checked. t is nil where there is no tenant of that name.
+func (b *backend) startVerified(ctx context.Context, name string, t *tenant, v *tenantView, w want) (*flight, bool, error) {
+	if t == nil {
+		t = b.tenants.record(name)
+		defer b.tenants.release(t)
+		v = t.view.Load()
+	}
 	if _, err := b.prepare(ctx, v, w.change); err != nil {
 		return nil, false, err
 	}

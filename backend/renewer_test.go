@@ -356,15 +356,34 @@ func TestTroubledTenantsAreTriedOnceTheConnectorIsRight(t *testing.T) {
 	}
 }
 
-// No exchange begins on a record that the registry has dropped: another one could begin on the next record of the same name, with the same refresh
-// token.
-func TestNoExchangeBeginsOnADroppedRecord(t *testing.T) {
+// The registry keeps a record under a request and a flight: an exchange could begin on the next record of the same name beside the one on this,
+// with the same refresh token.
+func TestRecordStaysWhileItIsUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
-		dropped := e.tenants.record("acme")
-		e.tenants.drop(dropped)
-		_, err := dropped.begin(&flight{t: dropped, v: noSuchTenant}, func() bool { return true })
-		assert.Equal(t, errSuperseded, err)
+		record := e.tenants.record("acme")
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 400, status)
+		require.Same(t, record, e.tenants.named("acme"), "a request has it")
+		f, err := record.begin(&flight{t: record, v: record.view.Load(), done: make(chan struct{})}, func() bool { return true })
+		require.NoError(t, err)
+		e.tenants.release(record)
+		require.Same(t, record, e.tenants.named("acme"), "a flight has it")
+		record.land(f, nil)
+		e.tenants.release(record)
+		assert.Nil(t, e.tenants.named("acme"))
+	})
+}
+
+// A write of an unknown tenant that cannot begin its exchange leaves no record.
+func TestWriteThatDoesNotBeginLeavesNoRecord(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.stopping = true // no flight begins
+		_, status, text := e.try(logical.CreateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		e.stopping = false
+		require.Equal(t, 503, status, text)
+		assert.Nil(t, e.tenants.named("acme"))
 	})
 }
 
@@ -373,7 +392,7 @@ func TestDroppedRecordLeavesTheIndexAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		dropped := e.tenants.record("acme")
-		e.tenants.drop(dropped)
+		e.tenants.release(dropped)
 		e.addTenant("acme")
 		require.NotSame(t, dropped, e.tenants.named("acme"))
 		e.schedule(dropped)

@@ -95,12 +95,14 @@ type tenant struct {
 	// and while the registry drops the record.
 	planning sync.Mutex
 
+	// users is how many requests and flights work on the record: the registry does not drop it under them.
+	users atomic.Int32
+
 	// warned is when the log last warned of the refresh token's end, in seconds since 1970.
 	warned atomic.Int64
 
 	// mu guards the replacement of view and flight, and what follows. It is never held while something is waited for.
-	mu      sync.Mutex
-	dropped bool // the registry has dropped this record
+	mu sync.Mutex
 	// outdated: the connector was written while another flow held storing. The view that the flow publishes may still go by the connector's
 	// former configuration.
 	outdated bool
@@ -132,7 +134,7 @@ type tenantView struct {
 	*tenantMemory
 }
 
-// noSuchTenant is the view of a tenant that does not exist and has no record.
+// noSuchTenant is the view of a tenant that does not exist.
 var noSuchTenant = &tenantView{knows: absent, tenantMemory: nothing}
 
 // nothing is what all tenants share of which memory has the summary alone. On a large mount these are most.
@@ -659,7 +661,7 @@ func (t *tenant) forgetReplaced(generation string) {
 }
 
 // begin makes f the tenant's flight. Where there is one already it returns that; where the view has changed since f was
-// planned, or the registry has dropped the record, it returns errSuperseded.
+// planned, it returns errSuperseded.
 func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -667,7 +669,7 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	switch {
 	case busy != nil:
 		return busy, nil
-	case t.dropped, f.v != noSuchTenant && v != f.v, f.v == noSuchTenant && v.entry != nil:
+	case v != f.v:
 		return nil, errSuperseded
 	}
 	f.from = v.lineage()
@@ -675,6 +677,7 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 		return nil, errStopping
 	}
 	t.flight.Store(f)
+	t.users.Add(1) // until the flight's end
 	return f, nil
 }
 
@@ -727,16 +730,12 @@ func (t *tenant) ownsTokens(connector string) bool {
 		v.kept != nil && aboutTo(v.kept.change)
 }
 
-// drop marks the record as dropped where storage has no such tenant, and no flight or write works on it or waits to.
-func (t *tenant) drop() bool {
+// release takes a user off the record, and says whether nothing needs the record any more: storage has no such tenant, as far as is known.
+func (t *tenant) release() (unneeded bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.view.Load()
-	if v.summary.stored || v.kept != nil || t.flight.Load() != nil || v.knows == doubted || t.storing.busy() || t.dropped {
-		return false
-	}
-	t.dropped = true
-	return true
+	return t.users.Add(-1) == 0 && !v.summary.stored && v.kept == nil && v.knows != doubted
 }
 
 // hasCutShort says whether leases may live on an access token that a refresh or a write has ended before them.

@@ -59,7 +59,7 @@ func (ts *tenants) named(name string) *tenant {
 	return ts.byName[name]
 }
 
-// record returns the tenant's record, made where there is none. It is dropped again where storage has no such tenant.
+// record returns the tenant's record, made where there is none. The registry has it until the caller calls release, at the least.
 func (ts *tenants) record(name string) *tenant {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -68,16 +68,17 @@ func (ts *tenants) record(name string) *tenant {
 		t = newTenant(name)
 		ts.byName[name] = t
 	}
+	t.users.Add(1)
 	return t
 }
 
-// drop removes the tenant's record if storage has no such tenant and neither a flight nor a write works on it.
-func (ts *tenants) drop(t *tenant) {
+// release takes a user off the tenant's record, and drops the record if that was the last and storage has no such tenant.
+func (ts *tenants) release(t *tenant) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	if t.drop() {
+	if t.release() {
 		delete(ts.byName, t.name)
 	}
 }
@@ -146,21 +147,13 @@ func (ts *tenants) loadCreated(ctx context.Context, name string) (*tenant, *tena
 
 // locked calls f with the right to change a tenant in storage.
 func (ts *tenants) locked(ctx context.Context, name string, f func(*tenant) error) error {
-	for {
-		t := ts.record(name)
-		if err := t.storing.acquire(ctx); err != nil {
-			ts.drop(t) // the lock's holder could not while this waited
-			return err
-		}
-		if ts.named(name) != t { // the record was dropped before this had its lock
-			t.storing.release()
-			continue
-		}
-		err := f(t)
-		t.storing.release()
-		ts.drop(t)
+	t := ts.record(name)
+	defer ts.release(t)
+	if err := t.storing.acquire(ctx); err != nil {
 		return err
 	}
+	defer t.storing.release()
+	return f(t)
 }
 
 // read makes sure that memory knows what storage has of a tenant. The caller holds its lock.
