@@ -454,19 +454,6 @@ func (t *tenant) stored(e *tenantEntry, o, kept *outcome) (recovered bool) {
 	return recovered
 }
 
-// retired records that storage has an entry whose access token is given up. What is kept stays so.
-func (t *tenant) retired(e *tenantEntry) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.update(func(v *tenantView) {
-		v.show(e, nil)
-		v.postponed = time.Time{}
-		if v.kept != nil {
-			v.knows = doubted
-		}
-	})
-}
-
 // lineage is the tenant's. After each delete it is another one.
 func (v *tenantView) lineage() string {
 	switch {

@@ -463,7 +463,7 @@ func (ts *tenants) giveUp(ctx context.Context, name, generation string) (connect
 			return err
 		}
 		connector = next.Connector
-		t.retired(&next)
+		t.stored(&next, nil, nil) // what is kept stays so
 		ts.loaded.Add(t.name, t)
 		ts.schedule(t)
 		return nil
