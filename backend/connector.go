@@ -293,7 +293,7 @@ func (l *loadedConnector) blocked(now time.Time) error {
 type passage struct {
 	via    *loadedConnector
 	want   share.Want      // of a tenant, if the work is its exchange, and of no other work
-	joined <-chan struct{} // closed when a reader begins to wait for background work, which then waits as a reader does; nil for other work
+	alone  context.Context // of background work: ends when a reader begins to wait for it, from when on it waits as a reader does; nil for other work
 	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work asks the service about itself for a write of the connector. A refusal of the present configuration does not stop
 	// it.
@@ -324,7 +324,7 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 		p.want.Ahead = p.via.hops.ahead(p.made)
 	}
 	take := p.via.share.Take
-	if p.joined != nil {
+	if p.alone != nil && p.alone.Err() == nil {
 		take = p.takeBehind
 	}
 	call, err := take(ctx, p.want)
@@ -368,25 +368,19 @@ func (p *passage) permit(ctx context.Context) (done func(), err error) {
 	return call.End, nil
 }
 
-// takeBehind takes a place in the share for background work, which waits as a reader does once one has joined it.
+// takeBehind takes a place in the share behind readers, or as a reader does once one has joined the work.
 func (p *passage) takeBehind(ctx context.Context, want share.Want) (*share.Call, error) {
 	asBackground, cancel := context.WithCancel(ctx)
 	defer cancel()
-	joined := p.joined
-	go func() {
-		select {
-		case <-joined:
-			cancel()
-		case <-asBackground.Done():
-		}
-	}()
+	defer context.AfterFunc(p.alone, cancel)()
+	behind := want
+	behind.Class, behind.Wait = share.Background, 2*lineAhead
 	if want.Hop {
-		want.Wait = hopPatience
+		behind.Wait = hopPatience
 	}
-	call, err := p.via.share.Take(asBackground, want)
+	call, err := p.via.share.Take(asBackground, behind)
 	if errors.Is(err, context.Canceled) && ctx.Err() == nil {
-		p.want.Class, p.want.Wait, p.joined = share.Reader, patience, nil
-		return p.via.share.Take(ctx, p.want)
+		return p.via.share.Take(ctx, want)
 	}
 	return call, err
 }

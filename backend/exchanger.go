@@ -168,13 +168,14 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	select {
 	case <-f.done:
 	case <-ctx.Done():
-		if !own || f.abandon() {
+		if !own || f.parting.CompareAndSwap(0, abandoned) {
 			return nil, ctx.Err()
 		}
 		<-f.done // storage has all of it
 	}
-	if !own && !f.shared(w) {
-		return nil, errSuperseded // the exchange under way was for another request
+	if !own && (w.ownToken || f.want.ownToken || f.want.change != nil) {
+		// A token for one lease is for its reader alone, and the result of a verification for its writer.
+		return nil, errSuperseded
 	}
 	if w.force && f.err == nil && !f.retires() {
 		return nil, x.retire(ctx, t, v)
@@ -205,8 +206,9 @@ func (x *exchanger) start(ctx context.Context, t *tenant, v *tenantView, w want)
 	if !x.node.ready() {
 		return nil, false, logical.ErrReadOnly
 	}
-	f := &flight{t: t, want: w, v: v, done: make(chan struct{}), joined: make(chan struct{}), placed: make(chan struct{})}
-	f.join, f.place = sync.OnceFunc(func() { close(f.joined) }), sync.OnceFunc(func() { close(f.placed) })
+	f := &flight{t: t, want: w, v: v, done: make(chan struct{}), placed: make(chan struct{})}
+	f.alone, f.join = context.WithCancel(context.Background())
+	f.place = sync.OnceFunc(func() { close(f.placed) })
 	switch {
 	case w.change != nil:
 		f.connector = w.change.target
@@ -341,8 +343,8 @@ func (x *exchanger) newPassage(f *flight, entry *tenantEntry, via *loadedConnect
 		Unstored: stored == nil || stored.RefreshToken != entry.RefreshToken,
 		Hop:      f.lost, // one more try after a lost answer belongs to the exchange that has begun
 	}}
-	if f.want.background && !f.urgent() {
-		p.want.Class, p.want.Wait, p.joined = share.Background, 2*lineAhead, f.joined
+	if f.want.background {
+		p.alone = f.alone
 	}
 	return p
 }
@@ -356,14 +358,14 @@ func lostAnswer(r tokenservice.Result) bool {
 func (x *exchanger) storeAnswer(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) error {
 	o := x.outcome(f, entry, via, r)
 	if f.want.change != nil && !o.precious() {
-		f.answered(x.ctx, via, r.Err)
+		f.answered(x.ctx, r.Err)
 		if stored := f.v.entry; stored != nil && stored.RefreshToken == o.sent && (f.lost || lostAnswer(r)) {
 			x.failLost(f, stored.Connector)
 		}
 		return r.Err // the operator's write is not stored
 	}
 	if r.Err != nil && !o.changes(entry) {
-		f.answered(x.ctx, via, r.Err)
+		f.answered(x.ctx, r.Err)
 		return x.fail(f, via, r.Err)
 	}
 	if o.access != nil {
@@ -383,7 +385,7 @@ func (x *exchanger) storeAnswer(f *flight, entry *tenantEntry, via *loadedConnec
 	case r.Err == nil:
 		return issued
 	}
-	f.carriedOut = o.refreshToken != "" // and has ended older access tokens where it does that
+	f.lost = f.lost || o.refreshToken != "" // and the exchange has ended older access tokens where the service does that
 	if err := x.fail(f, via, r.Err); f.want.change == nil {
 		return err
 	}
@@ -445,7 +447,7 @@ func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector,
 func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), storeWithin)
 	defer cancel()
-	if f.isAbandoned() {
+	if f.parting.Load() == abandoned {
 		return x.revocations.revokeLater(ctx, o.connector, f.t.name, o.access.accessEntry)
 	}
 	if err := x.revocations.hold(ctx, o.connector, f.t.name, o.access.accessEntry, true); err != nil {
@@ -455,7 +457,7 @@ func (x *exchanger) issueOwn(f *flight, o *outcome) error {
 		return storageTrouble(f.t.name, errStorage)
 	}
 	f.t.noteIssued(o.access.Generation)
-	if !f.handOver() {
+	if !f.parting.CompareAndSwap(0, handedOver) {
 		_, err := x.revocations.revokeHeldLater(ctx, f.t.name, o.access.Generation)
 		if err != nil {
 			x.revocations.remember(o.connector, f.t.name, o.access.accessEntry, nil)
@@ -484,7 +486,7 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 	next.text = readerError(about, f.t.name, f.connector, err).Error()
 	failure, ok := errors.AsType[*tokenservice.Failure](err)
 	if ok {
-		next.lost = next.lost || failure.Lost || f.carriedOut
+		next.lost = next.lost || failure.Lost
 		switch {
 		case via == nil:
 		case failure.Kind == tokenservice.RefusedConnector:

@@ -237,14 +237,12 @@ type flight struct {
 	err       error        // to be read once done is closed
 	token     *accessToken // for a lease of its own; to be read once done is closed
 
-	joined chan struct{} // join closes it: a reader waits for background work
-	join   func()
+	alone context.Context // ends when a reader begins to wait for the flight, who calls join
+	join  context.CancelFunc
 
 	way *passage // of its last request
-	// lost: the answer to its first request was lost, and that may have been carried out.
+	// lost: the service has exchanged the refresh token, or may have, though no access token came of it.
 	lost bool
-	// carriedOut: the service has exchanged the refresh token, though no access token came of it.
-	carriedOut bool
 	// parting says, of an access token for one lease, which came first: the reader has gone, or the flight has handed the token over.
 	parting atomic.Int32
 
@@ -260,30 +258,12 @@ const (
 	handedOver = 2
 )
 
-// abandon notes that the reader has gone for whose lease the access token is. It returns false if the token was handed over before.
-func (f *flight) abandon() bool { return f.parting.CompareAndSwap(0, abandoned) }
-
-// handOver gives the access token to the reader for whose lease it is. It returns false if the reader has gone before.
-func (f *flight) handOver() bool { return f.parting.CompareAndSwap(0, handedOver) }
-
-func (f *flight) isAbandoned() bool { return f.parting.Load() == abandoned }
-
 // answered notes in storage that the service has answered the flight's exchange with a refusal, so that the next process does not take it
 // for an exchange whose answer was lost.
-func (f *flight) answered(ctx context.Context, via *loadedConnector, err error) {
+func (f *flight) answered(ctx context.Context, err error) {
 	failure, ok := errors.AsType[*tokenservice.Failure](err)
-	if ok && !failure.Lost && f.way != nil && f.way.call != nil && via != nil && via.about.RetryLost {
+	if ok && !failure.Lost && f.way != nil && f.way.call != nil && f.way.via.about.RetryLost {
 		f.way.call.Settle(ctx)
-	}
-}
-
-// urgent says whether a reader waits for this flight.
-func (f *flight) urgent() bool {
-	select {
-	case <-f.joined:
-		return true
-	default:
-		return false
 	}
 }
 
@@ -293,12 +273,6 @@ func (f *flight) retires() bool {
 		return f.v.kept.retires
 	}
 	return f.want.force || f.want.change != nil
-}
-
-// shared says whether the flight's result also answers a request that has joined it. The result of a verification is only for its writer,
-// and a token for one lease only for its reader.
-func (f *flight) shared(w want) bool {
-	return w.change == nil && !w.ownToken && f.want.change == nil && !f.want.ownToken
 }
 
 func newTenant(name string) *tenant {
@@ -687,7 +661,7 @@ func (t *tenant) ended(sent string) {
 func (t *tenant) land(f *flight, err error) {
 	f.err = err
 	failure, ok := errors.AsType[*tokenservice.Failure](err)
-	if a := t.view.Load().access; a != nil && err != nil && !f.carriedOut && !f.lost && !(ok && failure.Lost) {
+	if a := t.view.Load().access; a != nil && err != nil && !f.lost && !(ok && failure.Lost) {
 		a.use.CompareAndSwap(ending, unread) // readers have the access token again that the exchange was to end
 	}
 	t.mu.Lock()
