@@ -48,7 +48,8 @@ func (b *backend) schedule(t *tenant, rest ...time.Time) {
 		b.index.at(t.name, v.trouble.until)
 	case v.kept != nil:
 		b.index.at(t.name, now.Add(time.Second))
-	case v.entry == nil && v.summary.stored, v.knows == doubted: // storage has to be read first
+	case v.entry == nil && v.summary.stored, v.knows == doubted, v.access != nil && !v.access.current():
+		// Storage has to be read first, or has to know that the access token is given up.
 		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
 		b.index.at(t.name, time.Time{})
