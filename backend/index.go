@@ -5,7 +5,6 @@ import (
 	"errors"
 	"maps"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -87,32 +86,25 @@ func (b *backend) indexTenants() error {
 	return nil
 }
 
-// indexTenant puts one tenant into the index.
+// indexTenant puts one tenant into the index. It leaves memory again but for its summary, unless a request has read it too.
 func (b *backend) indexTenant(ctx context.Context, name string) error {
-	e, err := b.tenants.index(ctx, name)
-	if err != nil || e == nil {
-		return err
-	}
-	t := b.tenants.named(name)
-	if t == nil {
+	leaves := false
+	err := b.tenants.locked(ctx, name, func(t *tenant) error {
+		before := t.view.Load()
+		v, err := b.tenants.read(ctx, t) // which schedules it
+		if err != nil || v.entry == nil {
+			return err
+		}
+		leaves = before.knows == unknown && (v.access == nil || v.access.use.Load() == unread)
+		if v.entry.Unleased != nil && b.node.WriteSafeReplicationState() {
+			return b.tenants.resolveUnleased(ctx, t, v.entry)
+		}
 		return nil
+	})
+	if leaves {
+		b.tenants.loaded.Remove(name)
 	}
-	v := &tenantView{tenantMemory: &tenantMemory{trouble: t.view.Load().trouble}}
-	v.show(e, nil)
-	if e.Access != nil {
-		v.access = newAccessToken(name, e.Access)
-		v.access.leases.Store(leasesUnknown)
-	}
-	v.derive()
-	t.planning.Lock()
-	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && b.tenants.named(name) == t {
-		b.index.atMost(name, due) // a request that has read the tenant meanwhile has planned it too
-	}
-	t.planning.Unlock()
-	if e.Unleased != nil && b.node.WriteSafeReplicationState() {
-		return b.tenants.resolveUnleased(ctx, t, e)
-	}
-	return nil
+	return err
 }
 
 // readLater has a tenant put into the index within a minute.
