@@ -86,23 +86,19 @@ func (b *backend) indexTenants() error {
 	return nil
 }
 
-// indexTenant puts one tenant into the index. It leaves memory again but for its summary, unless a request has read it too.
+// indexTenant puts one tenant into the index. The tenant leaves memory again but for its summary, unless a request had read it before.
 func (b *backend) indexTenant(ctx context.Context, name string) error {
 	leaves := false
 	err := b.tenants.locked(ctx, name, func(t *tenant) error {
-		before := t.view.Load()
+		leaves = t.view.Load().knows == unknown
 		v, err := b.tenants.read(ctx, t) // which schedules it
-		if err != nil || v.entry == nil {
-			return err
+		if err == nil && v.entry != nil && v.entry.Unleased != nil && b.node.WriteSafeReplicationState() {
+			err = b.tenants.resolveUnleased(ctx, t, v.entry)
 		}
-		leaves = before.knows == unknown && (v.access == nil || v.access.use.Load() == unread)
-		if v.entry.Unleased != nil && b.node.WriteSafeReplicationState() {
-			return b.tenants.resolveUnleased(ctx, t, v.entry)
-		}
-		return nil
+		return err
 	})
 	if leaves {
-		b.tenants.loaded.Remove(name)
+		b.tenants.loaded.Remove(name) // no count of leases is lost, because it is unknown after a reading
 	}
 	return err
 }

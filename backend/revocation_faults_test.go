@@ -156,8 +156,8 @@ func TestOAuthExchangeIsMadeOnceStorageKnowsThatItIsOwed(t *testing.T) {
 		e.failPuts()
 		require.Error(t, e.revokeLease(lease))
 		e.pass(5 * time.Minute)
-		e.status("acme") // which reads the tenant from storage, access token and all
 		synctest.Wait()
+		e.status("acme") // which reads the tenant from storage, access token and all
 		require.True(t, e.server.Alive(accessTokenOf(lease)))
 		e.storage.heal()
 		e.pass(time.Minute)
