@@ -436,15 +436,19 @@ func (l *loadedConnector) nextProbe() time.Time {
 // even if the work of the request is superseded. The function that it returns stores the same; the caller calls it after the tokens of the
 // answer are stored, so that a new refresh token does not wait.
 func (cs *connectors) judge(via *loadedConnector, answer error) (store func(context.Context)) {
-	storePause, storeVerdict := storesNothing, storesNothing
 	failure, isFailure := errors.AsType[*tokenservice.Failure](answer)
+	rest := time.Duration(0)
 	switch {
 	case !isFailure:
 	case isLimit(failure):
-		storePause = pause(via, restOf(failure))
+		rest = restOf(failure)
 	case asksForRest(failure):
-		storePause = pause(via, min(failure.RetryAfter, tokenservice.LongestRest))
+		rest = min(failure.RetryAfter, tokenservice.LongestRest)
 	}
+	if rest > 0 {
+		via.share.Pause(time.Now().Add(rest))
+	}
+	var storeVerdict func(context.Context) // nil: nothing is to be stored
 	r := via.refusal.Load()
 	lately := r != nil && time.Since(time.Unix(0, r.noted.Load())) < via.entry.RequestTimeout // the call may have been made before that refusal
 	switch {
@@ -454,12 +458,16 @@ func (cs *connectors) judge(via *loadedConnector, answer error) (store func(cont
 		storeVerdict = cs.refuse(via, failure)
 	}
 	return func(ctx context.Context) {
-		storePause(ctx)
-		storeVerdict(ctx)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
+		defer cancel()
+		if rest > 0 {
+			_ = via.share.StorePause(ctx) // where storage fails, a restart forgets it
+		}
+		if storeVerdict != nil {
+			storeVerdict(ctx)
+		}
 	}
 }
-
-func storesNothing(context.Context) {}
 
 // isLimit says whether the service permits no further calls for now: by what it says, or by the status 429 whatever it says.
 func isLimit(failure *tokenservice.Failure) bool {
@@ -491,17 +499,7 @@ func restOf(failure *tokenservice.Failure) time.Duration {
 	return time.Minute
 }
 
-// pause makes a connector rest as the service asked. Where storage fails, a restart forgets it.
-func pause(via *loadedConnector, rest time.Duration) (store func(context.Context)) {
-	via.share.Pause(time.Now().Add(rest))
-	return func(ctx context.Context) {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
-		defer cancel()
-		_ = via.share.StorePause(ctx)
-	}
-}
-
-// refuse notes that the service refuses a connector as it is configured.
+// refuse notes that the service refuses a connector as it is configured. store is nil where nothing is to be stored.
 func (cs *connectors) refuse(via *loadedConnector, failure *tokenservice.Failure) (store func(context.Context)) {
 	now := time.Now()
 	r := refusedSince(now)
@@ -516,16 +514,16 @@ func (cs *connectors) refuse(via *loadedConnector, failure *tokenservice.Failure
 	cs.mu.Unlock()
 	switch {
 	case !present:
-		return storesNothing
+		return nil
 	case known == nil:
 		cs.announce.connectorRefused(via)
 	case failure == known.failure || !known.again(now):
-		return storesNothing
+		return nil
 	}
 	return func(ctx context.Context) { cs.noteRefusal(ctx, via, now.UTC().Truncate(time.Millisecond)) }
 }
 
-// accept notes that the service takes a connector which it refused.
+// accept notes that the service takes a connector which it refused. store is nil where nothing is to be stored.
 func (cs *connectors) accept(via *loadedConnector) (store func(context.Context)) {
 	cs.mu.Lock()
 	news := via.loaded.Load() == via && via.refusal.Swap(nil) != nil
@@ -537,7 +535,7 @@ func (cs *connectors) accept(via *loadedConnector) (store func(context.Context))
 	}
 	cs.mu.Unlock()
 	if !news {
-		return storesNothing
+		return nil
 	}
 	cs.announce.connectorAccepted(via)
 	cs.accepted(via.name)
@@ -547,8 +545,6 @@ func (cs *connectors) accept(via *loadedConnector) (store func(context.Context))
 // noteRefusal stores since when the service has refused a connector; zero: it does not. Where storage fails, a restart asks
 // the service once more.
 func (cs *connectors) noteRefusal(ctx context.Context, via *loadedConnector, since time.Time) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
-	defer cancel()
 	if via.storing.acquire(ctx) != nil {
 		return
 	}
