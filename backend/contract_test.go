@@ -162,7 +162,7 @@ func TestRefusalOfAConnectorThatIsNotInMemory(t *testing.T) {
 			acme, v, err := e.tenants.load(context.Background(), "acme")
 			require.NoError(t, err)
 			e.InvalidateKey(context.Background(), "config/default")
-			f := &flight{t: acme, v: v, from: v.entry.Lineage, connector: defaultConnector}
+			f := &flight{t: acme, v: v, connector: defaultConnector}
 			require.Error(t, e.exchanger.fail(f, e.connectors.present(defaultConnector), &tokenservice.Failure{Kind: kind}))
 			e.write("tenants/acme/refresh", nil)
 			e.lease("acme")

@@ -239,7 +239,7 @@ func (x *exchanger) blocked(ctx context.Context, t *tenant, v *tenantView, w wan
 	ends := v.access != nil && !v.access.Planned.IsZero()
 	switch {
 	case err != nil && !rests && ctx.Err() == nil && (w.background || ends):
-		err = x.fail(&flight{t: t, from: v.entry.Lineage, connector: v.entry.Connector}, via, err)
+		err = x.fail(&flight{t: t, v: v, connector: v.entry.Connector}, via, err)
 		x.landed(t, err)
 		return err
 	case err != nil:
@@ -395,7 +395,7 @@ func (x *exchanger) storeAnswer(f *flight, entry *tenantEntry, via *loadedConnec
 // failLost notes that an answer was lost to a verification which sent the refresh token that the tenant has already. The service may have
 // replaced that, and ended the access token, so the tenant's own exchange is tried soon.
 func (x *exchanger) failLost(f *flight, connector string) {
-	own := &flight{t: f.t, from: f.from, connector: connector}
+	own := &flight{t: f.t, v: f.v, connector: connector}
 	_ = x.fail(own, x.connectors.present(connector), &tokenservice.Failure{
 		Kind: tokenservice.Unavailable, Lost: true,
 		Text: "The answer to the exchange that verified a write was lost, and the service may have carried it out. The exchange is tried again.",
@@ -405,7 +405,7 @@ func (x *exchanger) failLost(f *flight, connector string) {
 // outcome makes a value of what the service has answered.
 func (x *exchanger) outcome(f *flight, entry *tenantEntry, via *loadedConnector, r tokenservice.Result) *outcome {
 	o := &outcome{
-		from:         f.from,
+		from:         f.v.lineage(),
 		change:       f.want.change,
 		connector:    f.connector,
 		sent:         entry.RefreshToken,
@@ -505,7 +505,7 @@ func (x *exchanger) fail(f *flight, via *loadedConnector, err error) error {
 		}
 	}
 	// The log has one line for each outage, though reasons differ from one try to the next: the status shows the last reason.
-	of := []string{f.from}
+	of := []string{f.v.lineage()}
 	if c := f.want.change; c != nil {
 		of = append(of, c.lineage)
 	}

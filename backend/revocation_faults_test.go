@@ -566,6 +566,20 @@ func TestDeleteReadsWhatItRevokesAlone(t *testing.T) {
 	}
 }
 
+// The write of a tenant whose connector revokes nothing does not look for older access tokens.
+func TestWriteReadsWhatItRevokesAlone(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, nil)
+		e.add("acme", nil)
+		e.lease("acme")
+		e.storage.surround(func(op, key string, do func() error) error {
+			assert.NotEqual(t, "list "+heldPrefix+"acme/", op+" "+key)
+			return do()
+		})
+		e.add("acme", nil)
+	})
+}
+
 // Storage fails for a moment to read the record of an access token for one lease: the token still belongs to its lease, and lives.
 func TestOAuthOwnTokenWhoseRecordCannotBeRead(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -86,6 +86,27 @@ func TestStandbyLeavesUnleasedTokensAlone(t *testing.T) {
 	})
 }
 
+// An access token came while the clock was ahead. A standby goes by the right time and leaves storage as it is.
+func TestStandbyStoresNoCorrection(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.lease("acme")
+		entry := e.stored("acme")
+		entry.Access.Obtained, entry.Access.Expires = entry.Access.Obtained.Add(day), entry.Access.Expires.Add(day)
+		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", entry))
+		standby := e.newStandby()
+		standby.storage.surround(func(op, key string, do func() error) error {
+			assert.NotEqual(t, "put", op)
+			return do()
+		})
+		standby.InvalidateKey(t.Context(), tenantPrefix+"acme")
+		ends, err := time.Parse(time.RFC3339, standby.read("tenants/acme")["access_token_expire_time"].(string))
+		require.NoError(t, err)
+		assert.WithinDuration(t, time.Now(), ends, 2*time.Hour)
+	})
+}
+
 // The stop of the engine waits for work that ends soon after it was told to.
 func TestStopWaitsForItsWork(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -230,7 +230,6 @@ type flight struct {
 	t    *tenant
 	want want
 	v    *tenantView // what it began with
-	from string      // the tenant's lineage then
 	// connector is the name of the connector that the exchange uses. If the flight verifies a write, it is the one that the write names.
 	connector string
 	done      chan struct{}
@@ -528,12 +527,12 @@ func (t *tenant) backOff() time.Duration {
 	return d
 }
 
-// forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a write works on the
+// forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a request works on the
 // tenant, or while memory knows what storage does not.
 func (t *tenant) forget() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.flight.Load() == nil && !t.storing.busy() {
+	if t.users.Load() == 0 {
 		t.leave()
 	}
 }
@@ -614,7 +613,6 @@ func (t *tenant) begin(f *flight, start func() bool) (*flight, error) {
 	case v != f.v:
 		return nil, errSuperseded
 	}
-	f.from = v.lineage()
 	if !start() {
 		return nil, errStopping
 	}
