@@ -92,10 +92,10 @@ func TestStandbyStoresNoCorrection(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.add("acme", nil)
 		e.lease("acme")
+		standby := e.newStandby()
 		entry := e.stored("acme")
 		entry.Access.Obtained, entry.Access.Expires = entry.Access.Obtained.Add(day), entry.Access.Expires.Add(day)
 		require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, tenantPrefix+"acme", entry))
-		standby := e.newStandby()
 		standby.storage.surround(func(op, key string, do func() error) error {
 			assert.NotEqual(t, "put", op)
 			return do()
