@@ -280,9 +280,9 @@ func TestAttemptOfAWrongClock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
 		back := e.authorize(nil)
-		require.NoError(t, e.changeAttempts(t.Context(), "acme", func(all *attempts) (bool, error) {
+		require.NoError(t, e.changeAttempts(t.Context(), "acme", func(all *attempts) error {
 			all.Last[byCode].Expires = time.Now().Add(300 * day)
-			return true, nil
+			return nil
 		}))
 		assert.Equal(t, attemptExpired, e.attemptStatus(byCode))
 		assert.Equal(t, 400, e.open(back).status)

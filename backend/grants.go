@@ -258,9 +258,8 @@ func (b *backend) attemptsOf(ctx context.Context, tenant string) (*attempts, err
 	return all, err
 }
 
-// changeAttempts changes a tenant's attempts in storage, where f says that it has changed them. It runs to its end when the
-// caller goes away.
-func (b *backend) changeAttempts(ctx context.Context, tenant string, f func(*attempts) (bool, error)) error {
+// changeAttempts has f change a tenant's attempts, and stores what has changed. It runs to its end when the caller goes away.
+func (b *backend) changeAttempts(ctx context.Context, tenant string, f func(*attempts) error) error {
 	release, err := b.grants.lock(ctx, tenant)
 	if err != nil {
 		return err
@@ -270,17 +269,24 @@ func (b *backend) changeAttempts(ctx context.Context, tenant string, f func(*att
 	if err != nil {
 		return err
 	}
-	changed, err := f(all)
-	if err != nil || !changed {
+	before := map[string]attempt{}
+	for path, a := range all.Last {
+		before[path] = *a
+	}
+	err = f(all)
+	if err != nil || maps.EqualFunc(before, all.Last, func(was attempt, a *attempt) bool { return was == *a }) {
 		return err
 	}
 	return b.putAttempts(ctx, tenant, all)
 }
 
-// putAttempts stores a tenant's attempts. The caller has the lock.
+// putAttempts stores a tenant's attempts. Where there are none any more, it deletes their entry. The caller has the lock.
 func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
+	if len(all.Last) == 0 {
+		return storageError(b.storage.Delete(ctx, attemptKeys+tenant))
+	}
 	all.Format = entryFormat
 	if err := putEntry(ctx, b.storage, attemptKeys+tenant, all); err != nil {
 		return err
@@ -320,15 +326,15 @@ func (b *backend) putState(ctx context.Context, a *attempt) {
 // tells the person to start again: a write of the tenant, or a grant, would have ended it already.
 func (b *backend) begin(ctx context.Context, a *attempt) error {
 	var before, device *attempt
-	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) error {
 		_, v, err := b.tenants.load(ctx, a.Tenant)
 		switch {
 		case err != nil:
-			return false, err
+			return err
 		case v.kept != nil && v.kept.granted():
-			return false, keptTrouble(a.Tenant)
+			return keptTrouble(a.Tenant)
 		case v.storedLineage() != a.Lineage:
-			return false, tryAgain("tenant %q was written or deleted meanwhile: nothing was begun; start again", a.Tenant)
+			return tryAgain("tenant %q was written or deleted meanwhile: nothing was begun; start again", a.Tenant)
 		}
 		b.grants.note(a) // before the write: storage may have the state though it says otherwise
 		if a.State != "" {
@@ -336,7 +342,7 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 			defer cancel()
 			if err := putEntry(ctx, b.storage, stateKeys+a.State, s); err != nil {
-				return false, err
+				return err
 			}
 		}
 		for _, old := range all.Last {
@@ -344,7 +350,7 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 		}
 		before, device = all.Last[a.Path], all.Last[byDevice]
 		all.Last[a.Path] = a
-		return true, nil
+		return nil
 	})
 	if err != nil {
 		return err // what was pending may be so still
@@ -360,9 +366,9 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 
 // supersede ends an attempt that is pending still. An attempt whose answer is unknown is superseded as well: a delete may have dropped a
 // grant that only memory had.
-func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
+func (b *backend) supersede(a *attempt, v *tenantView) {
 	if a.Status != attemptPending {
-		return false
+		return
 	}
 	switch status, _ := b.statusOf(a, v); status {
 	case attemptGranted, attemptExpired:
@@ -370,7 +376,6 @@ func (b *backend) supersede(a *attempt, v *tenantView) (changed bool) {
 	default:
 		a.close(attemptSuperseded, "")
 	}
-	return true
 }
 
 // endAttempts ends what is pending for a tenant that an operator has written or deleted. The tenant's entry says the same by
@@ -388,11 +393,11 @@ func (b *backend) endAttempts(ctx context.Context, tenant string) error {
 	if err != nil {
 		return ignoreUnusable(err)
 	}
-	err = b.changeAttempts(ctx, tenant, func(all *attempts) (changed bool, _ error) {
+	err = b.changeAttempts(ctx, tenant, func(all *attempts) error {
 		for _, a := range all.Last {
-			changed = b.supersede(a, v) || changed
+			b.supersede(a, v)
 		}
-		return changed, nil
+		return nil
 	})
 	if errors.Is(err, context.DeadlineExceeded) {
 		return nil // what an attempt has brought is being stored, and is found to be superseded
@@ -818,10 +823,10 @@ func (b *backend) sweep(name string) {
 	ctx, cancel := context.WithTimeout(b.ctx, storeWithin)
 	defer cancel()
 	var next time.Time
-	err := b.changeAttempts(ctx, name, func(all *attempts) (changed bool, _ error) {
+	err := b.changeAttempts(ctx, name, func(all *attempts) error {
 		t, v, err := b.tenants.load(ctx, name) // a grant may have been stored while this waited
 		if err != nil {
-			return false, err
+			return err
 		}
 		now := time.Now()
 		over := true
@@ -831,7 +836,6 @@ func (b *backend) sweep(name string) {
 			case a.Status != attemptPending:
 			case status != attemptPending:
 				a.close(status, text)
-				changed = true
 			default:
 				next = earliest(next, latest(a.Expires, now.Add(time.Minute)))
 			}
@@ -842,9 +846,9 @@ func (b *backend) sweep(name string) {
 		case !over:
 			next = now.Add(attemptsKnown)
 		default:
-			return false, storageError(b.storage.Delete(ctx, attemptKeys+name))
+			clear(all.Last)
 		}
-		return changed, nil
+		return nil
 	})
 	if ignoreUnusable(err) != nil {
 		return // the next tick tries again

@@ -548,6 +548,22 @@ func TestWhatACallbackCosts(t *testing.T) {
 	})
 }
 
+// Storage did not take that a state is out of date: the first callback with the state notes it, so each further one costs one read again.
+func TestWhatACallbackOfAnEndedAttemptCosts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		e.storage.refuse("put", stateKeys)
+		e.ok(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
+		e.storage.heal()
+		for _, most := range []int64{10, 1} {
+			before := e.storage.ops.Load()
+			assert.Contains(t, e.open(back).text(), "out of date")
+			assert.LessOrEqual(t, e.storage.ops.Load()-before, most)
+		}
+	})
+}
+
 func BenchmarkUnknownState(b *testing.B) {
 	e := newConfiguredEngine(b)
 	ctx := context.Background()

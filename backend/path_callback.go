@@ -175,50 +175,49 @@ func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData
 		return &verdict{what: attemptExpired}, nil
 	}
 	var end *verdict
-	var a attempt
+	var a *attempt
 	var code string
-	err = b.changeAttempts(ctx, s.Tenant, func(all *attempts) (changed bool, err error) {
-		end, code, changed, err = b.examine(ctx, all.Last[byCode], hash, asks, d)
-		if end != nil {
-			end.attempt = all.Last[byCode]
-		}
-		if all.Last[byCode] != nil {
-			a = *all.Last[byCode]
-		}
-		return changed, err
+	err = b.changeAttempts(ctx, s.Tenant, func(all *attempts) (err error) {
+		a = all.Last[byCode]
+		end, code, err = b.examine(ctx, a, hash, asks, d)
+		return err
 	})
+	if end != nil {
+		end.attempt = a
+	}
 	if err != nil || end != nil {
 		return end, err
 	}
-	return b.redeem(ctx, &a, code)
+	return b.redeem(ctx, a, code)
 }
 
 // examine checks the parameters of a callback for an attempt. It returns the code that is to be sent, or else the result of the
 // callback.
-func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (end *verdict, code string, changed bool, err error) {
+func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (end *verdict, code string, err error) {
 	if a == nil || a.State != hash {
-		return &verdict{what: attemptSuperseded}, "", false, nil
+		return &verdict{what: attemptSuperseded}, "", nil
 	}
 	_, v, err := b.tenants.load(ctx, a.Tenant)
 	if err != nil {
-		return nil, "", false, err
+		return nil, "", err
 	}
 	switch status, text := b.statusOf(a, v); {
 	case status == attemptSuperseded, status == attemptExpired:
 		a.close(status, text)
-		return &verdict{what: status}, "", true, nil
+		b.noteState(ctx, a) // the entry of the state did not say so
+		return &verdict{what: status}, "", nil
 	case status != attemptPending, a.Used, b.grants.works(a.ID):
-		return &verdict{what: endUsed}, "", false, nil
+		return &verdict{what: endUsed}, "", nil
 	}
 	end = &verdict{service: b.serviceName(a.Connector)}
-	finish := func(status, text string) (*verdict, string, bool, error) {
+	finish := func(status, text string) (*verdict, string, error) {
 		a.close(status, text)
 		end.what, end.text = status, text
-		return end, "", true, nil
+		return end, "", nil
 	}
 	via, err := b.connectors.get(ctx, a.Connector)
 	if err != nil {
-		return nil, "", false, err
+		return nil, "", err
 	}
 	var flow tokenservice.CodeFlow
 	if via != nil {
@@ -238,7 +237,7 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		// attempt knows it.
 		if textOf(d, "confirmation") != hashOf(a.Code) {
 			end.what = endReplaced
-			return end, "", false, nil
+			return end, "", nil
 		}
 		code = a.Code
 	case promised && iss == "" && (code != "" || refusal != ""):
@@ -256,14 +255,13 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 		return finish(attemptFailed, upperFirst(via.about.Name)+" grants nothing"+inParentheses(authorizationErrors[refusal])+": the operator has to check the connector's settings there and here.")
 	case tokenservice.CheckToken(code) != nil:
 		end.what = endEmpty
-		return end, "", false, nil
+		return end, "", nil
 	case asks && via.consent().confirm:
-		changed = a.Code != code
 		a.Code = code
 		end.what, end.state, end.confirm = endConfirm, textOf(d, "state"), hashOf(code)
-		return end, "", changed, nil
+		return end, "", nil
 	}
-	return nil, code, false, nil
+	return nil, code, nil
 }
 
 // asksPerson are the codes by which the server says that it must ask the person something, and has not (OpenID Connect Core, section
@@ -372,22 +370,22 @@ func (b *backend) notSent(end *verdict, err error) error {
 // useUp stores, before a code is sent, that its state is used, so that the code is not sent again, also after a restart.
 func (b *backend) useUp(ctx context.Context, a *attempt) error {
 	claimed := false
-	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) (bool, error) {
+	err := b.changeAttempts(ctx, a.Tenant, func(all *attempts) error {
 		present := all.byID(a.ID)
 		if present == nil || present.Used {
-			return false, errUsed
+			return errUsed
 		}
 		_, v, err := b.tenants.load(ctx, a.Tenant)
 		if err != nil {
-			return false, err
+			return err
 		}
 		if status, _ := b.statusOf(present, v); status != attemptPending {
-			return false, errUsed
+			return errUsed
 		}
 		present.Used, present.Code = true, ""
 		claimed = true
 		b.grants.work(a.ID, true)
-		return true, nil
+		return nil
 	})
 	if err != nil && claimed {
 		b.grants.work(a.ID, false) // storage has not taken it, so nothing is sent
@@ -397,14 +395,12 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 
 // giveBack makes a state good again whose code was not sent. Where storage fails, the person has to start again.
 func (b *backend) giveBack(a *attempt) {
-	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) (bool, error) {
-		present := all.byID(a.ID)
-		if present == nil || present.Status != attemptPending {
-			return false, nil
+	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) error {
+		if present := all.byID(a.ID); present != nil && present.Status == attemptPending {
+			present.Used, present.Code = false, a.Code
+			b.putState(b.ctx, present)
 		}
-		present.Used, present.Code = false, a.Code
-		b.putState(b.ctx, present)
-		return true, nil
+		return nil
 	})
 	b.grants.work(a.ID, false)
 }

@@ -238,13 +238,11 @@ func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result
 func (b *backend) slowDown(a *attempt) time.Duration {
 	wait := a.Interval + slowerBy
 	// Where storage fails, the service says it again.
-	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) (bool, error) {
-		present := all.byID(a.ID)
-		if present == nil || present.Status != attemptPending {
-			return false, nil
+	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) error {
+		if present := all.byID(a.ID); present != nil && present.Status == attemptPending {
+			present.Interval = wait
 		}
-		present.Interval = wait
-		return true, nil
+		return nil
 	})
 	return wait
 }
