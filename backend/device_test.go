@@ -123,6 +123,7 @@ func TestHowDeviceFlowsEnd(t *testing.T) {
 				e.pass(time.Hour)
 				assert.Len(t, e.server.Calls(), calls)
 				assert.Equal(t, c.status, e.attemptStatus(byDevice))
+				assert.Empty(t, e.grants.polls)
 			})
 		})
 	}
@@ -153,6 +154,29 @@ func TestPollsThatAreToWait(t *testing.T) {
 		assert.Equal(t, []time.Time{restarted.Add(15 * time.Second)}, e.polls()[polls:])
 		require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		time.Sleep(15 * time.Second)
+		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+	})
+}
+
+// A poll that is not permitted, because the service has asked for a pause, waits for its end: meanwhile polling costs nothing.
+func TestPollsDuringAPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		e.write("tenants/beta", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "bob", "offline_access"), "verify": false})
+		code := e.start(byDevice, nil)["user_code"].(string)
+		e.server.Inject(oauth2test.Fault{
+			Endpoint: oauth2test.EndpointToken, Times: 1,
+			Answer: oauth2test.Answer{Status: 429, Header: http.Header{"Retry-After": {"300"}}, Body: `{"error":"temporarily_unavailable"}`},
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/beta", nil)
+		require.Equal(t, 429, status)
+		time.Sleep(15 * time.Second)
+		require.Empty(t, e.polls())
+		operations := e.storage.ops.Load()
+		time.Sleep(4 * time.Minute)
+		assert.Equal(t, operations, e.storage.ops.Load())
+		require.NoError(t, e.server.ApproveDevice(code, "jane"))
+		time.Sleep(time.Minute)
 		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
 	})
 }
@@ -235,11 +259,11 @@ func TestPollsTakeAFifthOfTheShare(t *testing.T) {
 			assert.LessOrEqual(t, n, 10)
 		}
 		assert.Greater(t, len(at), 30)
-		assert.Equal(t, 2*time.Minute, e.grants.turn("t0", e.connectors.present("as")), "20 attempts share 10 polls a minute")
+		assert.Equal(t, 2*time.Minute, e.grants.turn(e.grants.polls["t0"], e.connectors.present("as")), "20 attempts share 10 polls a minute")
 		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": "x", "connector_secret": "y"})
 		other, err := e.connectors.of(t.Context(), "other")
 		require.NoError(t, err)
-		assert.Zero(t, e.grants.turn("none", other), "no attempt of this connector is polled")
+		assert.Zero(t, e.grants.turn(&poll{}, other), "no attempt of this connector is polled")
 		for _, code := range codes {
 			require.NoError(t, e.server.ApproveDevice(code, "jane"))
 		}

@@ -356,7 +356,7 @@ func (b *backend) begin(ctx context.Context, a *attempt) error {
 		return err // what was pending may be so still
 	}
 	if device != nil {
-		b.stopPolling(a.Tenant, device.ID)
+		b.grants.stopPolling(a.Tenant, device.ID)
 	}
 	if before != nil {
 		b.noteState(context.WithoutCancel(ctx), before)
@@ -381,7 +381,7 @@ func (b *backend) supersede(a *attempt, v *tenantView) {
 // endAttempts ends what is pending for a tenant that an operator has written or deleted. The tenant's entry says the same by
 // now, so an attempt whose entry cannot be changed has ended too; what it keeps goes with the next sweep.
 func (b *backend) endAttempts(ctx context.Context, tenant string) error {
-	b.stopPolling(tenant, "")
+	b.grants.stopPolling(tenant, "")
 	b.grants.mu.Lock()
 	_, pending := b.grants.due[tenant]
 	pending = pending || !b.grants.loaded
@@ -812,7 +812,7 @@ func (b *backend) goOn(name string, all *attempts) {
 		b.grants.mu.Lock()
 		b.grants.due[name] = earliest(b.grants.due[name], earliest(a.Expires, time.Now().Add(longestAttempt)))
 		if a.Path == byDevice && a.Status == attemptPending && b.grants.polls[name] == nil {
-			b.planPoll(name, a.ID, a.Interval) // the process before may have polled a moment ago
+			b.beginPolling(a) // the process before may have polled a moment ago
 		}
 		b.grants.mu.Unlock()
 	}

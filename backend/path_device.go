@@ -19,12 +19,11 @@ const (
 	longestInterval = time.Minute
 )
 
-// poll is the next question about a device code.
+// poll is the polling of a tenant's device code. It goes on while the [grants] have it.
 type poll struct {
-	id        string // of the attempt
-	connector string // "": not polled yet
-	timer     *time.Timer
-	rest      time.Duration // after a failure
+	tenant, id string        // id is the attempt's
+	connector  string        // "": not polled yet
+	rest       time.Duration // after a failure
 }
 
 // startDevice begins the device authorization flow (RFC 8628).
@@ -51,7 +50,9 @@ func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *fram
 	if err := b.begin(ctx, a); err != nil {
 		return answer(err)
 	}
-	b.pollAfter(a.Tenant, a.ID, a.Interval)
+	b.grants.mu.Lock()
+	b.beginPolling(a)
+	b.grants.mu.Unlock()
 	data := map[string]any{
 		"user_code":        start.UserCode,
 		"verification_uri": start.VerificationURI,
@@ -80,73 +81,48 @@ func (b *backend) notBegun(ctx context.Context, a *attempt, via *loadedConnector
 	return fieldProblem(b.readerError(a.Tenant, a.Connector, err))
 }
 
-// pollAfter has the service asked about a device code some time from now.
-func (b *backend) pollAfter(tenant, id string, d time.Duration) {
-	b.grants.mu.Lock()
-	defer b.grants.mu.Unlock()
-	b.planPoll(tenant, id, d)
+// beginPolling has the service asked about an attempt's device code, an interval from now and then again and again. It ends the polling of
+// another attempt of the tenant. The caller holds the grants' mu.
+func (b *backend) beginPolling(a *attempt) {
+	p := &poll{tenant: a.Tenant, id: a.ID}
+	b.grants.polls[a.Tenant] = p
+	b.pollAfter(p, a.Interval)
 }
 
-// planPoll is pollAfter for a caller that holds the grants' mu.
-func (b *backend) planPoll(tenant, id string, d time.Duration) {
-	g := b.grants
-	p := g.polls[tenant]
-	if p == nil || p.id != id {
-		if p != nil {
-			p.timer.Stop()
-		}
-		p = &poll{id: id}
-		g.polls[tenant] = p
-	} else if p.timer != nil {
-		p.timer.Stop()
-	}
-	p.timer = time.AfterFunc(max(d, time.Second), func() {
-		b.goToService(func() { b.pollDevice(tenant, id) })
+// pollAfter has the service asked some time from now, unless the polling has ended by then.
+func (b *backend) pollAfter(p *poll, wait time.Duration) {
+	time.AfterFunc(max(wait, time.Second), func() {
+		b.goToService(func() { b.pollDevice(p) })
 	})
 }
 
 // stopPolling ends the questions about a tenant's device code: of that attempt, or with "" of any.
-func (b *backend) stopPolling(tenant, id string) {
-	b.grants.mu.Lock()
-	defer b.grants.mu.Unlock()
-	if p := b.grants.polls[tenant]; p != nil && (id == "" || p.id == id) {
-		p.timer.Stop()
-		delete(b.grants.polls, tenant)
+func (g *grants) stopPolling(tenant, id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p := g.polls[tenant]; p != nil && (id == "" || p.id == id) {
+		delete(g.polls, tenant)
 	}
 }
 
-// polls says whether the service is still to be asked for an attempt.
-func (g *grants) isPolled(tenant, id string) bool {
+func (g *grants) isPolled(p *poll) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	p := g.polls[tenant]
-	return p != nil && p.id == id
+	return g.polls[p.tenant] == p
 }
 
-// rested says how long the next poll waits: the interval, or longer while the service fails.
-func (g *grants) rested(tenant, id string, interval time.Duration, failed bool) time.Duration {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	p := g.polls[tenant]
-	if p == nil || p.id != id {
-		return interval
-	}
-	if !failed {
-		p.rest = 0
-		return interval
-	}
+// failed says how long the next question waits while the service fails: the interval, and twice as long each time.
+func (p *poll) failed(interval time.Duration) time.Duration {
 	p.rest = max(interval, min(2*max(p.rest, interval), longestInterval))
 	return p.rest
 }
 
 // turn says how long a poll through a connector waits for the next at the least, so that each of those that are polled has a
 // place in the share in its turn, and none goes without one by chance.
-func (g *grants) turn(tenant string, via *loadedConnector) time.Duration {
+func (g *grants) turn(p *poll, via *loadedConnector) time.Duration {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if p := g.polls[tenant]; p != nil {
-		p.connector = via.name
-	}
+	p.connector = via.name
 	polled := 0
 	for _, p := range g.polls {
 		if p.connector == via.name {
@@ -156,31 +132,33 @@ func (g *grants) turn(tenant string, via *loadedConnector) time.Duration {
 	return time.Duration(polled) * share.Window / time.Duration(share.Fifth(via.entry.ExchangesPerMinute))
 }
 
-// pollDevice asks the service once whether the person has decided, and says when it is asked again.
-func (b *backend) pollDevice(tenant, id string) {
-	if !b.grants.isPolled(tenant, id) || b.ctx.Err() != nil {
+// pollDevice asks the service once whether the person has decided, and plans the next question.
+func (b *backend) pollDevice(p *poll) {
+	if !b.grants.isPolled(p) || b.ctx.Err() != nil {
 		return
 	}
 	if !b.node.WriteSafeReplicationState() {
-		b.pollAfter(tenant, id, longestInterval) // another node asks; look again when this one may have become it
+		b.pollAfter(p, longestInterval) // another node asks; look again when this one may have become it
 		return
 	}
-	a, v, err := b.pending(b.ctx, tenant, byDevice)
+	a, _, err := b.pending(b.ctx, p.tenant, byDevice)
 	switch {
 	case err != nil:
-		b.pollAfter(tenant, id, longestInterval)
+		b.pollAfter(p, longestInterval)
 		return
 	case a == nil:
-		b.stopPolling(tenant, id)
-		b.sweep(tenant)
+		b.grants.stopPolling(p.tenant, p.id)
+		b.sweep(p.tenant)
 		return
-	case a.ID != id:
-		b.pollAfter(tenant, a.ID, a.Interval) // another node has begun a newer one since
+	case a.ID != p.id: // another node has begun a newer one since
+		b.grants.mu.Lock()
+		defer b.grants.mu.Unlock()
+		b.beginPolling(a)
 		return
 	}
 	via, err := b.connectors.of(b.ctx, a.Connector)
 	if err != nil {
-		b.pollAfter(tenant, id, b.grants.rested(tenant, id, a.Interval, true))
+		b.pollAfter(p, p.failed(a.Interval))
 		return
 	}
 	flow, ok := via.service.(tokenservice.DeviceFlow)
@@ -188,50 +166,49 @@ func (b *backend) pollDevice(tenant, id string) {
 		b.endPolling(a, via, a.connectorHasMoved())
 		return
 	}
-	b.grants.work(id, true)
-	p := passage{
+	b.grants.work(p.id, true)
+	defer b.grants.work(p.id, false)
+	way := passage{
 		via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping,
 		noted: func(context.Context) error {
-			if !b.grants.isPolled(tenant, id) {
+			if !b.grants.isPolled(p) {
 				return errUsed // it has ended while this waited
 			}
 			return nil
 		},
 	}
-	result := flow.PollDevice(b.ctx, a.DeviceCode, p.permit)
+	result := flow.PollDevice(b.ctx, a.DeviceCode, way.permit)
 	storeVerdict := b.connectors.judge(via, result.Err)
-	b.decide(a, v, via, result)
+	if wait, over := b.nextPoll(p, a, via, result); over {
+		b.endPolling(a, via, result)
+	} else {
+		b.pollAfter(p, wait)
+	}
 	storeVerdict(b.ctx)
 }
 
-// decide handles the answer to a poll.
-func (b *backend) decide(a *attempt, v *tenantView, via *loadedConnector, result tokenservice.Result) {
+// nextPoll says how long the next question waits after this result. over: there is none, because this is the last.
+func (b *backend) nextPoll(p *poll, a *attempt, via *loadedConnector, result tokenservice.Result) (wait time.Duration, over bool) {
 	failure, limit := (*tokenservice.Failure)(nil), (*share.LimitError)(nil)
-	wait := a.Interval
 	switch {
 	case result.Err == nil || result.RefreshToken != "" || result.AccessToken != nil:
-		b.endPolling(a, via, result)
-		return
+		return 0, true
 	case errors.As(result.Err, &limit):
-		wait = max(wait, time.Until(limit.Until))
-	case errors.As(result.Err, &failure):
-		switch failure.Kind {
-		case tokenservice.Pending:
-			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, false), b.grants.turn(a.Tenant, via))
-		case tokenservice.SlowDown:
-			wait = b.slowDown(a)
-		case tokenservice.Unavailable, tokenservice.Limited, tokenservice.RefusedConnector:
-			// It may pass before the code has expired.
-			wait = max(b.grants.rested(a.Tenant, a.ID, a.Interval, true), time.Until(via.share.PausedUntil()))
-		default:
-			b.endPolling(a, via, result)
-			return
-		}
+		return max(a.Interval, time.Until(limit.Until)), false
+	case !errors.As(result.Err, &failure):
+		return a.Interval, false
 	}
-	b.grants.work(a.ID, false)
-	if b.grants.isPolled(a.Tenant, a.ID) {
-		b.pollAfter(a.Tenant, a.ID, wait)
+	switch failure.Kind {
+	case tokenservice.Pending:
+		p.rest = 0
+		return max(a.Interval, b.grants.turn(p, via)), false
+	case tokenservice.SlowDown:
+		return b.slowDown(a), false
+	case tokenservice.Unavailable, tokenservice.Limited, tokenservice.RefusedConnector:
+		// It may pass before the code has expired.
+		return max(p.failed(a.Interval), time.Until(via.share.PausedUntil())), false
 	}
+	return 0, true
 }
 
 // slowDown makes the interval longer, for the node that goes on after this one too.
@@ -250,5 +227,5 @@ func (b *backend) slowDown(a *attempt) time.Duration {
 // endPolling handles the last answer about a device code.
 func (b *backend) endPolling(a *attempt, via *loadedConnector, result tokenservice.Result) {
 	b.finish(a, via, result)
-	b.stopPolling(a.Tenant, a.ID)
+	b.grants.stopPolling(a.Tenant, a.ID)
 }
