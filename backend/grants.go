@@ -441,7 +441,6 @@ func (b *backend) grantedMeanwhile(ctx context.Context, tenant string, begun tim
 // token that is not kept is given up.
 func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Result) (status, text string) {
 	tenant := of.Tenant
-	defer b.grants.work(of.ID, false)
 	release, err := b.grants.lock(b.ctx, tenant)
 	if err != nil {
 		return attemptPending, "" // the engine stops

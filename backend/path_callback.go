@@ -343,6 +343,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		case sent:
 			storeVerdict := b.connectors.judge(via, result.Err)
 			end.what, end.text = b.finish(a, via, result)
+			b.grants.work(a.ID, false)
 			storeVerdict(b.ctx)
 			end.subject = result.Subject
 			return nil

@@ -28,27 +28,22 @@ type poll struct {
 
 // startDevice begins the device authorization flow (RFC 8628).
 func (b *backend) startDevice(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	if !b.node.WriteSafeReplicationState() {
-		return nil, logical.ErrReadOnly
-	}
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	a, via, err := b.newAttempt(ctx, req, d, byDevice)
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	scopes, hint, err := via.asked(d)
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, tellsNothing: true}
 	start, err := via.service.(tokenservice.DeviceFlow).StartDevice(ctx, tokenservice.DeviceRequest{Scopes: scopes, LoginHint: hint, Permit: p.permit})
 	if err != nil {
-		return answer(b.notBegun(ctx, a, via, err))
+		return nil, b.notBegun(ctx, a, via, err)
 	}
 	a.DeviceCode, a.Interval, a.Expires = start.DeviceCode, start.Interval, start.Expires
 	if err := b.begin(ctx, a); err != nil {
-		return answer(err)
+		return nil, err
 	}
 	b.grants.mu.Lock()
 	b.beginPolling(a)

@@ -68,10 +68,10 @@ func (b *backend) grantPaths() []*framework.Path {
 	authorize.Operations = map[logical.Operation]framework.OperationHandler{
 		logical.UpdateOperation: operation("start", "authorization", "Begin the authorization code flow for a tenant.",
 			"Returns a URL for the browser of the person who grants access. It ends an earlier attempt that is still pending.",
-			responses(http.StatusOK, "Where the person's browser goes, and until when.", authorizeFields), b.startAuthorization),
+			responses(http.StatusOK, "Where the person's browser goes, and until when.", authorizeFields), b.granting(b.startAuthorization)),
 		logical.ReadOperation: operation("read", "authorization-status", "Read how a tenant's last authorization has ended.",
 			"The answer holds no secret. It is a 404 before the first authorization.",
-			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.readAttempt(byCode)),
+			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.granting(b.readAttempt(byCode))),
 	}
 	authorize.HelpSynopsis, authorize.HelpDescription = "Get a tenant's refresh token by a person's consent in a browser.", authorizeHelp
 
@@ -81,10 +81,10 @@ func (b *backend) grantPaths() []*framework.Path {
 	device.Operations = map[logical.Operation]framework.OperationHandler{
 		logical.UpdateOperation: operation("start", "device-authorization", "Begin the device authorization flow for a tenant.",
 			"Returns a code that a person enters at the service, on any device. The engine asks the service until the person has decided.",
-			responses(http.StatusOK, "The code, and where a person enters it.", deviceFields), b.startDevice),
+			responses(http.StatusOK, "The code, and where a person enters it.", deviceFields), b.granting(b.startDevice)),
 		logical.ReadOperation: operation("read", "device-authorization-status", "Read how a tenant's last device authorization has ended.",
 			"The answer holds no secret. It is a 404 before the first device authorization.",
-			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.readAttempt(byDevice)),
+			responses(http.StatusOK, "How it has ended, or that it is pending.", attemptFields), b.granting(b.readAttempt(byDevice))),
 	}
 	device.HelpSynopsis, device.HelpDescription = "Get a tenant's refresh token by a code that a person enters on another device.", deviceHelp
 
@@ -104,7 +104,7 @@ func (b *backend) grantPaths() []*framework.Path {
 	pin.Operations = map[logical.Operation]framework.OperationHandler{
 		logical.UpdateOperation: operation("login", "with-pin", "Log a tenant's user in by a PIN that comes by SMS.",
 			"With mobile_number the service sends a PIN; with pin, in a second request, the service hands the refresh token to the engine.",
-			responses(http.StatusOK, "How it has ended, or that it is pending.", pinFields), b.loginWithPIN),
+			responses(http.StatusOK, "How it has ended, or that it is pending.", pinFields), b.granting(b.loginWithPIN)),
 	}
 	pin.HelpSynopsis, pin.HelpDescription = "Get a tenant's refresh token by a PIN that comes by SMS.", pinHelp
 	return append([]*framework.Path{authorize, device, pin}, b.callbackPaths()...)
@@ -116,6 +116,23 @@ func (b *backend) grantPath(name string, fields map[string]*framework.FieldSchem
 		Pattern:      "tenants/" + framework.GenericNameRegex("tenant") + "/" + name,
 		Fields:       fields,
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: operationPrefix},
+	}
+}
+
+// granting is what the operations of the paths by which access is granted have in common: they run on the node that may write alone, answer
+// in time, and have their errors turned into answers.
+func (b *backend) granting(f framework.OperationFunc) framework.OperationFunc {
+	return func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+		if !b.node.WriteSafeReplicationState() {
+			return nil, logical.ErrReadOnly
+		}
+		ctx, cancel := context.WithTimeout(ctx, answerWithin)
+		defer cancel()
+		resp, err := f(ctx, req, d)
+		if err != nil {
+			return answer(err)
+		}
+		return resp, nil
 	}
 }
 
@@ -252,26 +269,21 @@ func (l *loadedConnector) asked(d *framework.FieldData) (scopes []string, hint s
 
 // startAuthorization begins the authorization code flow with PKCE (RFC 7636).
 func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	if !b.node.WriteSafeReplicationState() {
-		return nil, logical.ErrReadOnly
-	}
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	a, via, err := b.newAttempt(ctx, req, d, byCode)
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	scopes, hint, err := via.asked(d)
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	if a.RedirectURI, err = via.redirectURI(textOf(d, "redirect_uri")); err != nil {
-		return answer(err)
+		return nil, err
 	}
 	a.Callback = callbackOf(a.RedirectURI)
 	flow := via.service.(tokenservice.CodeFlow)
 	if err := b.unmixed(ctx, a, flow); err != nil {
-		return answer(err)
+		return nil, err
 	}
 	state := random256()
 	a.State, a.Verifier = hashOf(state), random256()
@@ -281,10 +293,10 @@ func (b *backend) startAuthorization(ctx context.Context, req *logical.Request, 
 		Scopes: scopes, LoginHint: hint,
 	})
 	if err != nil {
-		return answer(fieldProblem(err))
+		return nil, fieldProblem(err)
 	}
 	if err := b.begin(ctx, a); err != nil {
-		return answer(err)
+		return nil, err
 	}
 	resp := &logical.Response{Data: map[string]any{
 		"authorization_url": address,
@@ -376,14 +388,9 @@ func (b *backend) readAttempt(path string) framework.OperationFunc {
 		if err != nil {
 			return nil, nil
 		}
-		if !b.node.WriteSafeReplicationState() {
-			return nil, logical.ErrReadOnly
-		}
-		ctx, cancel := context.WithTimeout(ctx, answerWithin)
-		defer cancel()
 		all, err := b.attemptsOf(ctx, name)
 		if err != nil {
-			return answer(err)
+			return nil, err
 		}
 		a := all.Last[path]
 		if a == nil {
@@ -394,7 +401,7 @@ func (b *backend) readAttempt(path string) framework.OperationFunc {
 			return &logical.Response{Data: attemptData(a, attemptPending, "")}, nil // memory has the grant, and storage not yet
 		}
 		if err != nil {
-			return answer(err)
+			return nil, err
 		}
 		status, text := b.statusOf(a, v)
 		return &logical.Response{Data: attemptData(a, status, text)}, nil

@@ -14,18 +14,13 @@ import (
 
 // loginWithPIN has a PIN sent to a phone, and in a second request takes it for a refresh token.
 func (b *backend) loginWithPIN(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	if !b.node.WriteSafeReplicationState() {
-		return nil, logical.ErrReadOnly
-	}
 	number, pin := textOf(d, "mobile_number"), textOf(d, "pin")
 	switch {
 	case (number == "") == (pin == ""):
-		return answer(badValue("give mobile_number, and the service sends a PIN there; then give pin alone"))
+		return nil, badValue("give mobile_number, and the service sends a PIN there; then give pin alone")
 	case pin != "" && d.Raw["connector"] != nil:
-		return answer(badValue("connector is given with mobile_number, and not with pin"))
+		return nil, badValue("connector is given with mobile_number, and not with pin")
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
 	if number != "" {
 		return b.sendPIN(ctx, req, d, number)
 	}
@@ -35,15 +30,15 @@ func (b *backend) loginWithPIN(ctx context.Context, req *logical.Request, d *fra
 func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framework.FieldData, number string) (*logical.Response, error) {
 	a, via, err := b.newAttempt(ctx, req, d, byPIN)
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	p := passage{via: via, want: share.Want{Class: share.Background, Wait: patience}, tellsNothing: true} // no secret is sent
 	if err := via.service.(tokenservice.PINFlow).SendPIN(ctx, number, p.permit); err != nil {
-		return answer(b.notBegun(ctx, a, via, err))
+		return nil, b.notBegun(ctx, a, via, err)
 	}
 	a.MobileNumber = number
 	if err := b.begin(ctx, a); err != nil {
-		return answer(err)
+		return nil, err
 	}
 	return b.warnOfLeases(&logical.Response{Data: attemptData(a, attemptPending, "")}, a), nil
 }
@@ -52,16 +47,16 @@ func (b *backend) sendPIN(ctx context.Context, req *logical.Request, d *framewor
 func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin string) (*logical.Response, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
-		return answer(err)
+		return nil, err
 	}
 	a, _, err := b.pending(ctx, name, byPIN)
 	switch {
 	case err != nil:
-		return answer(err)
+		return nil, err
 	case a == nil:
-		return answer(badValue("no PIN is awaited for tenant %q: give mobile_number first, and then the PIN within ten minutes", name))
+		return nil, badValue("no PIN is awaited for tenant %q: give mobile_number first, and then the PIN within ten minutes", name)
 	case !b.grants.claim(a.ID):
-		return answer(tryAgain("a PIN of tenant %q is being tried already: read tenants/%s in a minute", name, name))
+		return nil, tryAgain("a PIN of tenant %q is being tried already: read tenants/%s in a minute", name, name)
 	}
 	end := &verdict{attempt: a}
 	done := make(chan struct{})
@@ -70,16 +65,16 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 		err = b.redeemPIN(a, pin, end)
 	}) {
 		b.grants.work(a.ID, false)
-		return answer(errStopping)
+		return nil, errStopping
 	}
 	select {
 	case <-done:
 	case <-ctx.Done():
-		return answer(tryAgain("%s has not answered yet: the engine goes on; read tenants/%s in a minute", upperFirst(b.serviceName(a.Connector)), name))
+		return nil, tryAgain("%s has not answered yet: the engine goes on; read tenants/%s in a minute", upperFirst(b.serviceName(a.Connector)), name)
 	}
 	switch {
 	case err != nil:
-		return answer(err)
+		return nil, err
 	case end.what == attemptGranted, end.what == attemptPending:
 		resp := &logical.Response{Data: attemptData(a, end.what, "")}
 		if _, v := b.tenants.cached(name); v != nil && v.trouble != nil && end.what == attemptGranted {
@@ -87,9 +82,9 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 		}
 		return resp, nil
 	case end.what == attemptSuperseded:
-		return answer(badValue("a newer attempt, a write or a delete of tenant %q came meanwhile: nothing was stored; look at the tenant, and start again", name))
+		return nil, badValue("a newer attempt, a write or a delete of tenant %q came meanwhile: nothing was stored; look at the tenant, and start again", name)
 	}
-	return answer(badValue("%s", end.text))
+	return nil, badValue("%s", end.text)
 }
 
 // claim makes the caller the only one who works on an attempt.
@@ -105,15 +100,14 @@ func (g *grants) claim(id string) bool {
 
 // redeemPIN sends a PIN, and stores what comes for it. Its error says what to do where the attempt goes on.
 func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
+	defer b.grants.work(a.ID, false)
 	for {
 		via, err := b.connectors.of(b.ctx, a.Connector)
 		if err != nil {
-			b.grants.work(a.ID, false)
 			return err
 		}
 		flow, ok := via.service.(tokenservice.PINFlow)
 		if !ok {
-			b.grants.work(a.ID, false)
 			return via.offers(byPIN)
 		}
 		p := passage{
@@ -133,7 +127,6 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 		case errors.Is(result.Err, errReplaced):
 			continue // the connector was written meanwhile: go by what it is now
 		case errors.Is(result.Err, errUsed):
-			b.grants.work(a.ID, false)
 			end.what = attemptSuperseded
 			return nil
 		}
@@ -144,7 +137,6 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			return nil
 		}
 		storeVerdict(b.ctx)
-		b.grants.work(a.ID, false)
 		return b.pinRefused(a, via, result.Err)
 	}
 }
