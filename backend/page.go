@@ -87,7 +87,7 @@ func pageResponse(end *verdict, mount string) *logical.Response {
 		status = http.StatusOK
 		p.Texts = []string{"Once you confirm, Vault keeps the access that you have just granted, and apps use it in your name.", text.text}
 		// The address of the page has the code in it; the form's does not.
-		p.Form, p.State, p.Confirmation = "callback", end.state, end.confirm
+		p.Form, p.State, p.Confirmation = "callback", end.state, hashOf(end.code)
 		if a.Callback != "" {
 			p.Form = a.Callback
 		}

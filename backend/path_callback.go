@@ -82,7 +82,7 @@ type verdict struct {
 	service string   // the token service's name
 	subject string   // who has granted access, where the service says so
 	state   string   // for the form that confirms
-	confirm string   // the same: the hash of the code that the page is shown for
+	code    string   // the one that is to be sent, or that the page asks to confirm
 	err     error    // where nothing was sent and the person can try again
 }
 
@@ -93,6 +93,7 @@ const (
 	endEmpty     = "empty"    // neither a code nor an error, or one that nothing can be made of
 	endReplaced  = "replaced" // the page that confirms was shown for an older code
 	endConfirm   = "confirm"
+	endSend      = "send" // the code can be sent
 	endLater     = "later"
 )
 
@@ -175,117 +176,101 @@ func (b *backend) receive(ctx context.Context, asks bool, d *framework.FieldData
 		return &verdict{what: attemptExpired}, nil
 	}
 	var end *verdict
-	var a *attempt
-	var code string
 	err = b.changeAttempts(ctx, s.Tenant, func(all *attempts) (err error) {
-		a = all.Last[byCode]
-		end, code, err = b.examine(ctx, a, hash, asks, d)
+		end, err = b.examine(ctx, all.Last[byCode], hash, asks, d)
 		return err
 	})
-	if end != nil {
-		end.attempt = a
-	}
-	if err != nil || end != nil {
+	if err != nil || end.what != endSend {
 		return end, err
 	}
-	return b.redeem(ctx, a, code)
+	return b.redeem(ctx, end.attempt, end.code)
 }
 
-// examine checks the parameters of a callback for an attempt. It returns the code that is to be sent, or else the result of the
-// callback.
-func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (end *verdict, code string, err error) {
+// examine checks a callback for an attempt, and ends the attempt if it fails or is denied.
+func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks bool, d *framework.FieldData) (*verdict, error) {
 	if a == nil || a.State != hash {
-		return &verdict{what: attemptSuperseded}, "", nil
+		return &verdict{what: attemptSuperseded}, nil
 	}
 	_, v, err := b.tenants.load(ctx, a.Tenant)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	switch status, text := b.statusOf(a, v); {
 	case status == attemptSuperseded, status == attemptExpired:
 		a.close(status, text)
 		b.noteState(ctx, a) // the entry of the state did not say so
-		return &verdict{what: status}, "", nil
+		return &verdict{what: status, attempt: a}, nil
 	case status != attemptPending, a.Used, b.grants.works(a.ID):
-		return &verdict{what: endUsed}, "", nil
-	}
-	end = &verdict{service: b.serviceName(a.Connector)}
-	finish := func(status, text string) (*verdict, string, error) {
-		a.close(status, text)
-		end.what, end.text = status, text
-		return end, "", nil
+		return &verdict{what: endUsed, attempt: a}, nil
 	}
 	via, err := b.connectors.get(ctx, a.Connector)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	var flow tokenservice.CodeFlow
+	end := &verdict{attempt: a, service: b.serviceName(a.Connector)}
+	end.what, end.text, end.code = a.meaning(via, asks, d)
+	switch end.what {
+	case endConfirm:
+		a.Code, end.state = end.code, textOf(d, "state")
+	case attemptFailed, attemptDenied:
+		a.close(end.what, end.text)
+	}
+	return end, nil
+}
+
+// meaning says what the parameters of a callback mean for a pending attempt, and why it has failed if it has. via is nil where the connector
+// was deleted.
+func (a *attempt) meaning(via *loadedConnector, asks bool, d *framework.FieldData) (what, text, code string) {
+	flow := tokenservice.CodeFlow(nil)
 	if via != nil {
-		end.service = via.about.Name
 		flow, _ = via.service.(tokenservice.CodeFlow)
 	}
 	if flow == nil || !a.comesFrom(via) {
-		return finish(attemptFailed, "Connector \""+a.Connector+"\" was deleted, or is for another service now: start again.")
+		return attemptFailed, "Connector \"" + a.Connector + "\" was deleted, or is for another service now: start again.", ""
 	}
 	code, refusal := textOf(d, "code"), textOf(d, "error")
 	issuer, promised := flow.Issuer()
 	switch iss := textOf(d, "iss"); {
 	case issuer != "" && iss != "" && iss != issuer:
-		return finish(attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.")
+		return attemptFailed, "The answer names another issuer (iss) than the connector does, so nothing was sent to the service: check the address that the browser was sent to, and start again.", ""
 	case code == "" && refusal == "" && !asks && textOf(d, "confirmation") != "":
 		// The browser that has brought the code confirms what the page was shown for. The state alone does not: who has started the
 		// attempt knows it.
 		if textOf(d, "confirmation") != hashOf(a.Code) {
-			end.what = endReplaced
-			return end, "", nil
+			return endReplaced, "", ""
 		}
 		code = a.Code
 	case promised && iss == "" && (code != "" || refusal != ""):
-		return finish(attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.")
+		return attemptFailed, "The service promises to send iss with its answer, and iss is missing. The answer may come from another server, so nothing was sent to the service: start again.", ""
 	}
+	service := upperFirst(via.about.Name)
 	switch {
 	case refusal == "access_denied":
-		return finish(attemptDenied, "")
+		return attemptDenied, "", ""
 	case refusal == "server_error", refusal == "temporarily_unavailable":
-		return finish(attemptFailed, upperFirst(via.about.Name)+" is failing"+inParentheses(refusal)+": start again later.")
+		return attemptFailed, service + " is failing (" + refusal + "): start again later.", ""
 	case slices.Contains(asksPerson, refusal):
-		return finish(attemptFailed, upperFirst(via.about.Name)+" has to ask the person first"+inParentheses(refusal)+": start again, and log in and answer there. "+
-			"If it asks nothing, the operator has to check prompt in authorization_params.")
+		return attemptFailed, service + " has to ask the person first (" + refusal + "): start again, and log in and answer there. " +
+			"If it asks nothing, the operator has to check prompt in authorization_params.", ""
+	case slices.Contains(refusesSettings, refusal):
+		return attemptFailed, service + " grants nothing (" + refusal + "): the operator has to check the connector's settings there and here.", ""
 	case refusal != "":
-		return finish(attemptFailed, upperFirst(via.about.Name)+" grants nothing"+inParentheses(authorizationErrors[refusal])+": the operator has to check the connector's settings there and here.")
+		return attemptFailed, service + " grants nothing: the operator has to check the connector's settings there and here.", ""
 	case tokenservice.CheckToken(code) != nil:
-		end.what = endEmpty
-		return end, "", nil
+		return endEmpty, "", ""
 	case asks && via.consent().confirm:
-		a.Code = code
-		end.what, end.state, end.confirm = endConfirm, textOf(d, "state"), hashOf(code)
-		return end, "", nil
+		return endConfirm, "", code
 	}
-	return nil, code, nil
+	return endSend, "", code
 }
 
 // asksPerson are the codes by which the server says that it must ask the person something, and has not (OpenID Connect Core, section
 // 3.1.2.6).
 var asksPerson = []string{"interaction_required", "login_required", "account_selection_required", "consent_required"}
 
-// authorizationErrors are the other registered codes of an authorization error. What is no registered code is text of the service, or of
+// refusesSettings are the other registered codes of an authorization error. What is no registered code is text of the service, or of
 // another sender, which no answer of the engine may hold.
-var authorizationErrors = map[string]string{}
-
-func init() {
-	for _, code := range []string{
-		"invalid_request", "unauthorized_client", "unsupported_response_type", "invalid_scope", "invalid_target",
-	} {
-		authorizationErrors[code] = code
-	}
-}
-
-func inParentheses(s string) string {
-	if s == "" {
-		return ""
-	}
-	return " (" + s + ")"
-}
+var refusesSettings = []string{"invalid_request", "unauthorized_client", "unsupported_response_type", "invalid_scope", "invalid_target"}
 
 // errUsed ends a redemption whose state is used up, or whose attempt has ended.
 var errUsed = errors.New("the state is used up")
