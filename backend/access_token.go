@@ -27,7 +27,7 @@ func (a *accessEntry) life() time.Duration { return a.Expires.Sub(a.Obtained) }
 // margin is how much life the token must have left to be handed out to readers who ask for no more than the tenant's min_ttl.
 func (a *accessEntry) margin(minTTL time.Duration) time.Duration { return min(minTTL, a.life()/2) }
 
-// guard is how long before a planned exchange's own margin a reader waits for the next token instead of taking this one.
+// guard is how near a planned exchange has to be, beyond leaseMargin, for a reader to wait for the next token.
 func (a *accessEntry) guard() time.Duration { return max(time.Second, min(5*time.Second, a.life()/10)) }
 
 // accessToken is an access token in memory, with the parts of its responses and what is known of its use.

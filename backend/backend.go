@@ -3,7 +3,8 @@
 // What happens on a read of creds/:tenant stands in path_creds.go, from top to bottom; exchanger.go makes the exchange and
 // lease.go the lease. tenant.go owns the state of one tenant and is the only file that writes it; tenants.go is all of them,
 // and storage. connector.go owns connectors and what their services say about them, revocations.go what is to be revoked.
-// renewer.go says when a tenant needs attention without a reader, and index.go finds it then. Behind the border package
+// renewer.go says when a tenant needs attention without a reader, and index.go finds it then. grants.go is about persons who
+// grant access. Behind the border package
 // tokenservice each service is a package of its own; services.go names them.
 package backend
 
@@ -370,13 +371,13 @@ func (b *backend) isStopping() bool {
 // plugin in one process. When it reloads the plugin it calls Clean of one mount, ends the process, and tells the other mounts nothing: so a
 // stop waits for the work of all mounts. A revocation need not be waited for: it is in storage until it has ended.
 //
-// When Vault seals, it stops all mounts, one after another. Together these stops wait for the other mounts' work, and for what was under way
-// when the first of them began, as long as one stop may.
+// When Vault seals, it stops all mounts, one after another. For work of other mounts, and for work that was under way when the first stop
+// began, all these stops together wait no longer than one stop may.
 type serviceWork struct {
 	mu      sync.Mutex
 	running map[*pieceOfWork]struct{}
-	first   time.Time // when the first of the stops began that have followed one another
-	last    time.Time // when the last stop has waited
+	first   time.Time // when the first stop of a series began: see stopsApart
+	last    time.Time // when a stop last looked for work
 }
 
 type pieceOfWork struct {
@@ -385,7 +386,7 @@ type pieceOfWork struct {
 	done  chan struct{}
 }
 
-// stopsApart is how long after a stop the next one begins that does not belong together with it.
+// stopsApart is the longest time between two stops of one series, such as those of a seal.
 const stopsApart = 2 * time.Second
 
 func newServiceWork() *serviceWork { return &serviceWork{running: map[*pieceOfWork]struct{}{}} }
@@ -404,8 +405,8 @@ func (w *serviceWork) begin(of *backend) (end func()) {
 	}
 }
 
-// next is a piece of work that the stop of a mount has to wait for, and until when; nil where there is none. own: no work of the mount itself
-// is left that has had its time. begun is when the stop began.
+// next returns a piece of work that the stop of a mount has to wait for, and until when; nil where there is none. own is false if work of the
+// mount itself goes on although its time is over. begun is when the stop began.
 func (w *serviceWork) next(of *backend, begun time.Time) (wait *pieceOfWork, until time.Time, own bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -467,7 +468,7 @@ func (b *backend) clean(context.Context) {
 	defer over()
 	if b.serviceWork.wait(b) {
 		select {
-		case <-ended: // nor is an event on its way, or a revocation
+		case <-ended: // events and revocations have ended too
 		case <-grace.Done():
 		}
 	}

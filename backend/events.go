@@ -59,8 +59,8 @@ func (a *announcer) connectorAccepted(via *loadedConnector) {
 	a.log().Info("the service accepts a connector again", "connector", via.name, "service", via.about.Name)
 }
 
-// send sends an event. No reader and no lock waits for that, but for a second at most while the engine stops. Where Vault has no
-// events, or nothing listens, there is nothing to do.
+// send sends an event. No reader and no lock waits for that, except while the engine stops: then for a second at most. An error is
+// ignored: Vault may have no events.
 func (a *announcer) send(event, tenant, connector string) {
 	send := func(ctx context.Context) {
 		_ = logical.SendEvent(ctx, a.events, event, "tenant", tenant, "connector", connector, logical.EventMetadataPath, tenantPrefix+tenant)

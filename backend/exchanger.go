@@ -183,7 +183,7 @@ func (x *exchanger) exchange(ctx context.Context, t *tenant, v *tenantView, w wa
 	return f.token, f.err
 }
 
-// retire gives up the access token that readers had at v, after an exchange has replaced it that was begun for another reason, and so has
+// retire gives up the access token of v for a request that has joined an exchange which was begun for another reason: that exchange has
 // left the older token to its leases.
 func (x *exchanger) retire(ctx context.Context, t *tenant, v *tenantView) error {
 	_, now, err := x.tenants.load(ctx, t.name)

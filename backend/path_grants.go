@@ -168,7 +168,7 @@ var (
 	})
 )
 
-// newAttempt makes an attempt for a tenant, which is not stored yet, once what can be known beforehand speaks for it.
+// newAttempt makes an attempt for a tenant, after all checks that need no call. The caller stores it.
 func (b *backend) newAttempt(ctx context.Context, req *logical.Request, d *framework.FieldData, path string) (*attempt, *loadedConnector, error) {
 	name, err := nameOf(d, "tenant")
 	if err != nil {
@@ -315,7 +315,8 @@ func random256() string {
 	return base64.RawURLEncoding.EncodeToString(bits[:])
 }
 
-// hashOf is all that storage has of a state and of a refresh token that the service has replaced, and the page of a code.
+// hashOf is what storage keeps in place of a state or of a refresh token that the service has replaced, and what the page has in place of
+// a code.
 func hashOf(secret string) string {
 	sum := sha256.Sum256([]byte(secret))
 	return hex.EncodeToString(sum[:])

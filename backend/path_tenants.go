@@ -350,7 +350,7 @@ func (b *backend) changeSettings(ctx context.Context, name string, change *tenan
 	}
 }
 
-// replaceTokens writes a refresh token or a connector, once what can be known beforehand speaks for it, and the service does.
+// replaceTokens writes a refresh token or a connector, after all checks that need no call. With verify, the service has to accept it first.
 func (b *backend) replaceTokens(ctx context.Context, name string, change *tenantChange) error {
 	if change.refreshToken != nil {
 		end, err := b.revocations.beginWrite(ctx, *change.refreshToken)

@@ -17,8 +17,8 @@ import (
 const (
 	day = 24 * time.Hour
 
-	// An access token is renewed ahead of its end by 2 to 5 % of its life; each tenant has its own part, see ownPart. That is longer than a
-	// few failures take, and still little enough for about one exchange a day.
+	// An access token is renewed ahead of its end by 2 to 5 % of its life; each tenant has its own part, see ownPart. That leaves time for
+	// several tries, and costs few additional exchanges.
 	leadLeast, leadMost = 0.02, 0.05
 
 	// plannedRetryLeast is the least time between a failed exchange and the next if exchanges end older access tokens: leases that are
@@ -28,8 +28,8 @@ const (
 	// hopPatience is how long background work that has begun waits for a further call.
 	hopPatience = 30 * time.Second
 
-	// lineAhead is how long before a place is free background work begins to wait for it: later, a reader who waits already would always get
-	// the place.
+	// lineAhead is how long before a place is free background work begins to wait for it. If it began when the place is free, a reader who
+	// waits already would always get the place.
 	lineAhead = time.Second / 2
 	// patience is how long a reader waits for a place in the share.
 	patience = 5 * time.Second

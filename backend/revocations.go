@@ -64,7 +64,7 @@ type intent struct {
 	unstored      bool // storage has no such intent
 }
 
-// doubtfulDelete says whether storage has no tenant with a token any more, where that is in doubt. nil: it has none.
+// doubtfulDelete says, where that is in doubt, whether storage no longer has a tenant with a token. nil: there is no doubt, it has none.
 type doubtfulDelete func(context.Context) (bool, error)
 
 // held is an access token that has leases and is not its tenant's current one.
@@ -148,7 +148,7 @@ func intentOf(tenant string, a *accessEntry) *intent {
 }
 
 // remember has an access token revoked that storage has not taken an intent for: this process does it, or the next one finds
-// the token in its tenant's entry. isGone says whether the entry does not have it as the current one; nil: it has not.
+// the token in its tenant's entry. isGone says whether the entry has it no longer; nil: it has it no longer.
 func (r *revocations) remember(connector, tenant string, a *accessEntry, isGone doubtfulDelete) {
 	i := intentOf(tenant, a)
 	i.Format, i.connector, i.id, i.isDeleted, i.unstored = entryFormat, connector, a.Generation, isGone, true
@@ -182,7 +182,8 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 }
 
 // revokeRefreshTokenLater stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
-// calls tell once the tenant is deleted, with nil, or with what will say whether it is.
+// calls tell after the delete of the tenant: with nil, or, where storage has reported an error, with a function that says whether the tenant
+// is deleted.
 func (r *revocations) revokeRefreshTokenLater(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {

@@ -121,7 +121,7 @@ func (a *oauthAddresses) field(name string) *string {
 
 var oauthAddressFields = []string{"token_url", "revocation_url", "authorization_url", "device_authorization_url", "token_endpoint_auth_method"}
 
-// address returns the value of one of the fields that metadata can tell, "" where neither knows it.
+// addressOf returns the value of one of the fields that metadata can tell, "" where neither knows it.
 func (s *oauthSettings) addressOf(name string) string {
 	if written := *s.Written.field(name); written != "" {
 		return written

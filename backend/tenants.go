@@ -642,7 +642,7 @@ func (ts *tenants) invalidate(name string) {
 }
 
 // connectorChanged schedules the tenants of a connector that has been written. anew says that the ends of their access tokens are to be
-// planned again, too. For a tenant that is being read or stored, which may also give it the connector, that is done afterwards.
+// planned again, too. A tenant that is being read or stored, perhaps with this connector as its new one, follows afterwards.
 func (ts *tenants) connectorChanged(connector string, anew bool) {
 	ts.each(func(t *tenant) {
 		busy, v := t.storing.busy(), t.view.Load() // in this order: what ends in between is in the view
