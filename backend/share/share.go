@@ -94,7 +94,7 @@ type Share struct {
 	// notes are those of calls that count, by their places. Where another node has written one at the place of a note of this node, recall
 	// gives the place to that.
 	notes     map[int]*note
-	free      int   // no place below is free. The first that is is used, so that storage holds few entries.
+	free      int   // no place below is free. A new note gets the lowest free place, so that storage holds few entries.
 	gathering *note // the note to which calls are added until its write begins
 	writes    int   // of notes, that are under way
 	// noted is, for each place, the latest time that this process has stored.
@@ -226,7 +226,7 @@ func (s *Share) arrange() {
 		s.forget(s.shift())
 	}
 	p := plan{share: s, now: now, ended: s.all.ended, own: make(map[string]int, len(s.queue))}
-	var first *waiter // the one whose turn it is goes before readers
+	var first *waiter // the background work whose turn it is, which goes before readers
 	i := slices.IndexFunc(s.queue, func(w *waiter) bool { return w.Class == Background })
 	if i >= 0 && (now.Sub(s.turn) > Window+s.timeout || s.turn.Sub(now) > max(Window, s.turnEvery())) {
 		s.turn = now.Add(s.turnEvery()) // none has waited for the turn that has passed, or the limit was smaller
@@ -245,7 +245,7 @@ func (s *Share) arrange() {
 	}
 }
 
-// plan is made in one pass through the queue. It counts what the calls hold that go on waiting: the calls behind them do not get that.
+// plan is one pass through the queue. It counts the places that calls which go on waiting will take, so that no call behind gets these.
 type plan struct {
 	share        *Share
 	now          time.Time
