@@ -28,7 +28,7 @@ const (
 	maxHeaderBytes = 64 << 10
 	// maxRetryAfter bounds how long an answer can silence a connector.
 	maxRetryAfter = 24 * time.Hour
-	// LongestRest bounds how long one can that is not about a limit.
+	// LongestRest bounds how long an answer that is not about a limit can silence a connector.
 	LongestRest = 10 * time.Minute
 )
 
