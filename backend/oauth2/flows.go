@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	// defaultDeviceLife is how long an attempt lasts where the answer does not say. RFC 8628 requires it to.
+	// defaultDeviceLife is how long an attempt lasts where the answer does not say, though RFC 8628 requires that.
 	defaultDeviceLife = 10 * time.Minute
 	maxDeviceLife     = 24 * time.Hour
 	// defaultInterval is what RFC 8628, section 3.2, says.
