@@ -59,10 +59,11 @@ write, for a person who pastes what the browser shows, answers with JSON.
 	credsHelp = `
 All readers get the same access token while it is usable. Each has a lease of its
 own, which ends before the token does. When the last live lease is revoked before
-its end, the token is never handed out again; it is also revoked at the service
-where the connector says that this can be done. Elsewhere, and at Kaizala, a
-token that was handed out works until it expires. A lease is not renewed once the
-engine has ended its token at the service: read a new one.
+its end, the token is never handed out again (see retire_on_revoke of the tenant);
+it is also revoked at the service where the connector says that this can be done.
+Elsewhere, and at Kaizala, a token that was handed out works until it expires. A
+lease is not renewed once the engine has ended its token at the service: read a new
+one.
 `
 	tokenHelp = `
 The access token that creds/<tenant> hands out, without a lease, for programs that
