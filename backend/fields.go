@@ -160,7 +160,7 @@ var tenantFields = map[string]*framework.FieldSchema{
 	"tenant": tenantField,
 	"refresh_token": {
 		Type:         framework.TypeString,
-		Description:  "Refresh token that the service has issued. Required to create, and never returned. The one that was written last, written again after the service has replaced it, stands for the one in its place.",
+		Description:  "Refresh token that the service has issued. Required to create, and never returned. A second write of the same refresh token, after the service has replaced it, keeps the new one.",
 		DisplayAttrs: sensitive,
 	},
 	"connector": {
