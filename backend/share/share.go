@@ -26,7 +26,7 @@ type Class int
 const (
 	// Reader: a reader or a writer waits for the call.
 	Reader Class = iota
-	// RevocationWait: a revocation waits for the call.
+	// RevocationWait: a request that revokes a lease waits for the call.
 	RevocationWait
 	// Background: an exchange that no reader waits for; or a code or a PIN, because a client that may start a grant can start any number of
 	// them. It leaves a fifth of the limit free, rounded down, but it gets one call in ten in any case.
