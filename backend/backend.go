@@ -68,7 +68,7 @@ type backend struct {
 	stopping bool
 	work     sync.WaitGroup // goroutines; none is added once stopping
 	indexing chan struct{}  // closed when the building of the index of tenants has ended; nil: it has not begun, or is to begin again
-	indexed  bool           // the index is complete, but for unread
+	indexed  bool           // the index is complete, except for unread
 	unread   map[string]int // tenants to be read again, because another node has written them or storage has failed, and how often that was
 }
 

@@ -73,7 +73,7 @@ type attempt struct {
 	Expires time.Time `json:"expires"`
 	Status  string    `json:"status"`
 	Error   string    `json:"error,omitempty"` // why it failed
-	// Lineage is the tenant's when the attempt began, Next the one that the grant gives it.
+	// Lineage is the tenant's lineage when the attempt began. Next is the lineage that the grant gives the tenant.
 	Lineage string `json:"lineage"`
 	Next    string `json:"next"`
 

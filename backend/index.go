@@ -129,7 +129,7 @@ func (b *backend) readUnread(ctx context.Context) {
 	}
 }
 
-// awaitIndex waits a moment for the index if it is being built, and says whether it is complete but for tenants that storage cannot give.
+// awaitIndex waits a moment for the index if it is being built, and says whether it is complete except for tenants that storage cannot give.
 func (b *backend) awaitIndex(ctx context.Context) bool {
 	b.mu.Lock()
 	complete := b.indexing

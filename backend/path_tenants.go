@@ -95,8 +95,8 @@ type tenantChange struct {
 	patch                   bool
 	verify                  bool
 
-	// again: the refresh token that the write names is the one that the tenant's present one has come from, and stands for that.
-	// refreshToken is nil then.
+	// again: the write names a refresh token that the service has replaced by the tenant's present one, which stays. refreshToken is nil
+	// then.
 	again   bool
 	written *string            // the refresh token as it was written; nil: none was
 	lineage string             // the tenant's, once the write is stored, where it retires tokens

@@ -196,9 +196,9 @@ func (b *backend) tick() {
 	})
 }
 
-// placeInLine is the place of a tenant that is due now: the least goes first. It goes by the end of the refresh token, in seconds since 1970,
-// and of all ends later than tomorrow by the hour in which the tenant comes, before it goes by the end. Otherwise tenants that are due again and
-// again would always go before one that is due once in a while, and ends later or at an unknown time.
+// placeInLine is the place of a tenant that is due now: the least goes first. Tenants go by the hour in which the refresh token ends, and within
+// an hour by the end itself. An end that is unknown, or more than a day ahead, counts as a day from now when the hour is compared. Without that,
+// tenants that are due again and again would always go before one that is due once in a while and ends later or at an unknown time.
 func placeInLine(s tenantSummary, now time.Time) int64 {
 	end := now.AddDate(1000, 0, 0).Unix()
 	if s.expires != 0 {

@@ -56,7 +56,7 @@ type intent struct {
 	connector, id string
 	next          time.Time // no call before
 	rest          time.Duration
-	under         chan struct{} // a call is under way, and closes it; nil: none is
+	under         chan struct{} // closed at the end of the call that is under way; nil: none is
 	over          bool          // no call is needed any more, but storage has not taken that yet
 	deleting      bool          // storage is deleting it
 	spared        bool          // its refresh token is in use again: a call that waits for its place in the share is not made

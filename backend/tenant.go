@@ -560,7 +560,7 @@ func (t *tenant) invalidate() {
 	t.clear()
 }
 
-// clear makes the tenant unknown, but for its summary. The caller holds mu.
+// clear makes the tenant unknown, except for its summary. The caller holds mu.
 func (t *tenant) clear() {
 	t.replaced = nil
 	if a := t.view.Load().access; a != nil && a.use.Load() == read {

@@ -346,7 +346,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 	return err
 }
 
-// doubt records that storage has reported an error for a write or a delete, and may have done it all the same. The tenant is due within a
+// doubt records that storage has reported an error for a write or a delete, and may have carried it out. The tenant is due within a
 // minute: if its access token was given up, storage must not keep it, because the next process would hand it out.
 func (ts *tenants) doubt(t *tenant) {
 	t.doubt()
@@ -607,8 +607,8 @@ func (ts *tenants) unstored(t *tenant, o *outcome, next *tenantEntry, kept *outc
 	return nil
 }
 
-// revokeUnstored has the access token revoked that a verification has brought and that storage has not taken, as it says. If storage has it
-// all the same, it is not revoked.
+// revokeUnstored has the access token of a verification revoked, because storage has reported an error for it. If storage has the token
+// nevertheless, it is not revoked.
 func (ts *tenants) revokeUnstored(name string, o *outcome) {
 	via := ts.connectors.present(o.connector)
 	if o.access == nil || via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
