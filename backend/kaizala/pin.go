@@ -19,7 +19,7 @@ const (
 )
 
 // SendPIN has Kaizala send a PIN by SMS to a phone number with its country code, such as +911234567890 (doc). What the
-// answer holds is not documented: any success without an errorCode will do, but for a web page (guess). Redirects are not
+// answer holds is not documented: any success without an errorCode will do, except a web page (guess). Redirects are not
 // followed, since credentials are in the body here.
 func (c *Client) SendPIN(ctx context.Context, mobileNumber string, permit tokenservice.Permit) error {
 	number, f := phoneNumber(mobileNumber)
