@@ -2,7 +2,7 @@
 # every service is. Reads no access token, and writes no secret. Registering and mounting the plugin takes more than this;
 # see configure.sh.
 
-# Who has which status.
+# The statuses of all tenants.
 path "kaizala/tenants" {
   capabilities = ["list"]
 }
