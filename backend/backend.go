@@ -38,14 +38,19 @@ const (
 	stopGrace  = stopWithin - time.Second
 )
 
+// processWork is the work of all mounts of the process.
+var processWork = newServiceWork()
+
 // Factory returns the engine's factory for Vault. The version is the plugin's
 // own, a semantic version with a leading v, and shows in "vault plugin list".
 func Factory(version string) logical.Factory {
-	work := newServiceWork()
 	return func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
-		return newBackend(ctx, conf, version, nil, work)
+		return newBackend(ctx, conf, version, nil, processWork)
 	}
 }
+
+// Drain waits until the process has stored what services answer to the exchanges under way, for 4 seconds at most.
+func Drain() { processWork.wait(nil) }
 
 type backend struct {
 	*framework.Backend

@@ -196,6 +196,24 @@ func TestReloadWaitsForTheExchangesOfAllMounts(t *testing.T) {
 	require.Zero(t, server.UsedTwice())
 }
 
+// A container is stopped while an exchange is under way, and the signal reaches the plugin too: the plugin ends once the new refresh token is
+// stored.
+func TestTerminationWaitsForTheExchange(t *testing.T) {
+	t.Parallel()
+	v := Start(t, Raft())
+	v.RegisterEngine(t)
+	m, server := rotatingMount(t, v, "kaizala")
+	ended := exchangeWith(m, server, oauth2test.Fault{Hold: true})
+	time.AfterFunc(2*time.Second, server.ClearFaults)
+	v.Terminate()
+	<-ended
+	v.StartAgain(t)
+	v.WaitActive(t)
+	m.write("tenants/acme/refresh", nil).ok(t)
+	require.Equal(t, "ok", m.read("tenants/acme").ok(t).text("status"))
+	require.Zero(t, server.UsedTwice())
+}
+
 // A service hangs, and an exchange of each mount waits for it: to seal takes as long as with one mount.
 func TestSealOfSeveralMountsTakesTheTimeOfOne(t *testing.T) {
 	t.Parallel()

@@ -24,9 +24,9 @@ const patience = 90 * time.Second
 // groupScript runs a command and ends its whole process group when the command
 // ends, or when this test process ends: standard input is a pipe that only this
 // process has, so a test that its timeout kills leaves no server behind. SIGINT
-// makes Vault stop; go-plugin's processes ignore it.
+// and SIGTERM make Vault stop; go-plugin's processes ignore SIGINT.
 const groupScript = `
-trap '' INT
+trap '' INT TERM
 exec 3<&0
 "$@" </dev/null 3<&- &
 child=$!
@@ -73,9 +73,9 @@ func (p *process) ended() bool {
 	}
 }
 
-// interrupt sends SIGINT, and kills the process group if it still runs after wait.
-func (p *process) interrupt(wait time.Duration) {
-	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGINT)
+// stop sends a signal to the process group, and kills the group if it still runs after wait.
+func (p *process) stop(signal syscall.Signal, wait time.Duration) {
+	_ = syscall.Kill(-p.cmd.Process.Pid, signal)
 	select {
 	case <-p.done:
 	case <-time.After(wait):

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -316,7 +317,11 @@ func (v *Vault) Kill() { v.proc.kill() }
 
 // Stop ends the server with a signal, as an operator does, and kills the processes
 // that still run after 30 seconds.
-func (v *Vault) Stop() { v.proc.interrupt(30 * time.Second) }
+func (v *Vault) Stop() { v.proc.stop(syscall.SIGINT, 30*time.Second) }
+
+// Terminate is Stop with the signal that a container's init program sends to all
+// processes of the group, plugins included.
+func (v *Vault) Terminate() { v.proc.stop(syscall.SIGTERM, 30*time.Second) }
 
 // Restart kills the server and its plugins with SIGKILL, starts it again on
 // the same storage and address, and unseals it. It needs Raft.
@@ -327,7 +332,7 @@ func (v *Vault) Restart(t testing.TB) {
 	v.WaitActive(t)
 }
 
-// StartAgain starts a server that Kill or Stop has ended, on the same storage
+// StartAgain starts a server that Kill, Stop or Terminate has ended, on the same storage
 // and address, and unseals it, without waiting for it to become active. It
 // needs Raft.
 func (v *Vault) StartAgain(t testing.TB) {

@@ -8,6 +8,8 @@ import (
 	"io"
 	"log"
 	"os"
+	"os/signal"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/api"
@@ -54,6 +56,15 @@ func run(args []string, stdout, stderr io.Writer) int {
 		Output:     stderr,
 		JSONFormat: true,
 	})
+	// A container's init program sends SIGTERM to Vault's whole process group, plugins included. Vault then stops in its own time, and takes
+	// what services send meanwhile.
+	terminated := make(chan os.Signal, 1)
+	signal.Notify(terminated, syscall.SIGTERM)
+	go func() {
+		<-terminated
+		backend.Drain()
+		os.Exit(128 + int(syscall.SIGTERM))
+	}()
 	err := plugin.ServeMultiplex(&plugin.ServeOpts{
 		BackendFactoryFunc: backend.Factory(version),
 		// A Vault before 1.12 has no AutoMTLS: the certificate comes in a wrapped
