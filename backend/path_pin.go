@@ -15,11 +15,8 @@ import (
 // loginWithPIN has a PIN sent to a phone, and in a second request takes it for a refresh token.
 func (b *backend) loginWithPIN(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	number, pin := textOf(d, "mobile_number"), textOf(d, "pin")
-	switch {
-	case (number == "") == (pin == ""):
+	if (number == "") == (pin == "") {
 		return nil, badValue("give mobile_number, and the service sends a PIN there; then give pin alone")
-	case pin != "" && d.Raw["connector"] != nil:
-		return nil, badValue("connector is given with mobile_number, and not with pin")
 	}
 	if number != "" {
 		return b.sendPIN(ctx, req, d, number)
@@ -55,6 +52,8 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 		return nil, err
 	case a == nil:
 		return nil, badValue("no PIN is awaited for tenant %q: give mobile_number first, and then the PIN within ten minutes", name)
+	case d.Raw["connector"] != nil && textOf(d, "connector") != a.Connector:
+		return nil, badValue("the PIN of tenant %q was sent through connector %q: give that one, or none", name, a.Connector)
 	case !b.grants.claim(a.ID):
 		return nil, tryAgain("a PIN of tenant %q is being tried already: read tenants/%s in a minute", name, name)
 	}

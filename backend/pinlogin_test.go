@@ -164,6 +164,21 @@ func TestPINs(t *testing.T) {
 	})
 }
 
+// A client may name the connector with the PIN once more: the one that has sent it, and no other.
+func TestPINWithAConnector(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.phone()
+		calls := e.kaizala.CallCount()
+		_, status, text := e.pin(map[string]any{"pin": e.sentPIN(), "connector": "other"})
+		assert.Equal(t, 400, status)
+		assert.Contains(t, text, `connector "default"`)
+		assert.Equal(t, calls, e.kaizala.CallCount())
+		_, status, text = e.pin(map[string]any{"pin": e.sentPIN(), "connector": "default"})
+		assert.Equal(t, 200, status, text)
+	})
+}
+
 func TestPINRequestsThatAreRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newGrantEngine(t)
@@ -176,7 +191,6 @@ func TestPINRequestsThatAreRefused(t *testing.T) {
 			"both":               {map[string]any{"mobile_number": number, "pin": "123456"}, "then give pin alone"},
 			"a list":             {map[string]any{"pin": []any{"123456"}}, "pin must be given once"},
 			"a number":           {map[string]any{"mobile_number": 911234567890}, "mobile_number must be given once"},
-			"a connector later":  {map[string]any{"pin": "123456", "connector": "default"}, "connector is given with mobile_number"},
 			"no country code":    {map[string]any{"mobile_number": "1234567890"}, "plus sign"},
 			"unknown to Kaizala": {map[string]any{"mobile_number": "+4915100000000"}, "check the phone number"},
 			"no such connector":  {map[string]any{"mobile_number": number, "connector": "none"}, "connector \"none\" is not configured"},
