@@ -54,7 +54,7 @@ func (s *kaizalaSettings) set(d *framework.FieldData, name string) error {
 			s.RedirectHosts = slices.Clone(kaizala.DefaultRedirectHosts)
 		}
 		if len(s.RedirectHosts) > maxRedirectHosts {
-			return badValue("redirect_hosts must not be more than %d", maxRedirectHosts)
+			return badValue("redirect_hosts must name %d hosts at most", maxRedirectHosts)
 		}
 	}
 	return nil
