@@ -95,7 +95,7 @@ type tenant struct {
 	// and while the registry drops the record.
 	planning sync.Mutex
 
-	// users is how many requests and flights work on the record: the registry does not drop it under them.
+	// users is how many requests and flights work on the record: the registry does not drop it under them, nor does it leave memory.
 	users atomic.Int32
 
 	// warned is when the log last warned of the refresh token's end, in seconds since 1970.
@@ -668,14 +668,6 @@ func (t *tenant) ownsTokens(connector string) bool {
 	return v.summary.stored && v.summary.ownTokens && v.summary.connector == connector ||
 		f != nil && aboutTo(f.want.change) ||
 		v.kept != nil && aboutTo(v.kept.change)
-}
-
-// release takes a user off the record, and says whether nothing needs the record any more: storage has no such tenant, as far as is known.
-func (t *tenant) release() (unneeded bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	v := t.view.Load()
-	return t.users.Add(-1) == 0 && !v.summary.stored && v.kept == nil && v.knows != doubted
 }
 
 // hasCutShort says whether leases may live on an access token that a refresh or a write has ended before them.

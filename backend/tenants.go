@@ -72,13 +72,13 @@ func (ts *tenants) record(name string) *tenant {
 	return t
 }
 
-// release takes a user off the tenant's record, and drops the record if that was the last and storage has no such tenant.
+// release takes a user off the tenant's record. It drops the record if that was the last and storage has no such tenant, as far as is known.
 func (ts *tenants) release(t *tenant) {
 	t.planning.Lock()
 	defer t.planning.Unlock()
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	if t.release() {
+	if v := t.view.Load(); t.users.Add(-1) == 0 && !v.summary.stored && v.kept == nil && v.knows != doubted {
 		delete(ts.byName, t.name)
 	}
 }
