@@ -353,6 +353,25 @@ func TestRefusalDoesNotUndoAWriteOfTheConnector(t *testing.T) {
 	}
 }
 
+// A refusal is stored also where the request that was answered has been given up meanwhile.
+func TestRefusalIsStoredWithoutItsRequest(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		via, err := e.connectors.get(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		require.NoError(t, via.storing.acquire(t.Context()))
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		go e.connectors.judge(via, &tokenservice.Failure{Kind: tokenservice.RefusedConnector})(gone)
+		synctest.Wait()
+		via.storing.release()
+		synctest.Wait()
+		entry, err := e.storedConnector(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		assert.False(t, entry.Refused.IsZero())
+	})
+}
+
 // Of the answers that show that the service takes a connector again, one is told and stored.
 func TestConnectorIsAcceptedOnce(t *testing.T) {
 	bubble(t, func(t *testing.T) {
