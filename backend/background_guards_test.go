@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"context"
 	"net/http"
 	"testing"
 	"testing/synctest"
@@ -11,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
+	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/share"
 )
 
 // The service refused the connector while the host's clock was a month ahead. The next process tries the connector ten minutes after it
@@ -160,5 +162,26 @@ func TestConnectorWriteLeavesOtherConnectorsTenantsInMemory(t *testing.T) {
 		e.revoke(first)
 		assert.Equal(t, accessTokenOf(second), accessTokenOf(e.lease("acme")))
 		assert.Equal(t, 1, e.server.Exchanges("acme"))
+	})
+}
+
+// A reader has joined background work before that asks for its place: the work takes one that is kept for readers.
+func TestReaderJoinsBeforeBackgroundWorkAsks(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.write("config", map[string]any{"exchanges_per_minute": 5})
+		via, err := e.connectors.get(t.Context(), defaultConnector)
+		require.NoError(t, err)
+		for range 4 {
+			_, err := via.share.Take(t.Context(), share.Want{})
+			require.NoError(t, err)
+		}
+		alone, join := context.WithCancel(t.Context())
+		p := &passage{via: via, alone: alone, want: share.Want{Wait: patience}}
+		_, err = p.permit(t.Context())
+		assert.ErrorAs(t, err, new(*share.LimitError))
+		join()
+		_, err = p.permit(t.Context())
+		assert.NoError(t, err)
 	})
 }
