@@ -293,7 +293,7 @@ func (l *loadedConnector) blocked(now time.Time) error {
 type passage struct {
 	via    *loadedConnector
 	want   share.Want      // of a tenant, if the work is its exchange, and of no other work
-	alone  context.Context // of background work: ends when a reader begins to wait for it, from when on it waits as a reader does; nil for other work
+	alone  context.Context // ends when a reader begins to wait for background work, which then waits as a reader does; nil for other work
 	probes *refusal        // the refusal in spite of which this work is done
 	// discovery: the work asks the service about itself for a write of the connector. A refusal of the present configuration does not stop
 	// it.
