@@ -121,6 +121,7 @@ type stateEntry struct {
 
 // grants is what memory has of attempts: those that are worked on, and when each is to be checked. Their entries are in storage alone.
 type grants struct {
+	attending sync.Mutex // held while [backend.attendGrants] runs
 	mu        sync.Mutex
 	locks     map[string]*attemptsLock // by tenant, while a flow holds or awaits it
 	working   map[string]bool          // attempts, by ID, whose code, device code or PIN is on its way or has come through
@@ -128,7 +129,6 @@ type grants struct {
 	forget    map[string]time.Time     // states, by SHA-256, that storage forgets then
 	polls     map[string]*poll         // by tenant
 	loaded    bool
-	attending bool
 }
 
 func newGrants() *grants {
@@ -171,14 +171,21 @@ func (g *grants) lock(ctx context.Context, tenant string) (release func(), err e
 	}, nil
 }
 
-func (g *grants) work(id string, on bool) {
+// claim makes the caller the only one who works on an attempt, until leave.
+func (g *grants) claim(id string) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if on {
-		g.working[id] = true
-	} else {
-		delete(g.working, id)
+	if g.working[id] {
+		return false
 	}
+	g.working[id] = true
+	return true
+}
+
+func (g *grants) leave(id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.working, id)
 }
 
 func (g *grants) works(id string) bool {
@@ -223,16 +230,20 @@ func (v *tenantView) storedLineage() string {
 	return v.entry.Lineage
 }
 
+// keeps says whether memory has the grant of an attempt, and storage has not taken it yet.
+func (v *tenantView) keeps(a *attempt) bool {
+	return v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
+}
+
 // statusOf returns the status of an attempt, from its entry and its tenant's entry.
 func (b *backend) statusOf(a *attempt, v *tenantView) (status, text string) {
 	now := time.Now()
-	kept := v.kept != nil && v.kept.change != nil && v.kept.change.lineage == a.Next
 	switch lineage := v.storedLineage(); {
 	case a.Status != attemptPending:
 		return a.Status, a.Error
 	case lineage == a.Next:
 		return attemptGranted, ""
-	case kept:
+	case v.keeps(a):
 		return attemptPending, ""
 	case lineage != a.Lineage:
 		return attemptSuperseded, ""
@@ -300,20 +311,12 @@ func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts)
 // noteState stores the status of the attempt in the entry of its state, so that the next callback with the state needs one read. A
 // failure of storage is ignored, because the status in the attempt's own entry decides.
 func (b *backend) noteState(ctx context.Context, a *attempt) {
-	if a.Status == attemptPending && !a.Used {
-		return
-	}
 	b.grants.mu.Lock()
 	_, known := b.grants.forget[a.State]
 	b.grants.mu.Unlock()
 	if !known {
 		return // it was noted long ago, or has none
 	}
-	b.putState(ctx, a)
-}
-
-// putState is noteState for any status.
-func (b *backend) putState(ctx context.Context, a *attempt) {
 	s, _ := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
 	if s == nil || s.Status == a.Status && s.Used == a.Used {
 		return
@@ -446,15 +449,15 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 		return attemptPending, "" // the engine stops
 	}
 	defer release()
-	all, err := b.attemptsOf(b.ctx, tenant)
-	tries := 0
-	switch { // what has come is nowhere else
-	case r.RefreshToken != "":
-		tries = grantTries
-	case of.Path == byDevice:
-		tries = endTries
+	reads, writes := 0, 0 // how often they are repeated
+	if of.Path == byDevice {
+		reads, writes = endTries, endTries
 	}
-	err = b.insist(err, tries, func() error {
+	if r.RefreshToken != "" {
+		reads = grantTries // it is nowhere else
+	}
+	var all *attempts
+	err = b.insist(reads, func() (err error) {
 		all, err = b.attemptsOf(b.ctx, tenant)
 		return err
 	})
@@ -477,17 +480,15 @@ func (b *backend) finish(of *attempt, via *loadedConnector, r tokenservice.Resul
 		return status, text
 	}
 	a.close(status, text)
-	err = b.putAttempts(b.ctx, tenant, all)
-	if of.Path == byDevice {
-		_ = b.insist(err, endTries, func() error { return b.putAttempts(b.ctx, tenant, all) })
-	}
+	_ = b.insist(writes, func() error { return b.putAttempts(b.ctx, tenant, all) })
 	// Where storage fails, the tenant's entry still shows that the attempt was granted, and the attempt's own entry that its code was used.
 	return status, text
 }
 
-// insist repeats what storage has failed to do, with longer and longer pauses, and returns the last error.
-func (b *backend) insist(err error, tries int, f func() error) error {
-	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && tries > 0 && b.rest(pause); pause, tries = 2*pause, tries-1 {
+// insist calls f, and repeats it where storage fails, with longer and longer pauses. It returns the last error.
+func (b *backend) insist(repeats int, f func() error) error {
+	err := f()
+	for pause := time.Second; err != nil && !errors.Is(err, errUnreadable) && repeats > 0 && b.rest(pause); pause, repeats = 2*pause, repeats-1 {
 		err = f()
 	}
 	return err
@@ -643,14 +644,9 @@ func isTryAgain(err error) bool {
 	return errors.As(err, &coded) && coded.Code() >= 429
 }
 
-// keeps says whether memory has a grant that storage has not taken yet.
 func (b *backend) keeps(a *attempt) bool {
 	t := b.tenants.named(a.Tenant)
-	if t == nil {
-		return false
-	}
-	kept := t.view.Load().kept
-	return kept != nil && kept.change != nil && kept.change.lineage == a.Next
+	return t != nil && t.view.Load().keeps(a)
 }
 
 // tryGrant has the tenant's next flight store a grant. Its error is errSuperseded where the tenant is not what it was when the
@@ -715,34 +711,18 @@ func (b *backend) attendGrants() {
 		return
 	}
 	g := b.grants
-	g.mu.Lock()
-	busy, loaded := g.attending, g.loaded
-	g.attending = true
-	g.mu.Unlock()
-	if busy {
+	if !g.attending.TryLock() {
 		return
 	}
-	defer func() {
-		g.mu.Lock()
-		g.attending = false
-		g.mu.Unlock()
-	}()
+	defer g.attending.Unlock()
+	g.mu.Lock()
+	loaded := g.loaded
+	g.mu.Unlock()
 	if !loaded && b.loadAttempts() != nil {
 		return // the next tick tries again
 	}
-	now := time.Now()
 	g.mu.Lock()
-	var tenants, states []string
-	for name, at := range g.due {
-		if !at.After(now) {
-			tenants = append(tenants, name)
-		}
-	}
-	for state, at := range g.forget {
-		if !at.After(now) {
-			states = append(states, state)
-		}
-	}
+	tenants, states := dueNow(g.due), dueNow(g.forget)
 	g.mu.Unlock()
 	for _, name := range tenants {
 		b.sweep(name)
@@ -758,6 +738,17 @@ func (b *backend) attendGrants() {
 		delete(g.forget, state)
 		g.mu.Unlock()
 	}
+}
+
+// dueNow returns the keys whose time has come.
+func dueNow(due map[string]time.Time) (keys []string) {
+	now := time.Now()
+	for key, at := range due {
+		if !at.After(now) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 // loadAttempts notes what storage has of attempts, and goes on polling.

@@ -328,7 +328,7 @@ func (b *backend) sendCode(a *attempt, code string, end *verdict) error {
 		case sent:
 			storeVerdict := b.connectors.judge(via, result.Err)
 			end.what, end.text = b.finish(a, via, result)
-			b.grants.work(a.ID, false)
+			b.grants.leave(a.ID)
 			storeVerdict(b.ctx)
 			end.subject = result.Subject
 			return nil
@@ -368,13 +368,14 @@ func (b *backend) useUp(ctx context.Context, a *attempt) error {
 		if status, _ := b.statusOf(present, v); status != attemptPending {
 			return errUsed
 		}
+		if claimed = b.grants.claim(a.ID); !claimed {
+			return errUsed
+		}
 		present.Used, present.Code = true, ""
-		claimed = true
-		b.grants.work(a.ID, true)
 		return nil
 	})
 	if err != nil && claimed {
-		b.grants.work(a.ID, false) // storage has not taken it, so nothing is sent
+		b.grants.leave(a.ID) // storage has not taken it, so nothing is sent
 	}
 	return err
 }
@@ -384,9 +385,8 @@ func (b *backend) giveBack(a *attempt) {
 	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) error {
 		if present := all.byID(a.ID); present != nil && present.Status == attemptPending {
 			present.Used, present.Code = false, a.Code
-			b.putState(b.ctx, present)
 		}
 		return nil
 	})
-	b.grants.work(a.ID, false)
+	b.grants.leave(a.ID)
 }

@@ -161,8 +161,8 @@ func (b *backend) pollDevice(p *poll) {
 		b.endPolling(a, via, a.connectorHasMoved())
 		return
 	}
-	b.grants.work(p.id, true)
-	defer b.grants.work(p.id, false)
+	b.grants.claim(p.id)
+	defer b.grants.leave(p.id)
 	way := passage{
 		via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping,
 		noted: func(context.Context) error {

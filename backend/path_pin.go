@@ -63,7 +63,7 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 		defer close(done)
 		err = b.redeemPIN(a, pin, end)
 	}) {
-		b.grants.work(a.ID, false)
+		b.grants.leave(a.ID)
 		return nil, errStopping
 	}
 	select {
@@ -86,20 +86,9 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 	return nil, badValue("%s", end.text)
 }
 
-// claim makes the caller the only one who works on an attempt.
-func (g *grants) claim(id string) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.working[id] {
-		return false
-	}
-	g.working[id] = true
-	return true
-}
-
 // redeemPIN sends a PIN, and stores what comes for it. Its error says what to do where the attempt goes on.
 func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
-	defer b.grants.work(a.ID, false)
+	defer b.grants.leave(a.ID)
 	for {
 		via, err := b.connectors.of(b.ctx, a.Connector)
 		if err != nil {
