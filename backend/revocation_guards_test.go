@@ -44,6 +44,28 @@ func TestReplacedTokenIsHeldThoughItsConnectorCouldNotBeRead(t *testing.T) {
 	})
 }
 
+// A lease that is revoked while the engine stops does not wait for a call: none is made. Its intent is stored, and the next process makes it.
+// Where nothing is left to revoke, no worker stays.
+func TestRevocationWhileTheEngineStops(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		lease := e.lease("acme")
+		e.stop()
+		begun := time.Now()
+		require.NoError(t, e.revokeLease(lease))
+		assert.Zero(t, time.Since(begun))
+		assert.Empty(t, e.revocations())
+		assert.Contains(t, e.storedText(), intentPrefix)
+		e.restart()
+		e.pass(2 * time.Minute)
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+		e.backend.revocations.mu.Lock()
+		defer e.backend.revocations.mu.Unlock()
+		assert.Empty(t, e.backend.revocations.draining)
+	})
+}
+
 // The stop of the engine waits for a revocation that is at the service, and notes its success: the next process does not send it again.
 func TestStopWaitsForARevocation(t *testing.T) {
 	bubble(t, func(t *testing.T) {

@@ -136,22 +136,45 @@ func (r *revocations) revokeLater(ctx context.Context, connector, tenant string,
 	if via == nil || via.about.Revocation != tokenservice.RevokeAccessToken {
 		return ignoreUnusable(err)
 	}
-	err = r.put(ctx, connector, a.Generation, intentOf(tenant, a))
-	if err == nil {
-		r.tenants.resolved(tenant, a.Generation)
+	i := intentOf(connector, tenant, a)
+	if err := r.store(ctx, i); err != nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.readAgain() // storage may have taken the intent
+		return err
 	}
-	return err
+	r.mu.Lock()
+	if known := r.intents[connector][i.id]; known == nil || known.unstored || known.deleting { // storage may have deleted the known one before
+		// Readers get the token until the flow that gives it up has stored that.
+		i.isDeleted = r.isGone(i)
+		r.add(i)
+	}
+	r.mu.Unlock()
+	r.tenants.resolved(tenant, a.Generation)
+	return nil
 }
 
-func intentOf(tenant string, a *accessEntry) *intent {
-	return &intent{Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken, Expires: a.Expires.Add(-lastMoments), Obtained: a.Obtained}
+// readAgain has the next tick read what storage has. The caller holds mu.
+func (r *revocations) readAgain() {
+	r.loaded = false
+	r.told++
 }
+
+func intentOf(connector, tenant string, a *accessEntry) *intent {
+	return &intent{
+		Format: entryFormat, Tenant: tenant, Token: a.Token, Type: tokenservice.TypeAccessToken,
+		Expires: a.Expires.Add(-lastMoments), Obtained: a.Obtained, connector: connector, id: a.Generation,
+	}
+}
+
+// key is where storage keeps the intent, below intentPrefix.
+func (i *intent) key() string { return i.connector + "/" + i.id }
 
 // remember has an access token revoked that storage has not taken an intent for: this process does it, or the next one finds
 // the token in its tenant's entry. isGone says whether the entry has it no longer; nil: it has it no longer.
 func (r *revocations) remember(connector, tenant string, a *accessEntry, isGone doubtfulDelete) {
-	i := intentOf(tenant, a)
-	i.Format, i.connector, i.id, i.isDeleted, i.unstored = entryFormat, connector, a.Generation, isGone, true
+	i := intentOf(connector, tenant, a)
+	i.isDeleted, i.unstored = isGone, true
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.intents[connector][i.id] == nil {
@@ -181,32 +204,37 @@ func (i *intent) isWanted(about tokenservice.About) bool {
 	return about.Revocation == tokenservice.RevokeAccessToken || i.Type == tokenservice.TypeRefreshToken && about.RevokeOnDelete
 }
 
-// revokeRefreshTokenLater stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller
-// calls tell after the delete of the tenant: with nil, or, where storage has reported an error, with a function that says whether the tenant
-// is deleted.
-func (r *revocations) revokeRefreshTokenLater(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (tell func(doubtfulDelete), err error) {
+// revokeRefreshTokenLater stores that a deleted tenant's refresh token is to be revoked, where its connector says so. The caller has the
+// intent taken once the tenant is deleted, or may be.
+func (r *revocations) revokeRefreshTokenLater(ctx context.Context, connector, tenant, lineage, token string, facts tokenservice.Facts) (*intent, error) {
 	via, err := r.connectors.get(ctx, connector)
 	if via == nil || !via.about.RevokeOnDelete {
-		return func(doubtfulDelete) {}, ignoreUnusable(err)
+		return nil, ignoreUnusable(err)
 	}
 	expires := time.Now().Add(refreshTokenTries)
 	if !facts.Assumed && !facts.Expires.IsZero() {
 		expires = earliest(expires, facts.Expires.Add(-lastMoments))
 	}
 	i := &intent{
-		Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken, Expires: expires.UTC().Truncate(time.Millisecond), Lineage: lineage,
+		Format: entryFormat, Tenant: tenant, Token: token, Type: tokenservice.TypeRefreshToken,
+		Expires: expires.UTC().Truncate(time.Millisecond), Lineage: lineage, connector: connector, id: rand.Text(),
 	}
-	tell = func(isDeleted doubtfulDelete) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		i.isDeleted = isDeleted
-		r.add(i)
-	}
-	if err := r.store(ctx, connector, rand.Text(), i); err != nil {
-		tell(func(context.Context) (bool, error) { return false, nil }) // storage may have taken the intent
+	if err := r.store(ctx, i); err != nil {
+		r.take(i, func(context.Context) (bool, error) { return false, nil }) // storage may have taken the intent
 		return nil, err
 	}
-	return tell, nil
+	return i, nil
+}
+
+// take takes a refresh token's intent into memory, where there is one. isDeleted is nil where the tenant is deleted.
+func (r *revocations) take(i *intent, isDeleted doubtfulDelete) {
+	if i == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	i.isDeleted = isDeleted
+	r.add(i)
 }
 
 // abandonRefreshToken gives up a refresh token that came for a tenant which is deleted already. Where storage fails, the token lives to
@@ -215,9 +243,8 @@ func (r *revocations) abandonRefreshToken(ctx context.Context, connector, tenant
 	if facts == nil {
 		facts = &tokenservice.Facts{}
 	}
-	if tell, err := r.revokeRefreshTokenLater(ctx, connector, tenant, "", token, *facts); err == nil {
-		tell(nil)
-	}
+	i, _ := r.revokeRefreshTokenLater(ctx, connector, tenant, "", token, *facts)
+	r.take(i, nil)
 }
 
 // ignoreUnusable leaves of a connector's error only what a later try may not meet: a connector that cannot be used
@@ -229,28 +256,10 @@ func ignoreUnusable(err error) error {
 	return err
 }
 
-func (r *revocations) store(ctx context.Context, connector, id string, i *intent) error {
-	i.Format, i.connector, i.id = entryFormat, connector, id
+func (r *revocations) store(ctx context.Context, i *intent) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWithin)
 	defer cancel()
-	return putEntry(ctx, r.storage, intentPrefix+connector+"/"+id, i)
-}
-
-func (r *revocations) put(ctx context.Context, connector, id string, i *intent) error {
-	err := r.store(ctx, connector, id, i)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err != nil {
-		r.loaded = false // storage may have taken the intent: the next tick reads it
-		r.told++
-		return err
-	}
-	if known := r.intents[connector][id]; known == nil || known.unstored || known.deleting { // storage may have deleted the known one before
-		// Readers get the token until the flow that gives it up has stored that.
-		i.isDeleted = r.isGone(i)
-		r.add(i)
-	}
-	return nil
+	return putEntry(ctx, r.storage, intentPrefix+i.key(), i)
 }
 
 // add takes an intent into memory. The caller holds mu.
@@ -340,7 +349,7 @@ func (r *revocations) endIntent(ctx context.Context, i *intent) error {
 	r.mu.Lock()
 	i.deleting = true
 	r.mu.Unlock()
-	err := storageError(r.storage.Delete(ctx, intentPrefix+i.connector+"/"+i.id))
+	err := storageError(r.storage.Delete(ctx, intentPrefix+i.key()))
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	i.deleting = false
@@ -348,7 +357,7 @@ func (r *revocations) endIntent(ctx context.Context, i *intent) error {
 		return err
 	}
 	if !r.loaded {
-		r.deleted[i.connector+"/"+i.id] = true
+		r.deleted[i.key()] = true
 	}
 	r.note(i, "")
 	if of := r.intents[i.connector]; of[i.id] == i {
@@ -400,16 +409,20 @@ func (r *revocations) holds(ctx context.Context, tenant, generation string) (boo
 // revokeHeldLater notes the access token of a record for revocation, and deletes the record. It returns the token's connector, "" where
 // there is nothing to revoke.
 func (r *revocations) revokeHeldLater(ctx context.Context, tenant, generation string) (connector string, err error) {
-	key := tenant + "/" + generation
-	h, err := r.record(ctx, key)
+	h, err := r.record(ctx, tenant+"/"+generation)
 	if h == nil {
 		return "", err
 	}
+	return r.revokeRecordLater(ctx, tenant, generation, h)
+}
+
+// revokeRecordLater is revokeHeldLater for a caller who has read the record.
+func (r *revocations) revokeRecordLater(ctx context.Context, tenant, generation string, h *held) (connector string, err error) {
 	a := &accessEntry{Token: h.Token, Generation: generation, Obtained: h.Obtained, Expires: h.Expires}
 	if err := r.revokeLater(ctx, h.Connector, tenant, a); err != nil {
 		return "", err
 	}
-	return h.Connector, r.release(ctx, key)
+	return h.Connector, r.release(ctx, tenant+"/"+generation)
 }
 
 // revokeReplacedLater notes for revocation the access tokens of a tenant that have leases and that newer tokens have replaced. It leaves a
@@ -427,7 +440,7 @@ func (r *revocations) revokeReplacedLater(ctx context.Context, tenant string) er
 		if h == nil || h.Own {
 			continue
 		}
-		if _, err := r.revokeHeldLater(ctx, tenant, generation); err != nil {
+		if _, err := r.revokeRecordLater(ctx, tenant, generation, h); err != nil {
 			return err
 		}
 	}
@@ -451,30 +464,14 @@ func (r *revocations) release(ctx context.Context, key string) error {
 func (r *revocations) revokeNow(ctx context.Context, connector, generation string) {
 	r.mu.Lock()
 	i := r.intents[connector][generation]
-	if i == nil || !r.mayWait(connector) {
+	if i == nil || !r.mayWait(connector) || !r.begins(i) {
 		r.mu.Unlock()
 		r.wake(connector)
 		return
 	}
-	under := i.under
-	begins := under == nil
-	if begins {
-		under = make(chan struct{})
-		i.under = under
-	}
-	wait := &revocationWait{begun: time.Now()}
+	under, wait := i.under, &revocationWait{begun: time.Now()}
 	r.waits = append(r.waits, wait)
 	r.mu.Unlock()
-	if begins && !r.work(func() {
-		r.call(i, share.RevocationWait)
-		r.wake(connector)
-	}) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		i.rested()
-		wait.ended = wait.begun
-		return
-	}
 	timer := time.NewTimer(revocationPatience)
 	defer timer.Stop()
 	select {
@@ -487,10 +484,19 @@ func (r *revocations) revokeNow(ctx context.Context, connector, generation strin
 	wait.ended = time.Now()
 }
 
-// rested notes that no call of the intent is under way any more. The caller holds the lock of the revocations.
-func (i *intent) rested() {
-	close(i.under)
-	i.under = nil
+// begins makes sure that a try is under way for a request that waits for it. It returns false where the engine ends. The caller holds mu.
+func (r *revocations) begins(i *intent) bool {
+	if i.under != nil {
+		return true
+	}
+	if !r.work(func() {
+		r.call(i, share.RevocationWait)
+		r.wake(i.connector)
+	}) {
+		return false
+	}
+	i.under = make(chan struct{})
+	return true
 }
 
 // mayWait says whether a revocation may wait for its call. The caller holds mu.
@@ -507,11 +513,7 @@ func (r *revocations) mayWait(connector string) bool {
 	r.waits = slices.DeleteFunc(r.waits, func(w *revocationWait) bool { return !w.ended.IsZero() && now.Sub(w.ended) > time.Minute })
 	var spent time.Duration
 	for _, w := range r.waits {
-		if w.ended.IsZero() {
-			spent += now.Sub(w.begun)
-		} else {
-			spent += w.ended.Sub(w.begun)
-		}
+		spent += earliest(w.ended, now).Sub(w.begun)
 	}
 	return spent < waitsPerMinute
 }
@@ -552,16 +554,16 @@ func (r *revocations) drain(connector string, wake <-chan struct{}) {
 	calls.SetLimit(revocationsAtOnce)
 	defer func() { _ = calls.Wait() }()
 	for !r.isStopping() && r.node.WriteSafeReplicationState() {
-		i, next, some := r.pick(connector)
-		switch {
-		case i != nil:
+		i, next := r.pick(connector)
+		if i != nil {
 			calls.Go(func() error {
 				r.call(i, share.Revocation)
 				r.wake(connector)
 				return nil
 			})
 			continue
-		case !some:
+		}
+		if next.IsZero() {
 			return // pick has taken the worker off
 		}
 		timer := time.NewTimer(time.Until(next))
@@ -589,14 +591,18 @@ func (r *revocations) isStopping() bool {
 	}
 }
 
-// pick chooses the intent whose token ends first among those that may be tried now, or says when to look again.
-func (r *revocations) pick(connector string) (best *intent, next time.Time, some bool) {
+// pick chooses the intent whose token ends first among those that may be tried now, or says when to look again. Where there is none left,
+// it takes the worker off, and next is zero.
+func (r *revocations) pick(connector string) (best *intent, next time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if len(r.intents[connector]) == 0 {
+		delete(r.draining, connector)
+		return nil, time.Time{}
+	}
 	now := time.Now()
 	next = now.Add(time.Minute)
 	for _, i := range r.intents[connector] {
-		some = true
 		switch {
 		case i.under != nil, r.isBeingWritten(i):
 		case i.next.After(now):
@@ -608,10 +614,7 @@ func (r *revocations) pick(connector string) (best *intent, next time.Time, some
 	if best != nil {
 		best.under = make(chan struct{})
 	}
-	if !some {
-		delete(r.draining, connector)
-	}
-	return best, next, some
+	return best, next
 }
 
 // call makes one try to revoke a token.
@@ -635,7 +638,8 @@ func (r *revocations) call(i *intent, class share.Class) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i.rested()
+	close(i.under)
+	i.under = nil
 	if isFailure && (ended || r.intents[i.connector][i.id] == i) { // and was not dropped meanwhile
 		r.note(i, failure.Text)
 	}
@@ -808,58 +812,31 @@ func (r *revocations) load(ctx context.Context) error {
 	if loaded {
 		return nil
 	}
-	keys, err := listBelow(ctx, r.storage, intentPrefix)
-	if err != nil {
-		return err
-	}
-	err = forEach(keys, func(key string) error {
+	err := readBelow(ctx, r, intentPrefix, func(key string) bool {
 		connector, id, _ := strings.Cut(key, "/")
-		r.mu.Lock()
-		known := r.intents[connector][id] != nil
-		r.mu.Unlock()
-		if known {
-			return nil
-		}
-		i, err := getEntry[intent](ctx, r.storage, intentPrefix+key)
-		if i == nil {
-			return ignoreUnusable(err)
-		}
-		i.connector, i.id = connector, id
+		return r.intents[connector][id] != nil
+	}, func(key string, i *intent) {
+		i.connector, i.id, _ = strings.Cut(key, "/")
 		i.isDeleted = r.isGone(i)
 		correctLife(&i.Obtained, &i.Expires)
 		if i.Type == tokenservice.TypeRefreshToken {
 			i.Expires = earliest(i.Expires, time.Now().Add(refreshTokenTries))
 		}
-		r.mu.Lock()
-		defer r.mu.Unlock()
 		// An intent that was read before another node's write was announced may be out of date: the next tick reads it again. One that was
 		// deleted after another load had ended must not come back.
 		if r.told == told && !r.loaded && r.intents[i.connector][i.id] == nil && !r.deleted[key] {
 			r.add(i)
 		}
-		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if keys, err = listBelow(ctx, r.storage, heldPrefix); err != nil {
-		return err
-	}
-	err = forEach(keys, func(key string) error {
-		r.mu.Lock()
+	err = readBelow(ctx, r, heldPrefix, func(key string) bool {
 		_, known := r.records[key]
-		r.mu.Unlock()
-		if known {
-			return nil
-		}
-		h, err := r.record(ctx, key)
-		if h == nil {
-			return ignoreUnusable(err)
-		}
-		r.mu.Lock()
-		defer r.mu.Unlock()
+		return known
+	}, func(key string, h *held) {
+		correctLife(&h.Obtained, &h.Expires)
 		r.records[key] = held{Connector: h.Connector, Expires: h.Expires}
-		return nil
 	})
 	if err != nil {
 		return err
@@ -902,10 +879,34 @@ func (r *revocations) invalidate(key string) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.loaded = false
-	r.told++
+	r.readAgain()
 	clear(r.intents)
 	clear(r.records)
+}
+
+// readBelow reads what storage has two levels below a prefix, but for what memory knows, some at once. It calls known and take with the lock
+// of the revocations, and take with what can be used.
+func readBelow[T any](ctx context.Context, r *revocations, prefix string, known func(key string) bool, take func(key string, entry *T)) error {
+	keys, err := listBelow(ctx, r.storage, prefix)
+	if err != nil {
+		return err
+	}
+	return forEach(keys, func(key string) error {
+		r.mu.Lock()
+		skip := known(key)
+		r.mu.Unlock()
+		if skip {
+			return nil
+		}
+		entry, err := getEntry[T](ctx, r.storage, prefix+key)
+		if entry == nil {
+			return ignoreUnusable(err)
+		}
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		take(key, entry)
+		return nil
+	})
 }
 
 // listBelow lists the keys two levels below a prefix.

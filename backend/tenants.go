@@ -310,11 +310,11 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 				return err
 			}
 		}
-		tell := func(doubtfulDelete) {}
+		var i *intent
 		newest := v.newest()
 		err := ts.revokeAllLater(ctx, t, v.entry, v.kept)
 		if err == nil && newest != nil {
-			tell, err = ts.revocations.revokeRefreshTokenLater(ctx, newest.Connector, name, v.storedLineage(), newest.RefreshToken, newest.Facts)
+			i, err = ts.revocations.revokeRefreshTokenLater(ctx, newest.Connector, name, v.storedLineage(), newest.RefreshToken, newest.Facts)
 		}
 		if err != nil {
 			ts.withdraw(ctx, t, v)
@@ -324,7 +324,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			ts.withdraw(ctx, t, v)
 			ts.doubt(t)
 			lineage := v.storedLineage()
-			tell(func(ctx context.Context) (bool, error) {
+			ts.revocations.take(i, func(ctx context.Context) (bool, error) {
 				t, v, err := ts.load(ctx, name) // which fails while memory keeps tokens of a new tenant
 				if t == nil {
 					return true, ignoreUnusable(err)
@@ -335,7 +335,7 @@ func (ts *tenants) remove(ctx context.Context, name string) error {
 			})
 			return err
 		}
-		tell(nil)
+		ts.revocations.take(i, nil)
 		t.deleted(v.kept)
 		ts.schedule(t)
 		return nil
