@@ -852,24 +852,22 @@ func (b *backend) sweep(name string) {
 	}
 }
 
-// pending returns a tenant's pending attempt by a path, or nil, with the tenant's view.
-func (b *backend) pending(ctx context.Context, name, path string) (*attempt, *tenantView, error) {
+// pending returns a tenant's pending attempt by a path, or nil.
+func (b *backend) pending(ctx context.Context, name, path string) (*attempt, error) {
 	all, err := b.attemptsOf(ctx, name)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	_, v, err := b.tenants.load(ctx, name)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	a := all.Last[path]
-	if a == nil {
-		return nil, v, nil
+	if a := all.Last[path]; a != nil {
+		if status, _ := b.statusOf(a, v); status == attemptPending {
+			return a, nil
+		}
 	}
-	if status, _ := b.statusOf(a, v); status != attemptPending {
-		return nil, v, nil
-	}
-	return a, v, nil
+	return nil, nil
 }
 
 // scopesWithin returns the scopes to ask for: those of the request, or else all of the connector's.

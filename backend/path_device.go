@@ -136,7 +136,7 @@ func (b *backend) pollDevice(p *poll) {
 		b.pollAfter(p, longestInterval) // another node asks; look again when this one may have become it
 		return
 	}
-	a, _, err := b.pending(b.ctx, p.tenant, byDevice)
+	a, err := b.pending(b.ctx, p.tenant, byDevice)
 	switch {
 	case err != nil:
 		b.pollAfter(p, longestInterval)

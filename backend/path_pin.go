@@ -46,7 +46,7 @@ func (b *backend) takePIN(ctx context.Context, d *framework.FieldData, pin strin
 	if err != nil {
 		return nil, err
 	}
-	a, _, err := b.pending(ctx, name, byPIN)
+	a, err := b.pending(ctx, name, byPIN)
 	switch {
 	case err != nil:
 		return nil, err
@@ -102,7 +102,7 @@ func (b *backend) redeemPIN(a *attempt, pin string, end *verdict) error {
 			via: via, want: share.Want{Class: share.Background, Wait: patience}, stopping: b.isStopping,
 			noted: func(ctx context.Context) error {
 				// For a PIN, Kaizala ends the user's present refresh token: one of an attempt that has ended is not sent.
-				present, _, err := b.pending(ctx, a.Tenant, byPIN)
+				present, err := b.pending(ctx, a.Tenant, byPIN)
 				if err == nil && (present == nil || present.ID != a.ID) {
 					err = errUsed
 				}
