@@ -131,7 +131,8 @@ func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.
 		case e.LastExchange.Before(rotates):
 			due = rotates
 		default: // it was exchanged since, and its end is the same
-			again := min(max(last/30, time.Second), day)
+			// In the last days it is half of what is left, so that another exchange comes before the end.
+			again := max(min(last/30, day, e.Facts.Expires.Sub(e.LastExchange)/2), time.Second)
 			due = e.LastExchange.Add(again - ownPart(name, again, 0, 0.25))
 		}
 	}

@@ -99,6 +99,21 @@ func TestRefreshTokenThatIsNotReplacedIsDueAgain(t *testing.T) {
 	})
 }
 
+// A refresh token that an exchange in its last day has not replaced is exchanged again in the half of the time that is left.
+func TestRefreshTokenIsDueAgainBeforeItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, left := range []time.Duration{20 * time.Hour, time.Hour, time.Minute, 4 * time.Second} {
+			now := time.Now()
+			e := &tenantEntry{LastExchange: now, Facts: tokenservice.Facts{RotatesFrom: now.Add(left - 36*day), Expires: now.Add(left)}}
+			for i := range 20 {
+				after := refreshDue(fmt.Sprint("t", i), e, 0).Sub(now)
+				assert.GreaterOrEqual(t, after, left*3/8)
+				assert.LessOrEqual(t, after, left/2)
+			}
+		}
+	})
+}
+
 func TestTenantPastItsTimeGoesAtTheNextTick(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newRotatingEngine(t)
