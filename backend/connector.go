@@ -45,6 +45,9 @@ type connector struct {
 	storing lock
 	loaded  atomic.Pointer[loadedConnector] // the configuration as it is now; nil: memory has none
 	refusal atomic.Pointer[refusal]         // nil: the service does not refuse the connector
+	// changes counts the writes of the configuration, and the times that the service has taken the connector again. A load that began
+	// before the last of these publishes nothing, and the backoff of the connector's tenants ends with each.
+	changes atomic.Uint64
 	hops    hops
 }
 
@@ -92,7 +95,7 @@ type loadedConnector struct {
 	entry    *connectorEntry
 	service  tokenservice.Service
 	about    tokenservice.About
-	revision uint64 // of connectors.changes: the backoff of the connector's tenants ends with another
+	revision uint64
 	// incomplete is the error that says what must be written before a call can be made; nil if nothing is missing.
 	incomplete error
 }
@@ -106,9 +109,6 @@ type connectors struct {
 
 	mu     sync.Mutex
 	byName map[string]*connector
-	// changes counts the writes of all configurations, and the times that a service has taken a connector again. A load that began before the
-	// last of these publishes nothing.
-	changes atomic.Uint64
 }
 
 // errReplaced ends a request whose connector has been written or deleted since the request began to wait: for its permission, or for its
@@ -128,19 +128,26 @@ func (cs *connectors) of(ctx context.Context, name string) (*loadedConnector, er
 // configuration cannot be used.
 func (cs *connectors) get(ctx context.Context, name string) (*loadedConnector, error) {
 	for {
-		changes := cs.changes.Load()
 		if l := cs.present(name); l != nil {
 			return l, l.share.Load(ctx)
+		}
+		c, changes := cs.named(name), uint64(0)
+		if c != nil {
+			changes = c.changes.Load()
 		}
 		entry, err := getConnector(ctx, cs.storage, name)
 		if err != nil || entry == nil {
 			return nil, err
 		}
+		if c == nil {
+			cs.record(name) // before storage is read again: it counts the writes that come meanwhile
+			continue
+		}
 		service, err := entry.service(cs.transport)
 		if err != nil {
 			return nil, badStored(name, err)
 		}
-		cs.publish(cs.record(name), changes, entry, service)
+		cs.publish(c, changes, entry, service)
 	}
 }
 
@@ -172,12 +179,12 @@ func (cs *connectors) record(name string) *connector {
 	return c
 }
 
-// publish makes a configuration the connector's present one, unless a connector has changed since changes was read, or another
+// publish makes a configuration the connector's present one, unless the connector has changed since changes was read, or another
 // request has published the same configuration: its client is in use and must not be replaced.
 func (cs *connectors) publish(c *connector, changes uint64, entry *connectorEntry, service tokenservice.Service) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	if cs.changes.Load() != changes || c.loaded.Load() != nil {
+	if c.changes.Load() != changes || c.loaded.Load() != nil {
 		service.Close()
 		return
 	}
@@ -216,12 +223,12 @@ func (cs *connectors) put(ctx context.Context, name string, entry *connectorEntr
 	defer c.storing.release()
 	entry.Refused = time.Time{}
 	err := putEntry(ctx, cs.storage, connectorPrefix+name, entry)
-	cs.forget(name)
+	cs.forget(c)
 	if err != nil {
 		service.Close()
 		return err
 	}
-	cs.publish(c, cs.changes.Load(), entry, service)
+	cs.publish(c, c.changes.Load(), entry, service)
 	return nil
 }
 
@@ -233,29 +240,29 @@ func (cs *connectors) remove(ctx context.Context, name string) error {
 	}
 	defer c.storing.release()
 	err := cs.storage.Delete(ctx, connectorPrefix+name)
-	cs.forget(name)
+	cs.forget(c)
 	if err != nil {
 		return err
 	}
 	return c.share.Remove(ctx)
 }
 
-// forget drops what memory holds of a connector's configuration, and what is being loaded.
-func (cs *connectors) forget(name string) {
+// forget drops what memory holds of a connector's configuration.
+func (cs *connectors) forget(c *connector) {
 	cs.mu.Lock()
 	defer cs.mu.Unlock()
-	cs.changes.Add(1)
-	if c := cs.byName[name]; c != nil {
-		if l := c.loaded.Swap(nil); l != nil {
-			l.service.Close()
-		}
+	c.changes.Add(1)
+	if l := c.loaded.Swap(nil); l != nil {
+		l.service.Close()
 	}
 }
 
 // invalidate drops what another node has changed.
 func (cs *connectors) invalidate(key string) {
 	if name, ok := strings.CutPrefix(key, connectorPrefix); ok {
-		cs.forget(name)
+		if c := cs.named(name); c != nil {
+			cs.forget(c)
+		}
 	}
 	if place, ok := strings.CutPrefix(key, callPrefix); ok {
 		name, _, _ := strings.Cut(place, "/")
@@ -528,8 +535,9 @@ func (cs *connectors) accept(via *loadedConnector) (store func(context.Context))
 	cs.mu.Lock()
 	news := via.loaded.Load() == via && via.refusal.Swap(nil) != nil
 	if news {
+		via.changes.Add(1)
 		next := *via
-		next.revision = cs.changes.Add(1)
+		next.revision = via.changes.Load()
 		via.loaded.Store(&next)
 		via = &next
 	}

@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -248,31 +247,4 @@ func TestLateRefusalOfATokenAcceptsNoConnector(t *testing.T) {
 		assert.Len(t, e.server.Calls(oauth2test.EndpointToken), 2)
 		assert.NotNil(t, e.connectors.present(defaultConnector).refusal.Load())
 	})
-}
-
-// The first load of a connector reads it once, unless it is written meanwhile: then what was read before is out of date.
-func TestFirstLoadOfAConnector(t *testing.T) {
-	for written, reads := range map[bool]int64{false: 1, true: 2} {
-		e := newConfiguredEngine(t)
-		e.stop()
-		cs := &connectors{storage: e.storage, byName: map[string]*connector{}}
-		var read atomic.Int64
-		e.storage.surround(func(op, key string, do func() error) error {
-			err := do()
-			if op == "get" && key == connectorPrefix+defaultConnector && read.Add(1) == 1 && written {
-				var entry *connectorEntry
-				raw, _ := e.storage.InmemStorage.Get(t.Context(), key)
-				require.NoError(t, raw.DecodeJSON(&entry))
-				entry.ExchangesPerMinute = 7
-				require.NoError(t, putEntry(t.Context(), e.storage.InmemStorage, key, entry))
-				cs.invalidate(key) // as when another node has written it
-			}
-			return err
-		})
-		via, err := cs.get(t.Context(), defaultConnector)
-		require.NoError(t, err)
-		assert.Equal(t, written, via.entry.ExchangesPerMinute == 7)
-		assert.Equal(t, reads, read.Load())
-		cs.close()
-	}
 }
