@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -86,21 +87,32 @@ func (b *backend) indexTenants() error {
 	return nil
 }
 
-// indexTenant puts one tenant into the index. The tenant leaves memory again but for its summary, unless a request had read it before.
+// indexTenant puts one tenant into the index.
 func (b *backend) indexTenant(ctx context.Context, name string) error {
-	leaves := false
-	err := b.tenants.locked(ctx, name, func(t *tenant) error {
-		leaves = t.view.Load().knows == unknown
-		v, err := b.tenants.read(ctx, t) // which schedules it
-		if err == nil && v.entry != nil && v.entry.Unleased != nil && b.node.WriteSafeReplicationState() {
-			err = b.tenants.resolveUnleased(ctx, t, v.entry)
-		}
+	e, err := b.tenants.index(ctx, name)
+	if err != nil || e == nil {
 		return err
-	})
-	if leaves {
-		b.tenants.loaded.Remove(name) // no count of leases is lost, because it is unknown after a reading
 	}
-	return err
+	t := b.tenants.named(name)
+	if t == nil {
+		return nil
+	}
+	v := &tenantView{tenantMemory: &tenantMemory{trouble: t.view.Load().trouble}}
+	v.show(e, nil)
+	if e.Access != nil {
+		v.access = newAccessToken(name, e.Access)
+		v.access.leases.Store(leasesUnknown)
+	}
+	v.derive()
+	t.planning.Lock()
+	if due := b.due(t, v, time.Now()); !due.IsZero() && t.view.Load().entry == nil && b.tenants.named(name) == t {
+		b.index.atMost(name, due) // a request that has read the tenant meanwhile has planned it too
+	}
+	t.planning.Unlock()
+	if e.Unleased != nil && b.node.WriteSafeReplicationState() {
+		return b.tenants.resolveUnleased(ctx, t, e)
+	}
+	return nil
 }
 
 // readLater has a tenant put into the index within a minute.
@@ -129,7 +141,7 @@ func (b *backend) readUnread(ctx context.Context) {
 	}
 }
 
-// awaitIndex waits a moment for the index if it is being built, and says whether it is complete except for tenants that storage cannot give.
+// awaitIndex waits a moment for the index if it is being built, and says whether it is complete but for tenants that storage cannot give.
 func (b *backend) awaitIndex(ctx context.Context) bool {
 	b.mu.Lock()
 	complete := b.indexing

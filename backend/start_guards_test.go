@@ -2,6 +2,7 @@ package backend
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -147,4 +148,77 @@ func TestReadOnlyErrorsKeepTheirIdentity(t *testing.T) {
 	for _, err := range []error{logical.ErrReadOnly, logical.ErrSetupReadOnly} {
 		assert.Equal(t, err, storageError(errors.New("rpc error: "+err.Error())))
 	}
+}
+
+// A reader comes while the index reads its tenant: the tenant's tokens stay in memory outside of the bound.
+func TestReaderBesideTheIndexStaysWithinTheBound(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.read("token/acme")
+		e.stop()
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "get" && key == tenantPrefix+"acme" {
+				time.Sleep(time.Second)
+			}
+			return do()
+		})
+		e.start()
+		time.Sleep(time.Second / 2)
+		e.read("token/acme")
+		synctest.Wait()
+		time.Sleep(time.Minute)
+		if e.tenants.named("acme").view.Load().entry != nil {
+			assert.True(t, e.tenants.loaded.Contains("acme"), "in memory, and not among those that leave it when others come")
+		}
+	})
+}
+
+// The index reads tenants that nobody asks for, while as many hot tenants as memory holds are read again and again. They stay in memory, with
+// the counts of their leases.
+func TestIndexLeavesHotTenantsInMemory(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		const hot, cold = 20, 300
+		for i := range hot {
+			e.addTenant(fmt.Sprint("hot", i))
+		}
+		for i := range cold {
+			e.addTenant(fmt.Sprint("cold", i))
+		}
+		e.stop()
+		gate := make(chan struct{})
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "get" && strings.HasPrefix(key, tenantPrefix+"cold") {
+				<-gate
+				time.Sleep(10 * time.Millisecond)
+			}
+			return do()
+		})
+		e.start()
+		e.tenants.loaded.Resize(hot)
+		for i := range hot {
+			e.lease(fmt.Sprint("hot", i))
+		}
+		synctest.Wait()
+		close(gate)
+		counted, reads := 0, 0
+		for range 50 { // while the index goes on
+			time.Sleep(10 * time.Millisecond)
+			for i := range hot {
+				tn := e.tenants.named(fmt.Sprint("hot", i))
+				if tn.view.Load().entry == nil {
+					reads++
+				}
+				e.mustRead(fmt.Sprint("token/hot", i))
+			}
+		}
+		for i := range hot {
+			if v := e.tenants.named(fmt.Sprint("hot", i)).view.Load(); v.access != nil && v.access.leases.Load() == 1 {
+				counted++
+			}
+		}
+		assert.Zero(t, reads, "hot tenants had left memory")
+		assert.Equal(t, hot, counted, "of %d hot tenants with a lease that is still counted", hot)
+	})
 }

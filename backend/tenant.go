@@ -318,10 +318,7 @@ func (t *tenant) found(before *tenantView, e *tenantEntry, accessGivenUp bool) b
 			v.knows, v.summary, v.entry, v.access, v.postponed = absent, tenantSummary{}, nil, nil, time.Time{}
 			return
 		}
-		if v.trouble != nil && latest(e.LastExchange, e.RefreshTokenSet).After(v.trouble.at) {
-			// Another node has exchanged the refresh token since, or a write has replaced it there.
-			t.retry, v.trouble = nil, nil
-		}
+		t.overtake(v, e)
 		a := t.known(v, e)
 		if accessGivenUp && a != nil && a.Generation == e.Access.Generation {
 			a.leases.Store(givenUp)
@@ -329,6 +326,14 @@ func (t *tenant) found(before *tenantView, e *tenantEntry, accessGivenUp bool) b
 		v.show(e, a)
 	})
 	return true
+}
+
+// overtake ends trouble that is older than what storage has: another node has exchanged the refresh token since, or a write has
+// replaced it there. The caller holds mu.
+func (t *tenant) overtake(v *tenantView, e *tenantEntry) {
+	if v.trouble != nil && latest(e.LastExchange, e.RefreshTokenSet).After(v.trouble.at) {
+		t.retry, v.trouble = nil, nil
+	}
 }
 
 // known returns the access token that readers get of an entry. If v has the same token, that is v's, with its count of leases. If the
@@ -358,6 +363,20 @@ func (t *tenant) known(v *tenantView, e *tenantEntry) *accessToken {
 		a.leasedTo.Store(earliest(bound, e.Access.Expires).Add(leaseLeast - 2*leaseMargin + leaseRegistered).UnixNano())
 	}
 	return a
+}
+
+// summarized records what the index needs of a tenant, without its tokens.
+func (t *tenant) summarized(e *tenantEntry) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.view.Load().knows != unknown {
+		return
+	}
+	t.update(func(v *tenantView) {
+		t.overtake(v, e)
+		v.show(e, nil)
+		v.knows, v.entry = unknown, nil
+	})
 }
 
 // stored records that storage has an entry. o is the outcome of an exchange that the entry has, nil where it has none: the count of leases

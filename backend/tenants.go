@@ -234,6 +234,31 @@ func plan(name string, e *tenantEntry, via *loadedConnector) {
 	}
 }
 
+// index reads a tenant for the index of due times, and takes nothing but its summary into memory.
+func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error) {
+	var e *tenantEntry
+	err := ts.locked(ctx, name, func(t *tenant) (err error) {
+		v := t.view.Load()
+		if v.knows != unknown {
+			e = v.entry // a request has read the tenant
+			return nil
+		}
+		if e, err = getEntry[tenantEntry](ctx, ts.storage, tenantPrefix+name); err != nil {
+			return err
+		}
+		if e == nil {
+			t.found(v, nil, false) // another node has deleted it
+			return nil
+		}
+		if _, err := ts.recover(ctx, t, e); err != nil {
+			return err
+		}
+		t.summarized(e)
+		return nil
+	})
+	return e, err
+}
+
 // change stores an operator's write on top of what storage has by then. It runs to its end when the caller goes away: a
 // write that is cut off would leave memory and storage in doubt about one another.
 func (ts *tenants) change(ctx context.Context, name string, c *tenantChange) error {
