@@ -248,3 +248,41 @@ func TestLateRefusalOfATokenAcceptsNoConnector(t *testing.T) {
 		assert.NotNil(t, e.connectors.present(defaultConnector).refusal.Load())
 	})
 }
+
+// Other connectors are written one after another, each within less time than storage takes to read one. A tenant's reader must get its
+// token all the same.
+func TestLoadBesideManyWrites(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.addTenant("acme")
+		e.restart()
+		synctest.Wait()
+		e.connectors.invalidate(connectorPrefix + defaultConnector) // nothing has asked for the connector yet
+		e.storage.surround(func(op, key string, do func() error) error {
+			if op == "get" && key == connectorPrefix+defaultConnector {
+				time.Sleep(20 * time.Millisecond)
+			}
+			return do()
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		for i := range 10 { // as Terraform does
+			name := "c" + string(rune('0'+i))
+			go func() {
+				time.Sleep(time.Duration(i) * 15 * time.Millisecond)
+				for ctx.Err() == nil {
+					e.ok(logical.UpdateOperation, "config/"+name, map[string]any{"connector_id": "a", "connector_secret": "b"})
+					time.Sleep(150 * time.Millisecond)
+				}
+			}()
+		}
+		time.Sleep(200 * time.Millisecond)
+		begun := time.Now()
+		_, status, text := e.try(logical.ReadOperation, "creds/acme", nil)
+		cancel()
+		time.Sleep(time.Second)
+		assert.Equal(t, 200, status, text)
+		t.Logf("took %s", time.Since(begun)-time.Second)
+		assert.Less(t, time.Since(begun)-time.Second, time.Second)
+	})
+}

@@ -226,3 +226,46 @@ func TestPollsGoOnAfterAFailureThatAsksForADay(t *testing.T) {
 		assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
 	})
 }
+
+// Storage is slow to take the pause that the service has asked for in its answer to a poll. The next poll begins meanwhile, and it is under
+// way when the code's time ends: what it brings is stored, as it is without a pause.
+func TestPollUnderWayWhileTheVerdictOfTheOneBeforeIsStored(t *testing.T) {
+	for name, slow := range map[string]bool{"storage works": false, "storage hangs": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newGrantEngine(t)
+				code := e.start(byDevice, nil)["user_code"].(string)
+				time.Sleep(9*time.Minute + 39*time.Second)
+				e.server.Inject(oauth2test.Fault{
+					Endpoint: oauth2test.EndpointToken, Times: 1,
+					Answer: oauth2test.Answer{Status: 503, Header: http.Header{"Retry-After": {"2"}}},
+				})
+				if slow {
+					until := time.Now().Add(13 * time.Second)
+					e.storage.surround(func(op, key string, do func() error) error {
+						if isWrite(op) && e.server.TotalExchanges() == 0 && len(e.polls()) >= 116 {
+							time.Sleep(max(0, time.Until(until)))
+						}
+						return do()
+					})
+				}
+				time.Sleep(2 * time.Second)
+				polls := len(e.polls())
+				require.Equal(t, 116, polls)
+				require.NoError(t, e.server.ApproveDevice(code, "jane"))
+				e.server.Inject(oauth2test.Fault{Endpoint: oauth2test.EndpointToken, Times: 1, Hold: true})
+				time.Sleep(12 * time.Second)
+				require.Equal(t, polls+1, len(e.polls()), "the next poll is under way")
+				all, err := e.attemptsOf(t.Context(), "acme")
+				require.NoError(t, err)
+				assert.True(t, e.grants.works(all.Last[byDevice].ID))
+				time.Sleep(8 * time.Second) // the code's time ends
+				e.attendGrants()
+				e.server.ClearFaults()
+				time.Sleep(30 * time.Second)
+				assert.Equal(t, attemptGranted, e.attemptStatus(byDevice))
+				assert.NotNil(t, e.stored("acme"))
+			})
+		})
+	}
+}

@@ -509,3 +509,47 @@ func TestLocksOfAttemptsAreNotKept(t *testing.T) {
 		assert.Empty(t, e.grants.locks)
 	})
 }
+
+// A person grants access for a tenant that does not exist. While the grant waits for its connector, because that is being written, an
+// operator writes the tenant. The grant is superseded: it must not replace what the operator has written, who was told that it is stored.
+func TestGrantOfATenantThatIsWrittenMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		operators := e.newToken("operator")
+		back := e.authorize(nil)
+		binding := e.connectors.record("as").binding
+		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // as a write of config/as that storage keeps waiting
+		var confirmed sync.WaitGroup
+		confirmed.Go(func() { e.confirm(back) })
+		synctest.Wait() // the grant waits for the connector
+		go e.write("tenants/acme", map[string]any{"refresh_token": operators, "verify": false})
+		synctest.Wait()
+		require.Equal(t, operators, e.stored("acme").RefreshToken)
+		binding.Release(exclusive)
+		confirmed.Wait()
+		synctest.Wait()
+		time.Sleep(10 * time.Second)
+		assert.Equal(t, attemptSuperseded, e.attemptStatus(byCode))
+		assert.Equal(t, operators, e.stored("acme").RefreshToken, "the grant has replaced the operator's write")
+		assert.Equal(t, defaultConnector, e.stored("acme").Connector)
+	})
+}
+
+// A write has ended an attempt, and storage has not taken that. Nor does it take it at the first callback with the state: the next callback
+// closes the attempt, whose secrets then leave storage.
+func TestSecretsOfAnEndedAttemptLeaveStorageWithACallback(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newGrantEngine(t)
+		back := e.authorize(nil)
+		e.open(back) // the code waits to be confirmed
+		e.storage.refuse("put", attemptKeys)
+		e.ask(logical.UpdateOperation, "tenants/acme", map[string]any{"connector": "as", "refresh_token": e.server.Grant(e.clientID, "acme"), "verify": false})
+		require.Contains(t, e.storedText(), `"verifier"`)
+		_, status, _ := e.ask(logical.ReadOperation, "callback", back)
+		assert.Equal(t, 500, status)
+		e.storage.heal()
+		assert.Contains(t, e.open(back).text(), "out of date")
+		assert.NotContains(t, e.storedText(), `"verifier"`)
+		assert.NotContains(t, e.storedText(), back["code"])
+	})
+}

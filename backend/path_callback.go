@@ -197,8 +197,10 @@ func (b *backend) examine(ctx context.Context, a *attempt, hash string, asks boo
 	}
 	switch status, text := b.statusOf(a, v); {
 	case status == attemptSuperseded, status == attemptExpired:
+		if a.Status == status {
+			b.noteState(ctx, a) // storage has it, but for the entry of the state
+		}
 		a.close(status, text)
-		b.noteState(ctx, a) // the entry of the state did not say so
 		return &verdict{what: status, attempt: a}, nil
 	case status != attemptPending, a.Used, b.grants.works(a.ID):
 		return &verdict{what: endUsed, attempt: a}, nil

@@ -162,7 +162,6 @@ func (b *backend) pollDevice(p *poll) {
 		return
 	}
 	b.grants.claim(p.id)
-	defer b.grants.leave(p.id)
 	way := passage{
 		via: via, want: share.Want{Class: share.Housekeeping, Wait: hopPatience}, stopping: b.isStopping,
 		noted: func(context.Context) error {
@@ -174,9 +173,12 @@ func (b *backend) pollDevice(p *poll) {
 	}
 	result := flow.PollDevice(b.ctx, a.DeviceCode, way.permit)
 	storeVerdict := b.connectors.judge(via, result.Err)
-	if wait, over := b.nextPoll(p, a, via, result); over {
+	wait, over := b.nextPoll(p, a, via, result)
+	if over {
 		b.endPolling(a, via, result)
-	} else {
+	}
+	b.grants.leave(p.id) // before the next poll claims it
+	if !over {
 		b.pollAfter(p, wait)
 	}
 	storeVerdict(b.ctx)

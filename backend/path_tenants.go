@@ -498,7 +498,9 @@ func (b *backend) startVerified(ctx context.Context, name string, t *tenant, v *
 	if t == nil {
 		t = b.tenants.record(name)
 		defer b.tenants.release(t)
-		v = t.view.Load()
+		if v = t.view.Load(); v.entry != nil {
+			return nil, false, errSuperseded // another request has made the tenant meanwhile
+		}
 	}
 	if _, err := b.prepare(ctx, v, w.change); err != nil {
 		return nil, false, err

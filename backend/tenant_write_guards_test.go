@@ -2,6 +2,7 @@ package backend
 
 import (
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -244,5 +245,30 @@ func TestListOfATenantWhoseGrantIsInDoubt(t *testing.T) {
 		assert.Equal(t, []string{"acme"}, resp.Data["keys"])
 		assert.Nil(t, resp.Data["key_info"])
 		assert.Contains(t, strings.Join(resp.Warnings, " "), "key_info of 1 tenants is missing")
+	})
+}
+
+// A write of a tenant that does not exist waits for its connector. Meanwhile the same refresh token is written with another connector, and
+// an exchange replaces it, which storage does not take. The service must not get the replaced refresh token again: that ends the grant.
+func TestWriteOfANewTenantWhoseTokenIsReplacedMeanwhile(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret})
+		token := e.server.Grant(e.clientID, "acme")
+		binding := e.connectors.record(defaultConnector).binding
+		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // as a write of config that storage keeps waiting
+		var written sync.WaitGroup
+		written.Go(func() { e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token}) })
+		synctest.Wait()
+		e.write("tenants/acme", map[string]any{"refresh_token": token, "connector": "other", "verify": false})
+		e.storage.refuse("put", tenantPrefix)
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, 503, status)
+		binding.Release(exclusive)
+		written.Wait()
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		e.kept()
+		assert.Equal(t, statusOK, e.status("acme"))
 	})
 }
