@@ -48,8 +48,7 @@ func (b *backend) schedule(t *tenant, rest ...time.Time) {
 		b.index.at(t.name, v.trouble.until)
 	case v.kept != nil:
 		b.index.at(t.name, now.Add(time.Second))
-	case v.entry == nil && v.summary.stored, v.knows == doubted, v.access != nil && !v.access.current():
-		// Storage has to be read first, or has to know that the access token is given up.
+	case v.entry == nil && v.summary.stored, v.knows == doubted: // storage has to be read first
 		b.index.atMost(t.name, now.Add(time.Minute))
 	case !v.summary.stored:
 		b.index.at(t.name, time.Time{})
@@ -74,6 +73,9 @@ func (b *backend) rescheduleTroubled(connector string) {
 // due says when a tenant needs attention next without a reader; zero: not before it is written.
 func (b *backend) due(t *tenant, v *tenantView, now time.Time) time.Time {
 	due := earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
+	if a := v.access; a != nil && !a.current() {
+		due = earliest(due, now.Add(time.Minute)) // storage has to know that the access token is given up
+	}
 	if !due.IsZero() && b.connectors.present(v.entry.Connector) == nil {
 		due = earliest(due, now.Add(time.Minute)) // memory does not have the connector, which is read then and says more
 	}

@@ -695,3 +695,31 @@ func TestOAuthRevocationOfARefreshTokenBesideItsSuccessor(t *testing.T) {
 		assert.Nil(t, e.read("config")["pending_revocations"])
 	})
 }
+
+// Storage has refused a write, or a delete, that gives the access token up. The next exchange's answer is lost. It is tried again while the
+// service still takes the replaced refresh token, as after any lost answer, and not after a minute.
+func TestLostAnswerAfterARefusedWriteIsTriedAgainInTime(t *testing.T) {
+	for _, refused := range []string{intentPrefix, tenantPrefix, "delete"} {
+		bubble(t, func(t *testing.T) {
+			e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.Grace = 10 * time.Second }, classA)
+			e.add("acme", nil)
+			e.read("token/acme")
+			if refused == "delete" {
+				e.storage.refuse("delete", tenantPrefix)
+				_, status, _ := e.try(logical.DeleteOperation, "tenants/acme", nil)
+				require.Equal(t, 500, status)
+			} else {
+				e.storage.refuse("put", refused)
+				_, status, _ := e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": "another", "verify": false})
+				require.Equal(t, 500, status)
+			}
+			e.storage.heal()
+			e.server.Inject(oauth2test.Fault{Reset: true, Process: true, Times: 2}) // the exchange, and its next try at once
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, 503, status)
+			time.Sleep(2 * time.Minute)
+			assert.Equal(t, statusOK, e.status("acme"), refused)
+			assert.Empty(t, e.server.LostGrants(), refused)
+		})
+	}
+}
