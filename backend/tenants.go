@@ -167,11 +167,14 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 		if err != nil {
 			return nil, err
 		}
-		givenUp := false
+		givenUp, fixed := false, false
 		if e != nil {
-			if givenUp, err = ts.recover(ctx, t, e); err != nil {
+			if givenUp, fixed, err = ts.recover(ctx, t, e); err != nil {
 				return nil, err
 			}
+		}
+		if fixed && ts.revocations.node.WriteSafeReplicationState() {
+			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
 		}
 		if t.found(before, e, givenUp) && e != nil {
 			ts.loaded.Add(t.name, t)
@@ -183,8 +186,10 @@ func (ts *tenants) read(ctx context.Context, t *tenant) (*tenantView, error) {
 // recover makes an entry of storage fit for memory. It corrects times that lie in the future, because the host's clock was wrong when they
 // were written; it plans the end of the access token by the connector as it is now; and it notes an exchange whose answer the process
 // before this one may not have had. givenUp says that the access token is about to be revoked: readers do not get it, and its revocation
-// takes it out of the entry. The caller holds the tenant's lock.
-func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp bool, err error) {
+// takes it out of the entry. fixed says that storage has to have what became of the access token: leases are given until its planned end,
+// so a later write of the connector must not make it earlier, also after a restart; and a life that was corrected must not begin anew each
+// time that the tenant is read. The caller holds the tenant's lock.
+func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (givenUp, fixed bool, err error) {
 	changed := latest(e.LastExchange, e.RefreshTokenSet, e.Rejected) // not corrected: the share's notes have the same clock
 	now := time.Now().UTC()
 	for _, at := range []*time.Time{&e.RefreshTokenSet, &e.LastExchange, &e.Rejected} {
@@ -200,18 +205,13 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 			a.Planned = a.Expires
 		}
 		plan(t.name, e, via)
+		fixed = was.Planned.IsZero() && !a.Planned.IsZero() || !was.Obtained.Equal(a.Obtained)
 		if givenUp, err = ts.revocations.isGivenUp(ctx, e.Connector, a.Generation); err != nil {
-			return false, err
-		}
-		// Leases are given until the planned end, so a later write of the connector must not make it earlier, also after a restart; and a life
-		// that was corrected must not begin anew each time that the tenant is read.
-		fixed := was.Planned.IsZero() && !a.Planned.IsZero() || !was.Obtained.Equal(a.Obtained)
-		if fixed && ts.revocations.node.WriteSafeReplicationState() {
-			_ = putEntry(ctx, ts.storage, tenantPrefix+t.name, e) // memory goes by it even where that fails
+			return false, false, err
 		}
 	}
 	if via == nil || !via.about.RetryLost || !ts.revocations.node.WriteSafeReplicationState() {
-		return givenUp, nil
+		return givenUp, fixed, nil
 	}
 	if at := via.share.Unsettled(t.name); at.After(changed) {
 		t.cutOff(via)
@@ -219,7 +219,7 @@ func (ts *tenants) recover(ctx context.Context, t *tenant, e *tenantEntry) (give
 		// An exchange has failed just before that process ended, and leases may have been given until its next try, a minute later at most.
 		t.postpone(via.share.Recalled(t.name, changed))
 	}
-	return givenUp, nil
+	return givenUp, fixed, nil
 }
 
 // plan sets when the exchange is planned that ends an entry's access token, if exchanges do that by the tenant's connector as it is now,
@@ -250,7 +250,7 @@ func (ts *tenants) index(ctx context.Context, name string) (*tenantEntry, error)
 			t.found(v, nil, false) // another node has deleted it
 			return nil
 		}
-		if _, err := ts.recover(ctx, t, e); err != nil {
+		if _, _, err := ts.recover(ctx, t, e); err != nil {
 			return err
 		}
 		t.summarized(e)
