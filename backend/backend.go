@@ -12,8 +12,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -49,8 +51,9 @@ func Factory(version string) logical.Factory {
 	}
 }
 
-// Drain waits until the process has stored what services answer to the exchanges under way, for 4 seconds at most.
-func Drain() { processWork.wait(nil) }
+// Stop stops all mounts of the process as Vault stops one: no new exchange begins, and what services answer to those under way is stored. It
+// takes 5 seconds at most.
+func Stop() { processWork.stop() }
 
 type backend struct {
 	*framework.Backend
@@ -115,6 +118,9 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	if err := b.Setup(ctx, &routed); err != nil {
 		return nil, err
 	}
+	work.mu.Lock()
+	defer work.mu.Unlock()
+	work.mounts[b] = struct{}{}
 	return b, nil
 }
 
@@ -380,6 +386,7 @@ func (b *backend) isStopping() bool {
 // began, all these stops together wait no longer than one stop may.
 type serviceWork struct {
 	mu      sync.Mutex
+	mounts  map[*backend]struct{} // those that have not stopped
 	running map[*pieceOfWork]struct{}
 	first   time.Time // when the first stop of a series began: see stopsApart
 	last    time.Time // when a stop last looked for work
@@ -394,7 +401,21 @@ type pieceOfWork struct {
 // stopsApart is the longest time between two stops of one series, such as those of a seal.
 const stopsApart = 2 * time.Second
 
-func newServiceWork() *serviceWork { return &serviceWork{running: map[*pieceOfWork]struct{}{}} }
+func newServiceWork() *serviceWork {
+	return &serviceWork{mounts: map[*backend]struct{}{}, running: map[*pieceOfWork]struct{}{}}
+}
+
+// stop stops all mounts at once.
+func (w *serviceWork) stop() {
+	w.mu.Lock()
+	mounts := slices.Collect(maps.Keys(w.mounts))
+	w.mu.Unlock()
+	var stops sync.WaitGroup
+	for _, b := range mounts {
+		stops.Go(func() { b.clean(context.Background()) })
+	}
+	stops.Wait()
+}
 
 // begin notes a piece of a mount's work. Its caller calls end once.
 func (w *serviceWork) begin(of *backend) (end func()) {
@@ -461,6 +482,11 @@ func (b *backend) clean(context.Context) {
 	b.index.stop()
 	b.revocations.stop()
 	defer b.connectors.close()
+	defer func() {
+		b.serviceWork.mu.Lock()
+		defer b.serviceWork.mu.Unlock()
+		delete(b.serviceWork.mounts, b)
+	}()
 
 	ended := make(chan struct{})
 	go func() {

@@ -387,6 +387,7 @@ func (b *backend) giveBack(a *attempt) {
 	_ = b.changeAttempts(b.ctx, a.Tenant, func(all *attempts) error {
 		if present := all.byID(a.ID); present != nil && present.Status == attemptPending {
 			present.Used, present.Code = false, a.Code
+			b.noteState(b.ctx, present) // first, so that the attempt is not pending with a state that is used
 		}
 		return nil
 	})

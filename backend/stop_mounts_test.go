@@ -213,3 +213,66 @@ func TestStopsThatOverlap(t *testing.T) {
 		}
 	})
 }
+
+// A process without work under way stops at once.
+func TestIdleProcessStopsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.newMount()
+		begun := time.Now()
+		e.work.stop()
+		assert.Zero(t, time.Since(begun))
+	})
+}
+
+// The process stops soon after one of its mounts, whose service hung: it waits for the exchange of another mount that began since.
+func TestProcessStopsSoonAfterAMount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		gone, other := e.newMount(), e.newMount()
+		gone.exchangeTakes(time.Minute)
+		synctest.Wait()
+		gone.stop()
+		time.Sleep(time.Second)
+		other.exchangeTakes(2 * time.Second)
+		synctest.Wait()
+		begun := time.Now()
+		e.work.stop()
+		assert.Equal(t, 2*time.Second, time.Since(begun))
+		assert.Equal(t, other.kaizala.CurrentRefreshToken("acme"), other.stored("acme").RefreshToken)
+		gone.kaizala.ClearFaults()
+		gone.start()
+	})
+}
+
+// Once the process is to stop, no exchange begins: it could not wait for that.
+func TestNoExchangeBeginsWhileTheProcessStops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		one, other := e.newMount(), e.newMount()
+		one.exchangeTakes(time.Minute)
+		synctest.Wait()
+		time.AfterFunc(3500*time.Millisecond, func() { other.exchangeTakes(time.Second) })
+		e.work.stop()
+		synctest.Wait()
+		assert.Zero(t, other.kaizala.Exchanges("acme"))
+		one.kaizala.ClearFaults()
+	})
+}
+
+// Storage has refused a new refresh token, and works again: the stop of the process stores it.
+func TestStopOfTheProcessStoresWhatStorageHasRefused(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.waitForIndex()
+		e.kaizala.SetRefreshTokenAge(330 * day)
+		e.write("tenants/acme", map[string]any{"refresh_token": e.newToken("acme"), "verify": false})
+		e.storage.refuse("put", tenantPrefix)
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, 503, status)
+		e.storage.heal()
+		e.work.stop()
+		assert.Equal(t, e.kaizala.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		assert.Empty(t, e.work.mounts)
+	})
+}

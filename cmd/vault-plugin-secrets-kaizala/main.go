@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/vault/api"
@@ -62,7 +63,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 	signal.Notify(terminated, syscall.SIGTERM)
 	go func() {
 		<-terminated
-		backend.Drain()
+		backend.Stop()
+		time.Sleep(100 * time.Millisecond) // the last answers leave
 		os.Exit(128 + int(syscall.SIGTERM))
 	}()
 	err := plugin.ServeMultiplex(&plugin.ServeOpts{
