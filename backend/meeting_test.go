@@ -82,6 +82,7 @@ func TestFirstWriteIsRefusedWhileAnotherIsStored(t *testing.T) {
 		e.read("creds/acme")
 
 		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		synctest.Wait() // the reader's exchange leaves the record after it has answered
 		assert.Nil(t, e.tenants.named("acme"))
 	})
 }
