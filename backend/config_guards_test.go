@@ -264,6 +264,8 @@ func TestChangeOfServiceKeepsCommonSettings(t *testing.T) {
 // A write of a Kaizala connector bounds redirect_hosts and ca_cert. A connector that an older version has stored with more goes on, and its
 // other fields can be written.
 func TestBoundsOfKaizalasLists(t *testing.T) {
+	ca, stop := oauth2test.New().ListenTLS()
+	stop()
 	bubble(t, func(t *testing.T) {
 		e := newConfiguredEngine(t)
 		e.addTenant("acme")
@@ -271,7 +273,7 @@ func TestBoundsOfKaizalasLists(t *testing.T) {
 		for i := range hosts {
 			hosts[i] = fmt.Sprintf("h%d.kaiza.la", i)
 		}
-		e.write("config", map[string]any{"redirect_hosts": hosts})
+		e.write("config", map[string]any{"redirect_hosts": hosts, "ca_cert": ca + strings.Repeat("\n", tokenservice.MaxCABytes-len(ca))})
 		for field, value := range map[string]any{
 			"redirect_hosts": append(hosts, "kaiza.la"), "ca_cert": strings.Repeat("\n", tokenservice.MaxCABytes+1),
 		} {

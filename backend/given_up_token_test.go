@@ -65,6 +65,31 @@ func TestGivenUpAccessTokenStaysGivenUpAfterTwoRefusedWrites(t *testing.T) {
 	})
 }
 
+// Storage refuses to take an access token out of the tenant's entry, and the engine tries again a minute later. Another node deletes the
+// tenant meanwhile: there is nothing left to do, and the engine goes on.
+func TestTenantIsDeletedWhileItsTokenIsGivenUpAgain(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", nil)
+		e.waitForIndex()
+		lease := e.lease("acme")
+		e.failPuts()
+		require.Error(t, e.revokeLease(lease))
+		e.read("tenants/acme")
+		e.connectors.invalidate(connectorPrefix + defaultConnector)
+		deleted := e.storage.once("get", connectorPrefix, func() {
+			require.NoError(t, e.storage.InmemStorage.Delete(t.Context(), tenantPrefix+"acme"))
+			e.InvalidateKey(t.Context(), tenantPrefix+"acme")
+		})
+		e.attend("acme")
+		require.True(t, deleted())
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Nil(t, e.stored("acme"))
+		assert.False(t, e.server.Alive(accessTokenOf(lease)))
+	})
+}
+
 // The process ends after it has stored an access token's intent and before it has stored the tenant's entry without the token. No reader of
 // the next process gets the token, also where storage refuses to take it out of the entry; when storage works again, it is revoked.
 func TestNextProcessHandsOutNoTokenWithAnIntent(t *testing.T) {

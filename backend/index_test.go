@@ -57,6 +57,20 @@ func TestIndexByDueTime(t *testing.T) {
 	})
 }
 
+// A line in which as many tenants have failed as have not is served like any other when its pause has ended.
+func TestLineOfSoundAndFailedTenants(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x, _ := newIndex(t)
+		x.wait("hr", "sound", 10, false)
+		x.wait("hr", "failed", 10, true)
+		require.True(t, x.serve("hr"))
+		x.pause("hr", time.Now().Add(time.Minute))
+		time.Sleep(time.Minute)
+		_, connectors := x.due(time.Now())
+		assert.Equal(t, []string{"hr"}, connectors)
+	})
+}
+
 // A line is served by one goroutine at a time, the tenant whose refresh token ends first at its head, and rests until its share permits
 // more.
 func TestIndexLines(t *testing.T) {

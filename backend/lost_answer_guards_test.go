@@ -102,6 +102,24 @@ func TestTokenThatALostExchangeEndedIsNotReadAnew(t *testing.T) {
 	})
 }
 
+// The answer to the planned exchange is lost, and the tries after it fail until the access token has ended: no reader gets that token any
+// more.
+func TestTokenThatHasEndedIsNotReadAfterALostAnswer(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassD, classD)
+		e.add("acme", nil)
+		e.lease("acme")
+		ends := e.stored("acme").Access.Expires
+		e.server.Inject(oauth2test.Fault{Reset: true, Times: 1000})
+		e.pass(time.Until(ends))
+		require.Equal(t, statusDegraded, e.status("acme"))
+		for _, path := range []string{"creds/acme", "token/acme"} {
+			_, status, _ := e.try(logical.ReadOperation, path, nil)
+			assert.Equal(t, http.StatusServiceUnavailable, status, path)
+		}
+	})
+}
+
 // The answers to an exchange that no reader asked for are lost. Once the connector is written, there is no backoff: the next exchange is
 // made at once.
 func TestConnectorIsWrittenAfterALostUnaskedExchange(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -76,5 +77,24 @@ func TestLeasesOnTheSameAccessTokenAgain(t *testing.T) {
 		e.revoke(after)
 		synctest.Wait()
 		assert.False(t, e.server.Alive(accessTokenOf(other)))
+	})
+}
+
+// The service gives the same access token again, with a new refresh token, and storage takes neither. The last lease of before ends early
+// once storage works again, before the tokens are stored: the new refresh token is stored.
+func TestLeaseOfBeforeEndsWhileTheSameAccessTokenIsKept(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newSameTokenEngine(t)
+		before := e.lease("acme")
+		e.failPuts()
+		_, status, _ := e.try(logical.UpdateOperation, "tenants/acme/refresh", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+		require.NotEqual(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.revoke(before)
+		assert.Equal(t, e.server.CurrentRefreshToken("acme"), e.stored("acme").RefreshToken)
+		e.pass(2 * time.Minute)
+		assert.Equal(t, statusOK, e.status("acme"))
+		assert.Empty(t, e.server.LostGrants())
 	})
 }

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,6 +66,28 @@ func TestOAuthTokenWithoutItsLeaseAndItsIntent(t *testing.T) {
 		lease := e.lease("acme")
 		synctest.Wait()
 		assert.Equal(t, []string{accessTokenOf(lease)}, e.server.AccessTokens("acme"))
+		assert.Len(t, e.revocations(), 1)
+	})
+}
+
+// Storage takes neither the record of a token for one lease nor the token's intent. Once storage works again the token is revoked, although
+// no reader comes.
+func TestOAuthTokenWithoutItsRecordAndItsIntent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, oauth2test.ClassA, classA)
+		e.add("acme", map[string]any{"token_per_lease": true})
+		e.waitForIndex()
+		e.storage.failWith(func(op, key string) error {
+			if op == "put" && (strings.HasPrefix(key, heldPrefix) || strings.HasPrefix(key, intentPrefix)) {
+				return errStorage
+			}
+			return nil
+		})
+		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+		require.Equal(t, http.StatusServiceUnavailable, status)
+		e.storage.heal()
+		e.pass(2 * time.Minute)
+		assert.Empty(t, e.server.AccessTokens("acme"))
 		assert.Len(t, e.revocations(), 1)
 	})
 }
