@@ -51,6 +51,25 @@ func TestEndThatExchangesMoveWithoutANewRefreshToken(t *testing.T) {
 	}
 }
 
+// The service keeps the refresh token and its end, of which it sends the rest in whole seconds. The end that the tenant shows, and the time
+// from which an exchange is due, stay the same.
+func TestEndThatExchangesRepeat(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		e := newOAuthEngine(t, func(o *oauth2test.Options) {
+			oauth2test.ClassA(o)
+			o.Rotation, o.RefreshTokenLife, o.RefreshTokenAbsolute, o.RefreshTokenLifeField = oauth2test.RotateNever, 10*day, true, "refresh_expires_in"
+		}, classB)
+		e.add("acme", nil)
+		e.write("tenants/acme/refresh", nil)
+		facts := e.stored("acme").Facts
+		for _, later := range []time.Duration{5 * day, 700 * time.Millisecond, 600 * time.Millisecond} {
+			time.Sleep(later)
+			e.write("tenants/acme/refresh", nil)
+			assert.Equal(t, facts, e.stored("acme").Facts)
+		}
+	})
+}
+
 // The service counts the life of each new refresh token from its exchange, and exchanges are frequent: the end moves by seconds each time.
 // The tenant is not exchanged more often than its readers need, and nobody is warned.
 func TestEndThatFrequentExchangesMove(t *testing.T) {
