@@ -80,6 +80,34 @@ func TestStopsOfSeveralMountsTakeTheTimeOfOne(t *testing.T) {
 	})
 }
 
+// Vault stops one mount after another, with other work of its own in between, while the exchanges of all of them hang: the first stop waits
+// for them, and the others do not.
+func TestStopsOfBusyMountsABitApart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mounts := []*engine{newConfiguredEngine(t).newMount()}
+		for range 2 {
+			mounts = append(mounts, mounts[0].newMount())
+		}
+		for _, e := range mounts {
+			e.exchangeTakes(time.Minute)
+		}
+		synctest.Wait()
+		for i, e := range mounts {
+			begun := time.Now()
+			e.stop()
+			if i == 0 {
+				assert.Equal(t, stopGrace, time.Since(begun))
+			} else {
+				assert.Zero(t, time.Since(begun), i)
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+		for _, e := range mounts {
+			e.start()
+		}
+	})
+}
+
 // A stop of another mount waits for the tokens of a grant, whichever way they come.
 func TestStopWaitsForTheGrantsOfOtherMounts(t *testing.T) {
 	for path, begin := range map[string]func(*grantEngine){
