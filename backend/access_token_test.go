@@ -24,6 +24,7 @@ func TestCountOfLeases(t *testing.T) {
 		"a lease on a token whose count is unknown":                {leasesUnknown, counted, leasesUnknown, true},
 		"a lease on a token that was given up":                     {givenUp, counted, givenUp, false},
 		"a count that becomes doubtful":                            {2, doubted, leasesUnknown, true},
+		"a count of no lease that becomes doubtful":                {0, doubted, leasesUnknown, true},
 		"a count that is unknown already":                          {leasesUnknown, doubted, leasesUnknown, true},
 		"a reader who goes away after the token was given up":      {givenUp, doubted, givenUp, false},
 		"one of two leases is revoked":                             {2, ends(true, false), 1, false},
