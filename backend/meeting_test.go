@@ -54,6 +54,23 @@ func TestDeleteWinsOverAVerificationThatCreates(t *testing.T) {
 	}
 }
 
+// A tenant is deleted, verified anew and deleted again while another request works on its record all the time: the write that was verified
+// is not stored after the second delete.
+func TestTenantIsDeletedTwiceAroundAVerification(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		e.waitForIndex()
+		defer e.tenants.release(e.tenants.record("acme"))
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		e.kaizala.Inject(kaizalatest.Fault{Delay: 3 * time.Second, Times: 1})
+		_, status := e.ask(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": e.newToken("acme")})
+		time.Sleep(time.Second)
+		e.ok(logical.DeleteOperation, "tenants/acme", nil)
+		assert.Equal(t, http.StatusServiceUnavailable, <-status)
+		assert.Nil(t, e.stored("acme"))
+	})
+}
+
 // A tenant that is being stored stays in the registry when the service refuses another first write of the same tenant. Without its
 // record in the registry no exchange could be made for it, and its readers would try again without end.
 func TestFirstWriteIsRefusedWhileAnotherIsStored(t *testing.T) {
