@@ -243,6 +243,7 @@ func TestOAuthRevocationsOnANodeThatMayNotWrite(t *testing.T) {
 			return nil
 		})
 		e.pass(10 * time.Minute)
+		synctest.Wait() // the last minute's work ends while the node is a standby
 		assert.Contains(t, e.storedText(), heldPrefix)
 		e.storage.heal()
 		e.system.replication.Store(0)
