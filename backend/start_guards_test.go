@@ -174,7 +174,7 @@ func TestReaderBesideTheIndexStaysWithinTheBound(t *testing.T) {
 	})
 }
 
-// The index reads tenants that nobody asks for, while as many hot tenants as memory holds are read again and again. They stay in memory, with
+// The index reads tenants that no request reads, while as many hot tenants as memory holds are read again and again. They stay in memory, with
 // the counts of their leases.
 func TestIndexLeavesHotTenantsInMemory(t *testing.T) {
 	bubble(t, func(t *testing.T) {
