@@ -120,7 +120,7 @@ func newBackend(ctx context.Context, conf *logical.BackendConfig, version string
 	}
 	work.mu.Lock()
 	defer work.mu.Unlock()
-	work.mounts[b] = struct{}{}
+	work.mounts[b], b.stopping = struct{}{}, work.stopped
 	return b, nil
 }
 
@@ -387,6 +387,7 @@ func (b *backend) isStopping() bool {
 type serviceWork struct {
 	mu      sync.Mutex
 	mounts  map[*backend]struct{} // those that have not stopped
+	stopped bool                  // no work begins in a mount that comes later
 	running map[*pieceOfWork]struct{}
 	first   time.Time // when the first stop of a series began: see stopsApart
 	last    time.Time // when a stop last looked for work
@@ -408,6 +409,7 @@ func newServiceWork() *serviceWork {
 // stop stops all mounts at once.
 func (w *serviceWork) stop() {
 	w.mu.Lock()
+	w.stopped = true
 	mounts := slices.Collect(maps.Keys(w.mounts))
 	w.mu.Unlock()
 	var stops sync.WaitGroup

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -114,4 +115,37 @@ func TestNextProcessHandsOutNoTokenWithAnIntent(t *testing.T) {
 		assert.NotEqual(t, accessTokenOf(lease), accessTokenOf(e.lease("acme")))
 		e.kept()
 	})
+}
+
+// The last lease of an access token is revoked while storage refuses writes. Once storage takes them, the token leaves the tenant's entry,
+// whatever requests come again and again meanwhile.
+func TestGivenUpTokenLeavesStorage(t *testing.T) {
+	for name, do := range map[string]func(e *oauthEngine, i int){
+		"nothing":  func(*oauthEngine, int) {},
+		"settings": func(e *oauthEngine, i int) { e.write("tenants/acme", map[string]any{"ttl": fmt.Sprint(100+i, "s")}) },
+		"connector": func(e *oauthEngine, i int) {
+			e.write("config", map[string]any{"request_timeout": fmt.Sprint(20+i%10, "s")})
+		},
+		"status":  func(e *oauthEngine, i int) { e.read("tenants/acme") },
+		"evicted": func(e *oauthEngine, i int) { e.tenants.loaded.Purge(); e.read("tenants/acme") },
+		"list":    func(e *oauthEngine, i int) { e.ok(logical.ListOperation, "tenants/", nil) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, oauth2test.ClassA, classA)
+				e.add("acme", nil)
+				e.waitForIndex()
+				lease := e.lease("acme")
+				e.storage.refuse("put", "")
+				require.Error(t, e.revokeLease(lease))
+				e.read("tenants/acme")
+				e.storage.heal()
+				for i := range 10 {
+					e.pass(30 * time.Second)
+					do(e, i)
+				}
+				assert.Nil(t, e.stored("acme").Access)
+			})
+		})
+	}
 }

@@ -317,6 +317,8 @@ func (b *backend) noteState(ctx context.Context, a *attempt) {
 	if !known {
 		return // it was noted long ago, or has none
 	}
+	ctx, cancel := context.WithTimeout(ctx, storeWithin)
+	defer cancel()
 	s, _ := getEntry[stateEntry](ctx, b.storage, stateKeys+a.State)
 	if s == nil || s.Status == a.Status && s.Used == a.Used {
 		return

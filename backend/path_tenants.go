@@ -498,7 +498,7 @@ func (b *backend) startVerified(ctx context.Context, name string, t *tenant, v *
 	if t == nil {
 		t = b.tenants.record(name)
 		defer b.tenants.release(t)
-		if v = t.view.Load(); v.entry != nil || v.kept != nil {
+		if v = t.view.Load(); v.summary.stored || v.kept != nil {
 			return nil, false, errSuperseded // another request has made the tenant meanwhile
 		}
 	}

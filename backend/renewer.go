@@ -57,7 +57,11 @@ func (b *backend) schedule(t *tenant, rest ...time.Time) {
 		if !due.IsZero() {
 			due = latest(due, rest...)
 		}
-		b.index.at(t.name, due)
+		if v.access == nil || v.access.current() {
+			b.index.at(t.name, due)
+		} else {
+			b.index.atMost(t.name, earliest(due, now.Add(time.Minute))) // storage has to know that the access token is given up
+		}
 	}
 }
 
@@ -73,9 +77,6 @@ func (b *backend) rescheduleTroubled(connector string) {
 // due says when a tenant needs attention next without a reader; zero: not before it is written.
 func (b *backend) due(t *tenant, v *tenantView, now time.Time) time.Time {
 	due := earliest(b.exchangeDue(t, v, now), b.warnDue(t, v, now))
-	if a := v.access; a != nil && !a.current() {
-		due = earliest(due, now.Add(time.Minute)) // storage has to know that the access token is given up
-	}
 	if !due.IsZero() && b.connectors.present(v.entry.Connector) == nil {
 		due = earliest(due, now.Add(time.Minute)) // memory does not have the connector, which is read then and says more
 	}
@@ -133,8 +134,10 @@ func refreshDue(name string, e *tenantEntry, keepAlive time.Duration) (due time.
 		case e.LastExchange.Before(rotates):
 			due = rotates
 		default: // it was exchanged since, and its end is the same
-			// In the last days it is half of what is left, so that another exchange comes before the end.
-			again := max(min(last/30, day, e.Facts.Expires.Sub(e.LastExchange)/2), time.Second)
+			again := min(max(last/30, time.Second), day)
+			if left := e.Facts.Expires.Sub(e.LastExchange); left > time.Hour && !e.Facts.Assumed {
+				again = min(again, left/2) // so that another exchange comes before the end
+			}
 			due = e.LastExchange.Add(again - ownPart(name, again, 0, 0.25))
 		}
 	}

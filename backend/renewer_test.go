@@ -99,16 +99,20 @@ func TestRefreshTokenThatIsNotReplacedIsDueAgain(t *testing.T) {
 	})
 }
 
-// A refresh token that an exchange in its last day has not replaced is exchanged again in the half of the time that is left.
+// A refresh token that an exchange in its last day has not replaced is exchanged again in the half of the time that is left, but for the last
+// hour, and but for an end that is only assumed.
 func TestRefreshTokenIsDueAgainBeforeItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		for _, left := range []time.Duration{20 * time.Hour, time.Hour, time.Minute, 4 * time.Second} {
+		for _, c := range []struct {
+			left, again time.Duration
+			assumed     bool
+		}{{left: 20 * time.Hour, again: 10 * time.Hour}, {left: 2 * time.Hour, again: time.Hour}, {left: time.Hour, again: day}, {left: 20 * time.Hour, again: day, assumed: true}} {
 			now := time.Now()
-			e := &tenantEntry{LastExchange: now, Facts: tokenservice.Facts{RotatesFrom: now.Add(left - 36*day), Expires: now.Add(left)}}
+			e := &tenantEntry{LastExchange: now, Facts: tokenservice.Facts{RotatesFrom: now.Add(c.left - 36*day), Expires: now.Add(c.left), Assumed: c.assumed}}
 			for i := range 20 {
 				after := refreshDue(fmt.Sprint("t", i), e, 0).Sub(now)
-				assert.GreaterOrEqual(t, after, left*3/8)
-				assert.LessOrEqual(t, after, left/2)
+				assert.GreaterOrEqual(t, after, c.again*3/4)
+				assert.LessOrEqual(t, after, c.again)
 			}
 		}
 	})

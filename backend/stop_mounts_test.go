@@ -304,3 +304,23 @@ func TestStopOfTheProcessStoresWhatStorageHasRefused(t *testing.T) {
 		assert.Empty(t, e.work.mounts)
 	})
 }
+
+// A mount that is set up while the process stops begins no exchange.
+func TestMountSetUpWhileTheProcessStops(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEngine(t)
+		one, late := e.newMount(), e.newMount()
+		late.stop()
+		time.Sleep(time.Minute)
+		one.exchangeTakes(time.Minute)
+		synctest.Wait()
+		time.AfterFunc(time.Second, func() {
+			late.start()
+			late.exchangeTakes(10 * time.Second)
+		})
+		e.work.stop()
+		synctest.Wait()
+		assert.Empty(t, late.kaizala.Calls())
+		one.kaizala.ClearFaults()
+	})
+}

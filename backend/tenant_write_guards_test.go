@@ -272,3 +272,39 @@ func TestWriteOfANewTenantWhoseTokenIsReplacedMeanwhile(t *testing.T) {
 		assert.Equal(t, statusOK, e.status("acme"))
 	})
 }
+
+// The same, but storage takes the new refresh token, and the tenant leaves memory before the write goes on: the write does not take it for a
+// tenant that does not exist.
+func TestWriteOfANewTenantThatIsMadeAndLeavesMemory(t *testing.T) {
+	for name, leaves := range map[string]func(e *oauthEngine){
+		"stays":   func(*oauthEngine) {},
+		"evicted": func(e *oauthEngine) { e.tenants.loaded.Purge() },
+		"replanned": func(e *oauthEngine) {
+			e.write("config/other", map[string]any{"exchange_invalidates": true, "revocation": "none"})
+		},
+		"restarted elsewhere": func(e *oauthEngine) { e.invalidate(t.Context(), tenantPrefix+"acme") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.ReuseKillsFamily = true }, classA)
+				e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret, "exchange_invalidates": false})
+				token := e.server.Grant(e.clientID, "acme")
+				binding := e.connectors.record(defaultConnector).binding
+				require.NoError(t, binding.Acquire(t.Context(), exclusive)) // as a write of config that storage keeps waiting
+				var written sync.WaitGroup
+				written.Go(func() { e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token}) })
+				synctest.Wait()
+				e.write("tenants/acme", map[string]any{"refresh_token": token, "connector": "other", "verify": false})
+				e.read("creds/acme") // the service replaces the refresh token
+				synctest.Wait()
+				leaves(e)
+				synctest.Wait()
+				binding.Release(exclusive)
+				written.Wait()
+				e.pass(2 * time.Minute)
+				e.kept()
+				assert.Equal(t, statusOK, e.status("acme"))
+			})
+		})
+	}
+}
