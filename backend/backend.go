@@ -4,8 +4,7 @@
 // lease.go the lease. tenant.go owns the state of one tenant and is the only file that writes it; tenants.go is all of them,
 // and storage. connector.go owns connectors and what their services say about them, revocations.go what is to be revoked.
 // renewer.go says when a tenant needs attention without a reader, and index.go finds it then. grants.go is about persons who
-// grant access. Behind the border package
-// tokenservice each service is a package of its own; services.go names them.
+// grant access. Behind the border package tokenservice each service is a package of its own; services.go names them.
 package backend
 
 import (

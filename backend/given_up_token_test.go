@@ -12,6 +12,17 @@ import (
 	"github.com/kaizala-vault/vault-plugin-secrets-kaizala/backend/oauth2/oauth2test"
 )
 
+// refusedRevocation returns the last lease of the access token of a new tenant acme. It was revoked while storage refused what is below a prefix.
+func (e *oauthEngine) refusedRevocation(prefix string) *logical.Response {
+	e.t.Helper()
+	e.add("acme", nil)
+	e.waitForIndex()
+	lease := e.lease("acme")
+	e.storage.refuse("put", prefix)
+	require.Error(e.t, e.revokeLease(lease))
+	return lease
+}
+
 // The last lease of an access token is revoked while storage takes the token's intent and refuses the tenant's entry. No reader gets the
 // token again after storage has healed: not after a restart, nor after an eviction.
 func TestGivenUpAccessTokenStaysGivenUpAfterARefusedWrite(t *testing.T) {
@@ -22,11 +33,7 @@ func TestGivenUpAccessTokenStaysGivenUpAfterARefusedWrite(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, oauth2test.ClassA, classA)
-				e.add("acme", nil)
-				e.waitForIndex()
-				lease := e.lease("acme")
-				e.failPuts()
-				require.Error(t, e.revokeLease(lease))
+				lease := e.refusedRevocation(tenantPrefix)
 				e.read("tenants/acme")
 				e.storage.heal()
 				require.NoError(t, e.revokeLease(lease), "Vault tries again")
@@ -71,11 +78,7 @@ func TestGivenUpAccessTokenStaysGivenUpAfterTwoRefusedWrites(t *testing.T) {
 func TestTenantIsDeletedWhileItsTokenIsGivenUpAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
-		e.add("acme", nil)
-		e.waitForIndex()
-		lease := e.lease("acme")
-		e.failPuts()
-		require.Error(t, e.revokeLease(lease))
+		lease := e.refusedRevocation(tenantPrefix)
 		e.read("tenants/acme")
 		e.connectors.invalidate(connectorPrefix + defaultConnector)
 		deleted := e.storage.once("get", connectorPrefix, func() {
@@ -96,11 +99,7 @@ func TestTenantIsDeletedWhileItsTokenIsGivenUpAgain(t *testing.T) {
 func TestNextProcessHandsOutNoTokenWithAnIntent(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
-		e.add("acme", nil)
-		e.waitForIndex()
-		lease := e.lease("acme")
-		e.failPuts()
-		require.Error(t, e.revokeLease(lease))
+		lease := e.refusedRevocation(tenantPrefix)
 		e.crash()
 		e.failPuts()
 		e.waitForIndex()
@@ -133,11 +132,7 @@ func TestGivenUpTokenLeavesStorage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, oauth2test.ClassA, classA)
-				e.add("acme", nil)
-				e.waitForIndex()
-				lease := e.lease("acme")
-				e.storage.refuse("put", "")
-				require.Error(t, e.revokeLease(lease))
+				e.refusedRevocation("")
 				e.read("tenants/acme")
 				e.storage.heal()
 				for i := range 10 {

@@ -303,7 +303,9 @@ func (b *backend) putAttempts(ctx context.Context, tenant string, all *attempts)
 		return err
 	}
 	for _, a := range all.Last {
-		b.noteState(ctx, a)
+		if a.Status != attemptPending || a.Used {
+			b.noteState(ctx, a)
+		}
 	}
 	return nil
 }

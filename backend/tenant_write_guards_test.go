@@ -248,24 +248,33 @@ func TestListOfATenantWhoseGrantIsInDoubt(t *testing.T) {
 	})
 }
 
+// writeTwice writes the tenant acme, which does not exist. While the write waits for its connector, the same refresh token is written with the
+// connector other, and meanwhile is called.
+func (e *oauthEngine) writeTwice(meanwhile func()) {
+	e.t.Helper()
+	token := e.server.Grant(e.clientID, "acme")
+	binding := e.connectors.record(defaultConnector).binding
+	require.NoError(e.t, binding.Acquire(e.t.Context(), exclusive)) // as a write of config that storage keeps waiting
+	var written sync.WaitGroup
+	written.Go(func() { e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token}) })
+	synctest.Wait()
+	e.write("tenants/acme", map[string]any{"refresh_token": token, "connector": "other", "verify": false})
+	meanwhile()
+	binding.Release(exclusive)
+	written.Wait()
+}
+
 // A write of a tenant that does not exist waits for its connector. Meanwhile the same refresh token is written with another connector, and
 // an exchange replaces it, which storage does not take. The service must not get the replaced refresh token again: that ends the grant.
 func TestWriteOfANewTenantWhoseTokenIsReplacedMeanwhile(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		e := newOAuthEngine(t, oauth2test.ClassA, classA)
 		e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret})
-		token := e.server.Grant(e.clientID, "acme")
-		binding := e.connectors.record(defaultConnector).binding
-		require.NoError(t, binding.Acquire(t.Context(), exclusive)) // as a write of config that storage keeps waiting
-		var written sync.WaitGroup
-		written.Go(func() { e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token}) })
-		synctest.Wait()
-		e.write("tenants/acme", map[string]any{"refresh_token": token, "connector": "other", "verify": false})
-		e.storage.refuse("put", tenantPrefix)
-		_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
-		require.Equal(t, 503, status)
-		binding.Release(exclusive)
-		written.Wait()
+		e.writeTwice(func() {
+			e.storage.refuse("put", tenantPrefix)
+			_, status, _ := e.try(logical.ReadOperation, "creds/acme", nil)
+			require.Equal(t, 503, status)
+		})
 		e.storage.heal()
 		e.pass(2 * time.Minute)
 		e.kept()
@@ -288,19 +297,12 @@ func TestWriteOfANewTenantThatIsMadeAndLeavesMemory(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				e := newOAuthEngine(t, func(o *oauth2test.Options) { oauth2test.ClassA(o); o.ReuseKillsFamily = true }, classA)
 				e.write("config/other", map[string]any{"service": "oauth2", "token_url": e.server.TokenURL(), "connector_id": e.clientID, "connector_secret": e.secret, "exchange_invalidates": false})
-				token := e.server.Grant(e.clientID, "acme")
-				binding := e.connectors.record(defaultConnector).binding
-				require.NoError(t, binding.Acquire(t.Context(), exclusive)) // as a write of config that storage keeps waiting
-				var written sync.WaitGroup
-				written.Go(func() { e.try(logical.UpdateOperation, "tenants/acme", map[string]any{"refresh_token": token}) })
-				synctest.Wait()
-				e.write("tenants/acme", map[string]any{"refresh_token": token, "connector": "other", "verify": false})
-				e.read("creds/acme") // the service replaces the refresh token
-				synctest.Wait()
-				leaves(e)
-				synctest.Wait()
-				binding.Release(exclusive)
-				written.Wait()
+				e.writeTwice(func() {
+					e.read("creds/acme") // the service replaces the refresh token
+					synctest.Wait()
+					leaves(e)
+					synctest.Wait()
+				})
 				e.pass(2 * time.Minute)
 				e.kept()
 				assert.Equal(t, statusOK, e.status("acme"))
