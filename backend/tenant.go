@@ -95,7 +95,7 @@ type tenant struct {
 	// and while the registry drops the record.
 	planning sync.Mutex
 
-	// users is how many requests and flights work on the record: the registry does not drop it under them, nor does it leave memory.
+	// users is how many requests and flights work on the record: the registry does not drop it under them.
 	users atomic.Int32
 
 	// warned is when the log last warned of the refresh token's end, in seconds since 1970.
@@ -546,12 +546,12 @@ func (t *tenant) backOff() time.Duration {
 	return d
 }
 
-// forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a request works on the
+// forget lets what storage has leave memory, and with it the count of leases. It stays while a flight or a write works on the
 // tenant, or while memory knows what storage does not.
 func (t *tenant) forget() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.users.Load() == 0 {
+	if t.flight.Load() == nil && !t.storing.busy() { // users says more than that: a flight counts until after its answer
 		t.leave()
 	}
 }
